@@ -1,0 +1,46 @@
+"""The subcommands of ``gradreg``: each is a module with ``Config``, ``run``, ``table`` and ``plot``."""
+
+import dataclasses
+from types import ModuleType
+from typing import Annotated, Any, Union
+
+import tyro
+
+from gradreg_optax.experiments import results
+from gradreg_optax.experiments.registry import COMMANDS
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Parses the command line, runs the experiment, prints its table, and writes ``results.json`` and the figures.
+
+    Args:
+      arguments: the command line, by default that of the process.
+    """
+    command, module, config = parse(arguments)
+    if config.redraw:
+        found = results.load(config.output)
+    else:
+        found = results.plain(module.run(config))
+        path = results.save(config.output, command, config, found)
+        found = results.load(path)
+        print(f"results: {path}")
+    print(module.table(found))
+    for figure in module.plot(found, config.output):
+        print(f"figure: {figure}")
+
+
+def parse(arguments: list[str] | None = None) -> tuple[str, ModuleType, Any]:
+    """The command, its module and its configuration."""
+    choices = [
+        Annotated[module.Config, tyro.conf.subcommand(name, description=(module.__doc__ or "").strip().splitlines()[0])]
+        for name, module in COMMANDS.items()
+    ]
+    config = tyro.cli(
+        tyro.conf.OmitSubcommandPrefixes[Union[tuple(choices)]],  # type: ignore[valid-type]
+        prog="gradreg",
+        description="The experiments of 'Understanding Gradient Regularization in Deep Learning' (Karakida et al., ICML 2023).",
+        args=arguments,
+    )
+    command, module = next((name, module) for name, module in COMMANDS.items() if type(config) is module.Config)
+    assert dataclasses.is_dataclass(config)
+    return command, module, config
