@@ -213,11 +213,14 @@ def flooding(loss_fn: LossFn | None = None, *, level: ScalarOrSchedule, has_aux:
     def update(
         updates: PyTree, state: optax.OptState, params: PyTree | None = None, *, value: Any = None, **extra_args: Any
     ) -> tuple[PyTree, GradregState]:
+        if value is None and loss_fn is None and extra_args.get("value_fn") is None:
+            raise ValueError("flooding: has no loss: pass update(grads, state, params, value=loss), value_fn=, or flooding(loss_fn, ...).")
         loss = bind(function, loss_fn, has_aux, params, extra_args)(params) if value is None else check_scalar(function, "value", value)
         sign = jnp.sign(loss - at_step(function, "level", level, check_scalar, state.step))
         return jax.tree.map(lambda u: sign.astype(u.dtype) * u, updates), _advance(state)
 
-    return optax.GradientTransformationExtraArgs(lambda params: _init(function, params), update)
+    # Needs no parameters where update is given value=, so that optax.masked may stand around it.
+    return optax.GradientTransformationExtraArgs(lambda params: _start(), update)
 
 
 def sam(
@@ -406,6 +409,10 @@ def _penalized(
 
 def _init(function: str, params: PyTree) -> GradregState:
     check_params(function, params)
+    return _start()
+
+
+def _start() -> GradregState:
     return GradregState(step=jnp.zeros([], jnp.int32))
 
 
