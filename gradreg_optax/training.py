@@ -111,10 +111,8 @@ def make_train_step(
     second = optax.with_extra_args_support(optimizer)
 
     def init(params: PyTree) -> TrainState:
-        state = TrainState(params, (first.init(params), second.init(params)), jnp.zeros([], jnp.int32))
-        # The state owns its memory: a donated buffer may be neither the caller's nor in the state twice.
-        owned: TrainState = jax.tree.map(jnp.copy, state)
-        return owned
+        params = _owned(params)
+        return TrainState(*_owned((params, (first.init(params), second.init(params)), jnp.zeros([], jnp.int32))))
 
     def step(state: TrainState, batch: PyTree, *args: Any, **kwargs: Any) -> tuple[TrainState, StepInfo]:
         params, (first_state, second_state) = state.params, state.opt_state
@@ -223,6 +221,11 @@ def make_nnx_train_step(
     return step
 
 
+def _owned(tree: PyTree) -> PyTree:
+    """Copies, since a donated buffer may be neither the caller's nor in the state twice; without weak types, which would trace twice."""
+    return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x), copy=True), tree)
+
+
 def _check_split(function: str, regularizer: Any, penalty_fraction: float, ascent_groups: int) -> None:
     if not 0 < penalty_fraction <= 1:
         raise ValueError(f"{function}: penalty_fraction must lie in (0, 1], got {penalty_fraction}: 1 takes the whole batch.")
@@ -254,8 +257,8 @@ def _counting(function: str, state: optax.OptState, step: jax.Array) -> optax.Op
     def counter(leaf: Any) -> GradregState:
         if not isinstance(leaf, GradregState):
             raise ValueError(
-                f"{function}: the regularizer keeps state of its own ({type(leaf).__name__}), which has no place here: "
-                "put it in front of the optimizer, nnx.Optimizer(model, optax.chain(regularizer, tx), wrt=nnx.Param)."
+                f"{function}: the regularizer keeps state of its own beside a step counter, which has no place here: put it "
+                "in front of the optimizer, nnx.Optimizer(model, optax.chain(regularizer, tx), wrt=nnx.Param)."
             )
         return GradregState(step=step.astype(leaf.step.dtype))
 
