@@ -117,7 +117,7 @@ def test_one_step_with_batchnorm_and_dropout_is_the_one_written_by_hand(problem,
 @pytest.mark.parametrize("mistake", ["another dropout key", "evaluation mode"])
 def test_the_second_pass_must_see_the_same_dropout_mask_and_mode(problem, mistake):
     """What the tests above would report if the second pass saw another function: an error of 100% and more, not of a few percent."""
-    params, batch, stats, key = problem
+    params, batch, stats, _ = problem
     g, right, _ = by_hand(*problem)
 
     def evaluated(params):
