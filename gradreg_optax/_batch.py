@@ -30,5 +30,5 @@ def split_batch(function: str, option: str, batch: PyTree, count: int) -> PyTree
 def first_fraction(function: str, option: str, batch: PyTree, fraction: float) -> PyTree:
     """The first ``fraction`` of the batch, rounded up to whole samples."""
     size = batch_size(function, option, batch)
-    kept = math.ceil(fraction * size - 1e-9)  # 0.7 * 10 is 7.000000000000001
+    kept = max(1, math.ceil(fraction * size - 1e-9))  # 0.7 * 10 may be 7.000000000000001
     return jax.tree.map(lambda x: x[:kept], batch)

@@ -18,26 +18,23 @@ from gradreg_optax._typing import AscentFn, Mode, PyTree, Scheme
 Check: TypeAlias = Callable[[str, str, Any], jax.Array]
 
 _EPSILON_REMEDY = 'for a difference on the descent side use scheme="backward"; for the limit epsilon -> 0 use dbp_gradreg'
+_RADIUS_REMEDY = 'for a difference on the descent side use gradient_norm_penalty(..., scheme="backward")'
 
 
 def check_scalar(function: str, name: str, value: ArrayLike) -> jax.Array:
     """Returns ``value`` as a real scalar of the default float width (or its own, if wider)."""
-    try:
-        array = jnp.asarray(value)
-        array = array.astype(jnp.promote_types(array.dtype, jnp.result_type(float)))
-    except TypeError as error:
-        raise TypeError(f"{function}: {name} must be a real number or a schedule, got {value!r}.") from error
+    array = _as_array(value)
+    if array is None or not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise TypeError(f"{function}: {name} must be a real number or a schedule, got {value!r}.")
     if array.shape:
         raise ValueError(f"{function}: {name} must be a scalar, got shape {array.shape}: use jax.vmap for several values.")
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{function}: {name} must be a real number or a schedule, got dtype {array.dtype}.")
-    return array
+    return jnp.asarray(array, jnp.promote_types(jnp.result_type(array), jnp.result_type(float)))
 
 
 def check_gamma(function: str, name: str, value: ArrayLike) -> jax.Array:
     """A regularization coefficient: finite and not negative."""
     array = check_scalar(function, name, value)
-    number = _concrete(array)
+    number = _concrete(value, array.dtype)
     if number is not None and not 0 <= number < math.inf:
         raise ValueError(
             f"{function}: {name} must be finite and >= 0, got {number:g}: it weighs a penalty; "
@@ -49,18 +46,21 @@ def check_gamma(function: str, name: str, value: ArrayLike) -> jax.Array:
 def check_epsilon(function: str, name: str, value: ArrayLike) -> jax.Array:
     """An ascent step: finite and positive."""
     array = check_scalar(function, name, value)
-    number = _concrete(array)
-    if number is not None and not 0 < number < math.inf:
-        raise ValueError(f"{function}: {name} must be finite and > 0, got {number:g}: {_EPSILON_REMEDY}.")
+    number = _concrete(value, array.dtype)
+    if number is not None and not np.finfo(array.dtype).tiny <= number < math.inf:
+        remedy = _RADIUS_REMEDY if name == "rho" else _EPSILON_REMEDY
+        raise ValueError(f"{function}: {name} must be finite and > 0, got {value}: {remedy}.")
     return array
 
 
 def check_interval(function: str, interval: ArrayLike) -> ArrayLike:
     """A whole number of updates, at least one."""
-    number = _concrete(check_scalar(function, "interval", interval))
+    if callable(interval):
+        raise TypeError(f"{function}: interval must be a whole number, got a schedule: schedule gamma instead.")
+    number = _concrete(interval, check_scalar(function, "interval", interval).dtype)
     if number is None:
         return interval
-    if number < 1 or number != int(number):
+    if not 1 <= number < math.inf or number != int(number):
         raise ValueError(f"{function}: interval must be a whole number >= 1, got {number:g}: 1 applies the penalty on every update.")
     return int(number)
 
@@ -91,6 +91,12 @@ def check_ascent(function: str, ascent: AscentFn | None) -> None:
         )
 
 
+def check_loss(function: str, loss_fn: Any) -> None:
+    """A loss is a function, or left to ``update``."""
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"{function}: the loss must be a function of the parameters, got {type(loss_fn).__name__}.")
+
+
 def check_constant(function: str, name: str, value: Any, check: Check) -> None:
     """A gradient function has no step counter, so it takes no schedules."""
     if callable(value):
@@ -115,7 +121,8 @@ def check_params(function: str, params: PyTree) -> None:
     if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
         raise ValueError(
             f"{function}: some parameters are hidden (MaskedNode) by optax.masked or optax.partition around it, so the loss "
-            f"cannot be evaluated: put it in front, as in optax.chain({function}(..., ascent=masked(mask)), optax.masked(tx, mask))."
+            f"cannot be evaluated: put it in front, as in optax.chain({function}(...), optax.masked(tx, mask)), and to climb in some "
+            "parameters only give fd_gradreg or dbp_gradreg ascent=masked(mask)."
         )
 
 
@@ -137,5 +144,12 @@ def at_step(function: str, name: str, value: Any, check: Check, step: jax.Array)
     return check(function, name, value(step) if callable(value) else value)
 
 
-def _concrete(array: jax.Array) -> float | None:
-    return None if isinstance(array, jax.core.Tracer) else float(np.asarray(array))
+def _as_array(value: Any) -> jax.Array | np.ndarray[Any, Any] | None:
+    """``value`` as an array, JAX's where it is one already; None where it holds no numbers."""
+    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    return array if jnp.issubdtype(array.dtype, jnp.number) else None
+
+
+def _concrete(value: Any, dtype: Any) -> float | None:
+    """The number that ``value`` is once rounded to ``dtype``; None while it is traced."""
+    return None if isinstance(value, jax.core.Tracer) else float(np.asarray(value).astype(dtype))

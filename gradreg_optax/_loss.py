@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from gradreg_optax._checks import check_params
+from gradreg_optax._checks import check_loss, check_params
 from gradreg_optax._typing import LossFn, PyTree, ValueFn
 
 # Names that Optax's update, or its line searches, keep for themselves: a loss cannot receive them by name.
@@ -19,8 +20,7 @@ RESERVED = frozenset({"updates", "state", "params", "value", "grad", "value_fn",
 
 def with_aux(function: str, loss_fn: LossFn, has_aux: bool) -> Callable[..., tuple[jax.Array, Any]]:
     """``loss_fn`` as a function that returns ``(value, aux)`` and says what is wrong with its value."""
-    if not callable(loss_fn):
-        raise TypeError(f"{function}: the loss must be a function of the parameters, got {type(loss_fn).__name__}.")
+    check_loss(function, loss_fn)
 
     def loss(params: PyTree, *args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
         output = loss_fn(params, *args, **kwargs)
@@ -89,12 +89,11 @@ def _real_scalar(function: str, value: Any) -> jax.Array:
         raise TypeError(
             f"{function}: the loss returned a tuple: if it is (value, aux), pass has_aux=True; value_fn= returns the value alone."
         )
-    try:
-        shape, dtype = jnp.shape(value), jnp.result_type(value)
-    except TypeError as error:
-        raise TypeError(f"{function}: the loss must return a real scalar, got {type(value).__name__}.") from error
-    if shape:
-        raise TypeError(f"{function}: the loss must return a real scalar, got shape {shape}: take its mean or sum.")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{function}: the loss must return a real scalar, got dtype {dtype}: take its real part or cast it.")
-    return jnp.asarray(value)
+    if not isinstance(value, jax.Array | np.ndarray | np.generic | float | int | complex):
+        raise TypeError(f"{function}: the loss must return a real scalar, got {type(value).__name__}.")
+    array = jnp.asarray(value)
+    if array.shape:
+        raise TypeError(f"{function}: the loss must return a real scalar, got shape {array.shape}: take its mean or sum.")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{function}: the loss must return a real scalar, got dtype {array.dtype}: take its real part or cast it.")
+    return array

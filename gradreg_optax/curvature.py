@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from gradreg_optax._checks import check_epsilon, check_scheme
@@ -75,7 +76,8 @@ def hessian_vector_product(value_fn: ValueFn, params: PyTree, vector: PyTree) ->
       >>> print(hessian_vector_product(lambda p: jnp.sum(p**3), jnp.array([1.0, 2.0]), jnp.array([1.0, 1.0])))
       [ 6. 12.]
     """
-    return jax.jvp(_gradient(value_fn, "hessian_vector_product"), (params,), (vector,))[1]
+    tangent = jax.tree.map(lambda v, p: jnp.asarray(v, jnp.result_type(p)), vector, params)
+    return jax.jvp(_gradient(value_fn, "hessian_vector_product"), (params,), (tangent,))[1]
 
 
 def gradient_norm(value_fn: ValueFn, params: PyTree) -> jax.Array:
@@ -103,8 +105,9 @@ def gradient_norm(value_fn: ValueFn, params: PyTree) -> jax.Array:
 def top_hessian_eigenvalue(value_fn: ValueFn, params: PyTree, key: jax.Array, *, num_matvecs: int = 30) -> Eigenvalue:
     r"""The largest algebraic eigenvalue of the Hessian, by the Lanczos iteration with full reorthogonalisation.
 
-    The largest Ritz value approaches it from below, and an eigenvalue of H lies within ``residual`` of it. Costs ``num_matvecs``
-    + 1 Hessian-vector products and the memory of ``num_matvecs`` copies of the parameters.
+    The largest Ritz value approaches it from below, and an eigenvalue of H lies within ``residual`` of it. Where the Krylov space is
+    exhausted (repeated eigenvalues, a Hessian of low rank) the iteration goes on from a random direction. Costs ``num_matvecs`` + 1
+    Hessian-vector products and the memory of ``num_matvecs`` copies of the parameters.
 
     Args:
       value_fn: the loss as a function of the parameters.
@@ -116,7 +119,8 @@ def top_hessian_eigenvalue(value_fn: ValueFn, params: PyTree, key: jax.Array, *,
       ``Eigenvalue(value, residual)``.
 
     Raises:
-      ImportError: matfree is not installed.
+      ValueError: num_matvecs < 1.
+      TypeError: a loss that is no real scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -126,17 +130,16 @@ def top_hessian_eigenvalue(value_fn: ValueFn, params: PyTree, key: jax.Array, *,
       3.0 True
 
     References:
-      Lanczos, *An iteration method for the solution of the eigenvalue problem*, 1950. The iteration is matfree's.
+      Lanczos, *An iteration method for the solution of the eigenvalue problem*, 1950.
     """
-    decomp, eig = _matfree("decomp", "eig")
+    if num_matvecs < 1:
+        raise ValueError(f"top_hessian_eigenvalue: num_matvecs must be at least 1, got {num_matvecs}: 30 is the default.")
     product, size, dtype = _flat_product(value_fn, params, "top_hessian_eigenvalue")
-    start = jax.random.normal(key, (size,), dtype)
-    eigh = eig.eigh_partial(decomp.tridiag_sym(min(num_matvecs, size), reortho="full"))
-    values, vectors = eigh(product, start / jnp.linalg.norm(start))
-    vector = vectors[jnp.argmax(values)]
-    vector = vector / jnp.linalg.norm(vector)
+    basis, projection = _krylov(product, jax.random.normal(key, (min(num_matvecs, size), size), dtype))
+    _, vectors = jnp.linalg.eigh(projection, UPLO="U", symmetrize_input=False)
+    vector = _unit(_dot(vectors[:, -1], basis))
     image = product(vector)
-    value = vector @ image
+    value = _dot(vector, image)
     return Eigenvalue(value, jnp.linalg.norm(image - value * vector))
 
 
@@ -259,6 +262,7 @@ def _gradient(value_fn: ValueFn, function: str) -> Callable[[PyTree], PyTree]:
 
 def _flat_product(value_fn: ValueFn, params: PyTree, function: str) -> tuple[Callable[[jax.Array], jax.Array], int, Any]:
     """The Hessian-vector product on one real vector, in float32 or wider, with its size and dtype."""
+    params = jax.tree.map(jnp.asarray, params)
     parts = jax.tree.map(lambda p: (p.real, p.imag) if jnp.iscomplexobj(p) else p, params)
     flat, unravel = ravel_pytree(jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), parts))
 
@@ -271,8 +275,43 @@ def _flat_product(value_fn: ValueFn, params: PyTree, function: str) -> tuple[Cal
     return lambda vector: jax.jvp(grad_fn, (flat,), (vector,))[1], flat.size, flat.dtype
 
 
+def _krylov(product: Callable[[jax.Array], jax.Array], noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """An orthonormal basis of a Krylov space, as rows, and the upper triangle of the product projected on it.
+
+    Row i of ``noise`` takes over where the i-th direction is lost in rounding. (matfree's iteration divides by zero there.)
+    """
+    count, size = noise.shape
+    lost = 10 * np.finfo(noise.dtype).eps
+
+    def reject(basis: jax.Array, vector: jax.Array) -> jax.Array:
+        return vector - _dot(_dot(basis, vector), basis)
+
+    def extend(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        basis, projection, image = carry
+        rest = reject(basis, image)
+        known = jnp.linalg.norm(rest) > lost * jnp.linalg.norm(image)
+        vector = _unit(reject(basis, _unit(jnp.where(known, rest, noise[i]))))
+        vector = _unit(reject(basis, vector))
+        basis = basis.at[i].set(vector)
+        image = product(vector)
+        return basis, projection.at[:, i].set(_dot(basis, image)), image
+
+    empty = jnp.zeros((count, size), noise.dtype), jnp.zeros((count, count), noise.dtype), jnp.zeros(size, noise.dtype)
+    basis, projection, _ = jax.lax.fori_loop(0, count, extend, empty)
+    return basis, projection
+
+
+def _unit(vector: jax.Array) -> jax.Array:
+    unit: jax.Array = vector / jnp.linalg.norm(vector)
+    return unit
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.dot(a, b, precision="highest")
+
+
 def _matfree(*modules: str) -> list[Any]:
     try:
         return [importlib.import_module(f"matfree.{name}") for name in modules]
     except ImportError as error:
-        raise ImportError('eigenvalue and trace need matfree: pip install "gradreg-optax[curvature]".') from error
+        raise ImportError('hessian_trace needs matfree: pip install "gradreg-optax[curvature]".') from error

@@ -56,7 +56,7 @@ def difference_product(grad_fn: GradFn, params: PyTree, gradient: PyTree, direct
         ahead, behind, width = gradient, grad_fn(shift(params, direction, -epsilon)), epsilon
     else:
         ahead, behind, width = grad_fn(shift(params, direction, epsilon)), grad_fn(shift(params, direction, -epsilon)), 2 * epsilon
-    climbs = width != 0
+    climbs = jnp.abs(width) >= np.finfo(width.dtype).tiny  # below it 1 / width overflows
     inverse = jnp.where(climbs, 1 / jnp.where(climbs, width, 1), 0)
     return jax.tree.map(lambda a, b: _scale(inverse, _widen(a) - _widen(b)), ahead, behind)
 
@@ -170,7 +170,8 @@ def adaptive(gradient: PyTree, params: PyTree) -> PyTree:
       Kwon et al., *ASAM: Adaptive Sharpness-Aware Minimization*, ICML 2021.
     """
     size = jax.tree.map(lambda p: jnp.abs(_widen(p)), params)
-    unit = normalized(jax.tree.map(lambda s, g: s * _widen(g), size, gradient), params)
+    safe = jax.tree.map(_widen, normalized(gradient, params))  # the length of g cancels, and with it overflow
+    unit = normalized(jax.tree.map(jnp.multiply, size, safe), params)
     return jax.tree.map(lambda s, u, g: _cast(s * u, g), size, unit, gradient)
 
 
@@ -201,9 +202,10 @@ def masked(mask: PyTree) -> AscentFn:
     """
 
     def direction(gradient: PyTree, params: PyTree) -> PyTree:
-        tree = mask(params) if callable(mask) else mask
+        # A module of bools may be callable and is yet a tree, not a function of the parameters.
+        tree = mask(params) if callable(mask) and jax.tree_util.all_leaves([mask]) else mask
         for leaf in jax.tree.leaves(tree):
-            if jnp.result_type(leaf) != jnp.bool_:
+            if not (isinstance(leaf, bool) or getattr(leaf, "dtype", None) == jnp.bool_):
                 raise TypeError(f"masked: the mask must hold bools, got {leaf!r}.")
         try:
             return jax.tree.map(lambda keep, part: jax.tree.map(lambda g: jnp.where(keep, g, jnp.zeros_like(g)), part), tree, gradient)
@@ -227,7 +229,7 @@ def _scaled_norm(tree: PyTree) -> tuple[PyTree, jax.Array, jax.Array]:
         largest = jnp.maximum(largest, jnp.max(jnp.abs(jax.lax.stop_gradient(leaf)), initial=0))
     # Below the smallest normal number a division would overflow; there every square is zero.
     scale = jnp.where(largest >= np.finfo(largest.dtype).tiny, largest, 1)
-    scaled = jax.tree.map(lambda x: x / scale.astype(x.real.dtype), wide)
+    scaled = jax.tree.map(lambda x: x / scale, wide)
     square = sum((jnp.sum(x.real**2 + x.imag**2) for x in jax.tree.leaves(scaled)), start=jnp.zeros_like(scale))
     root = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
     return scaled, scale, root
@@ -239,7 +241,7 @@ def _second_derivative(function: str, grad_fn: GradFn, params: PyTree, mode: Mod
     try:
         yield
     except (TypeError, ValueError, NotImplementedError) as error:
-        jax.eval_shape(grad_fn, params)  # a mistake in the loss itself shows here, as it is
+        grad_fn(params)  # a mistake in the loss itself shows here, as it is
         raise TypeError(
             f"{function}: the gradient of this loss cannot be differentiated {mode.replace('_', ' ')}: try the other mode, "
             f"or use fd_gradreg or fd_value_and_grad, which need first derivatives only ({error})."

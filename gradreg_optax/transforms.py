@@ -20,6 +20,7 @@ from gradreg_optax._checks import (
     check_gamma,
     check_interval,
     check_like,
+    check_loss,
     check_mode,
     check_params,
     check_scalar,
@@ -208,6 +209,7 @@ def flooding(loss_fn: LossFn | None = None, *, level: ScalarOrSchedule, has_aux:
       Ishida et al., *Do We Need Zero Training Loss After Achieving Zero Training Error?*, ICML 2020. Karakida et al., ICML 2023.
     """
     function = "flooding"
+    check_loss(function, loss_fn)
     check_schedule(function, "level", level, check_scalar)
 
     def update(
@@ -217,7 +219,7 @@ def flooding(loss_fn: LossFn | None = None, *, level: ScalarOrSchedule, has_aux:
             raise ValueError("flooding: has no loss: pass update(grads, state, params, value=loss), value_fn=, or flooding(loss_fn, ...).")
         loss = bind(function, loss_fn, has_aux, params, extra_args)(params) if value is None else check_scalar(function, "value", value)
         sign = jnp.sign(loss - at_step(function, "level", level, check_scalar, state.step))
-        return jax.tree.map(lambda u: sign.astype(u.dtype) * u, updates), _advance(state)
+        return jax.tree.map(lambda u: sign.astype(jnp.result_type(u)) * u, updates), _advance(state)
 
     # Needs no parameters where update is given value=, so that optax.masked may stand around it.
     return optax.GradientTransformationExtraArgs(lambda params: _start(), update)
@@ -384,6 +386,7 @@ def _penalized(
     has_aux: bool,
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation that adds gamma H d on every ``interval``-th update."""
+    check_loss(function, loss_fn)
     check_schedule(function, *gamma, check_gamma)
     interval = check_interval(function, interval)
     reuse_by_default = reuse_updates
