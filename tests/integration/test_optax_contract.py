@@ -1,0 +1,80 @@
+"""Optax's own contract suite, as installed, run on this package's transformations.
+
+``optax/contrib/_common_test.py`` puts every optimizer of its tables through eight expectations: extra arguments and no recompilation,
+convergence under ``lax.scan``, ``inject_hyperparams``, dtypes, ``MultiSteps``, stability of the state, learning rate schedules. It is
+executed here up to its test class, its tables are replaced by ours, and the class is executed as it stands. The suite hands the
+loss to one kind of optimizer only, those called ``sophia``, as ``obj_fn=``: so that is what ours are called there.
+"""
+
+import importlib.util
+import inspect
+import pathlib
+import types
+
+import optax
+
+import gradreg_optax as gr
+
+# Everything but the learning rate is small: the suite asks for convergence to 3% in 30 000 steps, also on Rosenbrock's function, whose
+# largest curvature of 1000 makes gamma * curvature of order one here, and SAM's radius bounds how close it comes.
+_TABLE = (
+    {"transformation": "fd_gradreg", "gamma": 1e-3, "epsilon": 1e-3},
+    {"transformation": "dbp_gradreg", "gamma": 1e-3},
+    {"transformation": "gradient_norm_penalty", "gamma": 1e-3, "epsilon": 1e-3},
+    {"transformation": "sam", "rho": 1e-3},
+    {"transformation": "asam", "rho": 1e-3},
+    {"transformation": "flooding", "level": 0.0},
+    {"transformation": "fd_gradreg", "gamma": 1e-3, "epsilon": 1e-3, "scheme": "central", "interval": 3},
+)
+
+
+def factory(
+    transformation: str,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    gamma: float | None = None,
+    epsilon: float | None = None,
+    rho: float | None = None,
+    level: float | None = None,
+    scheme: str | None = None,
+    interval: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """One of our transformations in front of Adam, with the loss under the name that the suite uses."""
+    options = {"gamma": gamma, "epsilon": epsilon, "rho": rho, "level": level, "scheme": scheme, "interval": interval}
+    given = {name: value for name, value in options.items() if value is not None}
+    tx = optax.chain(getattr(gr, transformation)(**given), optax.adam(learning_rate))
+
+    def update(updates, state, params=None, *, obj_fn, **extra_args):
+        return tx.update(updates, state, params, value_fn=obj_fn, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def contract_suite() -> types.ModuleType:
+    spec = importlib.util.find_spec("optax.contrib._common_test")
+    source = pathlib.Path(spec.origin).read_text(encoding="utf-8")
+    tables, tests = source.split("class ContribTest(", 1)
+    module = types.ModuleType("optax_contract")
+    exec(compile(tables, spec.origin, "exec"), vars(module))
+    ours = tuple(
+        {"opt_name": "sophia", "opt_kwargs": {"learning_rate": 1e-2, **row}, "wrapper_name": None, "wrapper_kwargs": None} for row in _TABLE
+    )
+    module._MAIN_OPTIMIZERS_UNDER_TEST = module._ALL_OPTIMIZERS_UNDER_TEST = ours
+    module._get_opt_factory = lambda name: factory
+    exec(compile("class ContribTest(" + tests.split("if __name__")[0], spec.origin, "exec"), vars(module))
+    return module
+
+
+ContribTest = contract_suite().ContribTest  # pytest collects it here
+
+
+def public_transformations():
+    home = "gradreg_optax.transforms"
+    return {name for name in gr.__all__ if inspect.isfunction(getattr(gr, name)) and getattr(gr, name).__module__ == home}
+
+
+def test_the_suite_holds_all_of_its_expectations_for_each_of_ours():
+    """Sixteen cases for each row: were the suite to change its tables or its names, it would not silently shrink."""
+    cases = [name for name in dir(ContribTest) if name.startswith("test_")]
+    assert len(cases) >= 16 * len(_TABLE)
+    assert {row["transformation"] for row in _TABLE} == public_transformations()
