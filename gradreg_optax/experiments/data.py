@@ -1,13 +1,14 @@
 """Real data sets in their original formats, and what a seed makes of them: a subset, wrong labels, a test set."""
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import io
+import math
 import os
 import pickle
 import tarfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -35,7 +36,7 @@ class Dataset:
       test_x: test inputs.
       test_y: test labels.
       classes: number of classes.
-      scale: models see ``x / scale``, which lies in [0, 1] for images.
+      scale: the largest value that an input can take; 1 for inputs that are no whole numbers.
       resplit: there is no official test set, so every seed splits the samples anew.
     """
 
@@ -52,6 +53,11 @@ class Dataset:
     def shape(self) -> tuple[int, ...]:
         """Shape of one input."""
         return tuple(self.train_x.shape[1:])
+
+    @functools.cached_property
+    def mean(self) -> float:
+        """The mean over all training inputs and their entries, divided by ``scale``: models see ``x / scale - mean``."""
+        return float(np.mean(self.train_x, dtype=np.float64) / self.scale)
 
     @property
     def inputs(self) -> Array:
@@ -78,50 +84,56 @@ class Split(NamedTuple):
     test: Any
 
 
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """Where a data set can be fetched and which md5 sums its publisher's files have."""
+class _Source(NamedTuple):
+    """Where a data set can be fetched.
+
+    Attributes:
+      url: the folder that its publisher keeps it in.
+      md5: the md5 sum of each file there.
+      folders: names of the folder that holds them on disk.
+      contents: md5 sums of the files once unpacked.
+    """
 
     url: str
-    md5: Mapping[str, str]
+    md5: dict[str, str]
     folders: tuple[str, ...]
+    contents: tuple[str, ...]
 
 
-_SOURCES = {
-    "fashion-mnist": _Source(
-        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        dict(
-            zip(
-                _IDX,
-                (
-                    "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-                    "25c81989df183df01b3e8a0aad5dffbe",
-                    "bef4ecab320f06d8554ea6380940ec79",
-                    "bb300cfdad3c16e7a12a480ee83cd310",
-                ),
-                strict=True,
-            )
-        ),
-        ("fashion-mnist", "FashionMNIST/raw"),
+_FASHION_MNIST = _Source(
+    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    {
+        _IDX[0]: "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        _IDX[1]: "25c81989df183df01b3e8a0aad5dffbe",
+        _IDX[2]: "bef4ecab320f06d8554ea6380940ec79",
+        _IDX[3]: "bb300cfdad3c16e7a12a480ee83cd310",
+    },
+    ("fashion-mnist", "FashionMNIST/raw"),
+    (
+        "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "9018921c3c673c538a1fc5bad174d6f9",
+        "8181f5470baa50b63fa0f6fddb340f0a",
+        "15d484375f8d13e6eb1aabb0c3f46965",
     ),
-    "mnist": _Source(
-        "https://ossci-datasets.s3.amazonaws.com/mnist/",
-        dict(
-            zip(
-                _IDX,
-                (
-                    "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-                    "d53e105ee54ea40749a09fcbcd1e9432",
-                    "9fb629c4189551a2d022fa330f9573f3",
-                    "ec29112dd5afa0611ce80d1b7f02629c",
-                ),
-                strict=True,
-            )
-        ),
-        ("mnist", "MNIST/raw"),
+)
+_MNIST = _Source(
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    {
+        _IDX[0]: "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        _IDX[1]: "d53e105ee54ea40749a09fcbcd1e9432",
+        _IDX[2]: "9fb629c4189551a2d022fa330f9573f3",
+        _IDX[3]: "ec29112dd5afa0611ce80d1b7f02629c",
+    },
+    ("mnist", "MNIST/raw"),
+    (
+        "6bbc9ace898e44ae57da46a324031adb",
+        "a25bea736e30d166cdddb491f175f624",
+        "2646ac647ad5339dbf082846283269ea",
+        "27ae3e4e09519cfbb04c329615203637",
     ),
-    "cifar10": _Source("https://www.cs.toronto.edu/~kriz/", {_CIFAR: "c58f30108f718f92721af3b95e74349a"}, ("cifar10", "CIFAR10")),
-}
+)
+_CIFAR10 = _Source("https://www.cs.toronto.edu/~kriz/", {_CIFAR: "c58f30108f718f92721af3b95e74349a"}, ("cifar10", "CIFAR10"), ())
+_SOURCES = {"fashion-mnist": _FASHION_MNIST, "mnist": _MNIST, "cifar10": _CIFAR10}
 
 
 def load(name: str, root: Path | str | None = None) -> Dataset:
@@ -223,9 +235,7 @@ def _npz(path: Path) -> Dataset:
 
 
 def _idx(name: str, root: Path | str | None) -> Dataset:
-    contents = [_read(name, file, root) for file in _IDX]
-    arrays = [_parse_idx(f"{name}: {file}", content) for file, content in zip(_IDX, contents, strict=True)]
-    x_train, y_train, x_test, y_test = arrays
+    x_train, y_train, x_test, y_test = (_parse_idx(name, file, _read(name, file, root)) for file in _IDX)
     return _checked(name, x_train[..., None], y_train, x_test[..., None], y_test, 255.0, classes=10)
 
 
@@ -241,8 +251,11 @@ def _cifar_contents(root: Path | str | None) -> list[bytes]:
     for folder in _folders("cifar10", root):
         if all((folder / _CIFAR_FOLDER / batch).exists() for batch in _CIFAR_BATCHES):
             return [(folder / _CIFAR_FOLDER / batch).read_bytes() for batch in _CIFAR_BATCHES]
-    with tarfile.open(fileobj=io.BytesIO(_read("cifar10", _CIFAR, root))) as archive:
-        return [_member(archive, f"{_CIFAR_FOLDER}/{batch}") for batch in _CIFAR_BATCHES]
+    try:
+        with tarfile.open(fileobj=io.BytesIO(_read("cifar10", _CIFAR, root))) as archive:
+            return [_member(archive, f"{_CIFAR_FOLDER}/{batch}") for batch in _CIFAR_BATCHES]
+    except tarfile.ReadError as error:
+        raise ValueError(f"cifar10: {_CIFAR} cannot be unpacked ({error}).") from error
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
@@ -277,9 +290,7 @@ def _read(name: str, file: str, root: Path | str | None) -> bytes:
     for folder in _folders(name, root):
         for path in (folder / file, folder / file.removesuffix(".gz")):
             if path.is_file():
-                content = path.read_bytes()
-                _check_not_another(name, path, content)
-                return content
+                return path.read_bytes()
     if root is not None:
         looked = ", ".join(str(folder) for folder in _folders(name, root))
         raise FileNotFoundError(f"{name}: no {file} in {looked}: put the publisher's files there, or leave --data-dir away.")
@@ -299,14 +310,12 @@ def _folders(name: str, root: Path | str | None) -> list[Path]:
     return folders if root is not None else [*folders, cache() / name]
 
 
-def _check_not_another(name: str, path: Path, content: bytes) -> None:
+def _check_not_another(name: str, file: str, content: bytes) -> None:
     """MNIST and Fashion-MNIST use the same file names: do not take the one for the other."""
     digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
     for other, source in _SOURCES.items():
-        if other != name and digest in source.md5.values():
-            raise ValueError(
-                f"{path} is a file of {other}, not of {name}: use --dataset {other}, or give each data set a folder of its own."
-            )
+        if other != name and digest in source.contents:
+            raise ValueError(f"{name}: {file} is a file of {other}: use --dataset {other}, or give each data set a folder of its own.")
 
 
 def _fetch(name: str, file: str) -> Path:
@@ -324,20 +333,28 @@ def _fetch(name: str, file: str) -> Path:
         downloader = pooch.HTTPDownloader(timeout=(5, 30))
         found = pooch.retrieve(source.url + file, f"md5:{source.md5[file]}", file, cache() / name, downloader=downloader)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise FileNotFoundError(f"{name}: {source.url}{file} could not be fetched: {remedy}. ({type(error).__name__}: {reason})") from error
+        raise FileNotFoundError(f"{name}: {source.url}{file} could not be fetched ({type(error).__name__}): {remedy}.") from error
     return Path(found)
 
 
-def _parse_idx(what: str, content: bytes) -> Array:
+def _parse_idx(name: str, file: str, content: bytes) -> Array:
     """Unsigned bytes in the idx format: 0, 0, 8, number of dimensions, the dimensions in big endian, the data."""
     if content[:2] == b"\x1f\x8b":
-        content = gzip.decompress(content)
+        content = _gunzip(name, file, content)
+    _check_not_another(name, file, content)
     dimensions = content[3] if content[:3] == b"\x00\x00\x08" else 0
-    shape = tuple(np.frombuffer(content, ">u4", dimensions, offset=4).tolist()) if dimensions else ()
-    if not dimensions or len(content) != 4 + 4 * dimensions + int(np.prod(shape)):
-        raise ValueError(f"{what} is no idx file of unsigned bytes, or is cut short.")
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    start = 4 + 4 * dimensions
+    shape = tuple(np.frombuffer(content[4:start], ">u4").tolist())
+    if not dimensions or len(shape) != dimensions or len(content) != start + math.prod(shape):
+        raise ValueError(f"{name}: {file} is no idx file of unsigned bytes, or is cut short.")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _gunzip(name: str, file: str, content: bytes) -> bytes:
+    try:
+        return gzip.decompress(content)
+    except (EOFError, OSError) as error:
+        raise ValueError(f"{name}: {file} cannot be unpacked ({error}).") from error
 
 
 def _checked(name: str, x_train: Array, y_train: Array, x_test: Array, y_test: Array, scale: float, classes: int | None = None) -> Dataset:

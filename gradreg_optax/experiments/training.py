@@ -203,7 +203,7 @@ class Trainer:
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(self._model.apply(params, x), labels))
 
     def _take(self, pool: _Pool, rows: jax.Array) -> jax.Array:
-        return pool[0][rows].astype(jnp.float32) / self._dataset.scale
+        return pool[0][rows].astype(jnp.float32) / self._dataset.scale - self._dataset.mean
 
     def _start(self, lane: Settings) -> TrainState:
         return self._train_step(lane).init(self._model.init(_key(lane, 0)))
