@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gradreg_optax._batch import split_batch
+from gradreg_optax._batch import interleaved_parts
 from gradreg_optax._loss import with_aux
 from gradreg_optax._typing import LossFn, PyTree
 
@@ -18,6 +18,10 @@ def microbatched(loss_fn: LossFn, count: int, *, has_aux: bool = False) -> LossF
     is that of the whole batch: the difference and the exact product of all of :math:`L` come out, not an average of products of
     parts, which is what accumulation *around* a regularizer would give. Works with every transformation, gradient function and train
     step of this package, and with ``jax.grad`` itself; for ``dbp`` use the default mode (the other one keeps all micro-batches).
+
+    The micro-batches interleave, as the parts 0::k, 1::k, ... of the batch, so that a batch sharded over devices stays where it is.
+    What is not a mean over samples, BatchNorm in training mode above all, sees micro-batches instead of the batch; a dropout key
+    passed as a further argument draws the same mask in each of them, keys passed in the batch, one a sample, do not.
 
     Cost: that of ``loss_fn`` in gradients; temporary memory of one micro-batch and of one gradient.
 
@@ -44,20 +48,20 @@ def microbatched(loss_fn: LossFn, count: int, *, has_aux: bool = False) -> LossF
     loss = with_aux("microbatched", loss_fn, has_aux)
 
     def accumulated(params: PyTree, batch: PyTree, *args: Any, **kwargs: Any) -> Any:
-        pieces = split_batch("microbatched", "count", batch, count)
+        piece = interleaved_parts("microbatched", "count", batch, count)
 
         @jax.custom_vjp
         def mean_loss(params: PyTree) -> tuple[jax.Array, Any]:
-            values, aux = jax.lax.map(lambda piece: loss(params, piece, *args, **kwargs), pieces)
+            values, aux = jax.lax.map(lambda j: loss(params, piece(j), *args, **kwargs), jnp.arange(count))
             return jnp.mean(values), aux
 
         def forward(params: PyTree) -> tuple[tuple[jax.Array, Any], PyTree]:
-            def accumulate(total: PyTree, piece: PyTree) -> tuple[PyTree, tuple[jax.Array, Any]]:
-                output, gradient = jax.value_and_grad(loss, has_aux=True)(params, piece, *args, **kwargs)
+            def accumulate(total: PyTree, j: jax.Array) -> tuple[PyTree, tuple[jax.Array, Any]]:
+                output, gradient = jax.value_and_grad(loss, has_aux=True)(params, piece(j), *args, **kwargs)
                 return jax.tree.map(lambda t, g: t + g.astype(t.dtype) / count, total, gradient), output
 
             zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params)
-            total, (values, aux) = jax.lax.scan(accumulate, zeros, pieces)
+            total, (values, aux) = jax.lax.scan(accumulate, zeros, jnp.arange(count))
             return (jnp.mean(values), aux), jax.tree.map(lambda t, p: t.astype(p.dtype), total, params)
 
         def backward(gradient: PyTree, cotangent: tuple[jax.Array, Any]) -> tuple[PyTree]:
