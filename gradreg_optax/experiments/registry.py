@@ -2,4 +2,8 @@
 
 from types import ModuleType
 
-COMMANDS: dict[str, ModuleType] = {}
+from gradreg_optax.experiments import implicit_bias
+
+COMMANDS: dict[str, ModuleType] = {
+    "implicit-bias": implicit_bias,
+}

@@ -1,0 +1,400 @@
+r"""Implicit bias: gradient regularization moves a diagonal linear network to the rich regime.
+
+The network is :math:`f(x) = \langle x, \beta\rangle` with :math:`\beta = u\odot u - v\odot v` and the loss
+:math:`L = \frac{1}{4N}\|X\beta - y\|^2`, with fewer samples than features, from :math:`u = v = \alpha 1`. With
+:math:`s = X^\top(X\beta - y)/N`, and :math:`s'` the same vector at :math:`\theta + \epsilon\nabla L(\theta)`, the flow of the
+regularized gradient reaches the solution of :math:`X\beta = y` with the least hyperbolic entropy :math:`\Phi_a` of the scale
+
+.. math::
+
+    \alpha_\text{eff} = \alpha \exp\Big(-\gamma \int_0^\infty s \odot s' \, dt\Big).
+
+A small scale is the rich regime (sparse, near the minimum L1 norm), a large one the lazy regime. Here the flow is integrated in
+float64 through the package's own gradients, and the solution that it reaches is compared with the minimizer of the entropy,
+which is found independently, by convex duality. Sources: Karakida et al., ICML 2023; Woodworth et al., COLT 2020 (the entropy).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from gradreg_optax.gradients import dbp_value_and_grad, fd_value_and_grad
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+Array: TypeAlias = Any  # of NumPy or of JAX
+Method: TypeAlias = Literal["difference", "product"]
+
+# Local error of the integrator per step, absolute and relative, in the setting that is worst: far below what the comparison resolves.
+TOLERANCE = 1e-9
+# Relative size of X beta - y at which the dual problem counts as solved; rounding stops Newton's method near 1e-15.
+SOLVED = 1e-13
+# The flow's time is cut into pieces, between which progress shows.
+PIECES = 6
+TITLES = {
+    "mean_one": "inputs N(1, 1)",
+    "converged": "inputs N(1, 1), few samples, so that the flow has converged",
+    "mean_zero": "inputs N(0, 1): the bias acts, and it does not help",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A diagonal linear network with fewer samples than features, and the flows to integrate."""
+
+    output: Path = Path("results/implicit-bias")
+    """Folder for results.json and the figure."""
+    seed: int = 0
+    """Seed of the first data set; the others take the next ones."""
+    redraw: bool = False
+    """Draw the figure from the results on disk, without a run."""
+    seeds: int = 5
+    """Number of data sets of each kind: inputs of mean one, the same with few samples, inputs of mean zero."""
+    samples: int = 50
+    """Number of samples N."""
+    features: int = 100
+    """Number of features d > N."""
+    support: int = 5
+    """Number of features that the teacher uses, with equal weights and norm 3."""
+    alpha: float = 0.1
+    """Initial scale of the weights."""
+    gamma: float = 0.1
+    """Regularization coefficient; beyond 0.2 F-GR collapses to the saddle at the origin."""
+    epsilons: tuple[float, ...] = (-0.4, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)
+    """Ascent steps in increasing order: negative ones are B-GR, zero is DB, positive ones are F-GR. Beyond 0.3 the trend reverses."""
+    horizon: float = 120.0
+    """Time to which the flow is integrated."""
+    few: int = 15
+    """Number of samples of the data sets on which the flow has converged long before the horizon."""
+
+    def cases(self) -> dict[str, tuple[float, int]]:
+        """Mean of the inputs and number of samples of the three kinds of data sets."""
+        return {"mean_one": (1.0, self.samples), "converged": (1.0, self.few), "mean_zero": (0.0, self.samples)}
+
+
+class Flow(NamedTuple):
+    """The state of the flow.
+
+    Attributes:
+      u: the weights of the positive part; shape (..., d).
+      v: the weights of the negative part; shape (..., d).
+      decay: the integral of s * s' so far; shape (..., d).
+    """
+
+    u: Array
+    v: Array
+    decay: Array
+
+
+def loss_fn(params: tuple[Array, Array], x: Array, y: Array) -> jax.Array:
+    r"""The loss :math:`\frac{1}{4N}\|X(u\odot u - v\odot v) - y\|^2` at ``params = (u, v)``."""
+    u, v = params
+    return jnp.mean((x @ (u**2 - v**2) - y) ** 2) / 4
+
+
+def slope(params: tuple[Array, Array], x: Array, y: Array) -> jax.Array:
+    r"""The vector :math:`s = X^\top(X\beta - y)/N`: the loss has the gradient :math:`(u\odot s, -v\odot s)`."""
+    u, v = params
+    product: jax.Array = x.T @ (x @ (u**2 - v**2) - y) / y.size
+    return product
+
+
+def velocity(method: Method, flow: Flow, x: Array, y: Array, gamma: Array, epsilon: Array) -> Flow:
+    """The time derivative of the flow: minus the regularized gradient of the package, and s * s'.
+
+    Args:
+      method: "difference" for F-GR and, with a negative epsilon, B-GR; "product" for DB, which does not look at epsilon.
+      flow: the state, for one data set and one setting.
+      x: inputs, shape (N, d).
+      y: targets, shape (N,).
+      gamma: regularization coefficient; zero gives the plain flow.
+      epsilon: ascent step.
+    """
+    params = (flow.u, flow.v)
+    s = slope(params, x, y)
+    if method == "product":
+        gradient, ahead = dbp_value_and_grad(loss_fn, gamma=gamma)(params, x, y)[1], s
+    else:
+        gradient = fd_value_and_grad(loss_fn, gamma=gamma, epsilon=epsilon)(params, x, y)[1]
+        ahead = slope((flow.u + epsilon * flow.u * s, flow.v - epsilon * flow.v * s), x, y)
+    return Flow(-gradient[0], -gradient[1], s * ahead)
+
+
+@partial(jax.jit, static_argnames="method")
+def integrate(method: Method, flow: Flow, start: float, stop: float, data: tuple[Floats, Floats], settings: tuple[Floats, Floats]) -> Flow:
+    """Carries the flow from ``start`` to ``stop``, for all data sets and settings at once, with the steps that the worst of them needs.
+
+    Args:
+      method: as for :func:`velocity`.
+      flow: the states, shape (data sets, settings, d).
+      start: a time.
+      stop: a later time.
+      data: inputs and targets, stacked over data sets.
+      settings: gamma and epsilon, stacked over settings.
+    """
+    over_settings = jax.vmap(partial(velocity, method), in_axes=(0, None, None, 0, 0))
+    field = jax.vmap(over_settings, in_axes=(0, 0, 0, None, None))
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, flow, args: field(flow, *data, *settings)),
+        diffrax.Dopri5(),
+        start,
+        stop,
+        None,
+        flow,
+        stepsize_controller=diffrax.PIDController(rtol=TOLERANCE, atol=TOLERANCE, norm=_worst),
+        max_steps=None,
+    )
+    last: Flow = jax.tree.map(lambda a: a[-1], solution.ys)
+    return last
+
+
+def _worst(error: Flow) -> jax.Array:
+    """The largest root mean square over features, of all data sets and settings."""
+    return jnp.max(jnp.sqrt(jnp.stack([jnp.mean(part**2, axis=-1) for part in error])))
+
+
+def hyperbolic_entropy(beta: Floats, scale: Floats) -> Floats:
+    r"""The entropy :math:`\Phi_a(\beta) = \sum_i a_i^2\, q(\beta_i / a_i^2)`, :math:`q(z) = 2 - \sqrt{4 + z^2} + z\,\text{asinh}(z/2)`.
+
+    Args:
+      beta: weights, shape (..., d).
+      scale: the scale a > 0, shape (..., d).
+    """
+    z = beta / scale**2
+    return np.asarray(np.sum(scale**2 * (2 - np.sqrt(4 + z**2) + z * np.arcsinh(z / 2)), axis=-1))
+
+
+def least_entropy(x: Floats, y: Floats, scale: Floats, stages: int = 25) -> Floats:
+    r"""Minimizes the hyperbolic entropy :math:`\Phi_a(\beta)` subject to :math:`X\beta = y`, by its convex dual.
+
+    The minimizer is :math:`\beta = 2a^2\odot\sinh(X^\top\nu)`, where :math:`\nu` minimizes
+    :math:`\sum_i 2a_i^2\cosh(X^\top\nu)_i - \langle y, \nu\rangle`. Newton's method with a line search finds it, first for a large scale,
+    where the problem is nearly quadratic, then along a path on which log a changes in equal steps.
+
+    Args:
+      x: inputs of full row rank, shape (N, d).
+      y: targets, shape (N,).
+      scale: the scale a > 0, shape (d,).
+      stages: number of scales on the path.
+
+    Returns:
+      The weights, shape (d,).
+
+    Raises:
+      RuntimeError: Newton's method did not converge.
+    """
+    lazy = np.maximum(scale, np.sqrt(np.abs(np.linalg.lstsq(x, y)[0]).max() + 1e-300))
+    nu = np.zeros(len(y))
+    for weight in np.linspace(0, 1, stages):
+        nu = _newton(x, y, lazy ** (1 - weight) * scale**weight, nu)
+    return np.asarray(2 * scale**2 * np.sinh(x.T @ nu))
+
+
+def _newton(x: Floats, y: Floats, scale: Floats, nu: Any) -> Floats:
+    """Minimizes the dual from ``nu`` on, until the constraint holds to ``SOLVED`` or rounding stops the descent."""
+    for _ in range(200):
+        gradient = x @ (2 * scale**2 * np.sinh(x.T @ nu)) - y
+        if np.linalg.norm(gradient) <= SOLVED * np.linalg.norm(y):
+            return np.asarray(nu)
+        hessian = (x * (2 * scale**2 * np.cosh(x.T @ nu))) @ x.T
+        step = -np.linalg.solve(hessian, gradient)
+        nu = nu + _step_length(x, y, scale, nu, step, gradient @ step) * step
+    raise RuntimeError(
+        f"least_entropy: Newton's method stopped at a residual of {np.linalg.norm(gradient):.1e}: take more stages, or check the rank of x."
+    )
+
+
+def _step_length(x: Floats, y: Floats, scale: Floats, nu: Any, step: Any, descent: Any) -> float:
+    """The largest of 1, 1/2, 1/4, ... that brings a fair share of the descent promised by the gradient."""
+
+    def dual(point: Floats) -> float:
+        with np.errstate(over="ignore"):  # a step too far is infinitely bad
+            return float(np.sum(2 * scale**2 * np.cosh(x.T @ point)) - y @ point)
+
+    here = dual(nu)
+    for length in 0.5 ** np.arange(60.0):
+        # Near the minimum the gain drowns in the rounding of the dual itself, and Newton's full step is right.
+        if dual(nu + length * step) <= here + 1e-4 * length * descent + 1e-12 * abs(here):
+            return float(length)
+    return 0.0
+
+
+def draw_data(config: Config, mean: float, samples: int) -> tuple[Floats, Floats, Floats]:
+    """Inputs N(mean, 1), targets and the teacher, stacked over data sets: shapes (S, N, d), (S, N), (d,)."""
+    teacher = np.where(np.arange(config.features) < config.support, 3 / np.sqrt(config.support), 0.0)
+    size = (samples, config.features)
+    x = np.stack([mean + np.random.default_rng(config.seed + i).normal(size=size) for i in range(config.seeds)])
+    return x, x @ teacher, teacher
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Integrates the plain flow (gamma = 0) and the flow of every epsilon, and solves the dual problem of each.
+
+    Returns:
+      ``epsilon``, ``gamma`` and ``alpha``, and for each kind of data sets what :func:`measure` says.
+
+    Raises:
+      ValueError: the epsilons are not in increasing order.
+    """
+    if list(config.epsilons) != sorted(set(config.epsilons)):
+        raise ValueError(f"implicit-bias: epsilons must be in increasing order, got {config.epsilons}: sort them.")
+    found: dict[str, Any] = {"epsilon": np.array(config.epsilons), "gamma": config.gamma, "alpha": config.alpha}
+    parts = len(config.cases()) * len(methods(config)) * PIECES
+    with jax.enable_x64(True), tqdm(total=parts, desc="flow", unit="part", disable=None) as progress:
+        for name, (mean, samples) in config.cases().items():
+            x, y, teacher = draw_data(config, mean, samples)
+            found[name] = measure(config, x, y, teacher, mean, solve_flows(config, x, y, progress.update))
+    return found
+
+
+def methods(config: Config) -> dict[Method, list[tuple[int, float, float]]]:
+    """The settings (place, gamma, epsilon) by method; the plain flow has place 0."""
+    settings = list(enumerate(config.epsilons, start=1))
+    difference = [(0, 0.0, 1.0)] + [(place, config.gamma, epsilon) for place, epsilon in settings if epsilon != 0]
+    product = [(place, config.gamma, 0.0) for place, epsilon in settings if epsilon == 0]
+    found: dict[Method, list[tuple[int, float, float]]] = {"difference": difference}
+    return found | {"product": product} if product else found
+
+
+def solve_flows(config: Config, x: Floats, y: Floats, progress: Callable[[], object]) -> Flow:
+    """The states at the horizon, shape (data sets, 1 + epsilons, d), the plain flow first."""
+    whole = Flow(*np.empty((3, len(x), 1 + len(config.epsilons), config.features)))
+    knots = np.linspace(0, config.horizon, PIECES + 1)
+    for method, settings in methods(config).items():
+        places, gammas, epsilons = map(np.array, zip(*settings, strict=True))
+        start = np.full((len(x), len(places), config.features), config.alpha)
+        flow = Flow(start, start, 0 * start)
+        for piece in pairwise(knots.tolist()):
+            flow = Flow(*map(np.asarray, integrate(method, flow, *piece, (x, y), (gammas, epsilons))))
+            progress()
+        for target, part in zip(whole, flow, strict=True):
+            target[:, places] = part
+    return whole
+
+
+def measure(config: Config, x: Floats, y: Floats, teacher: Floats, mean: float, flow: Flow) -> dict[str, Any]:
+    """What the flows reached, compared with the minimizers of the entropy.
+
+    Returns:
+      Arrays of shape (data sets, 1 + epsilons), the plain flow first: ``scale``, the geometric mean of alpha_eff / alpha;
+      ``conservation``, the largest relative error of u * v = alpha_eff ** 2; ``l1``, the L1 norm over the teacher's; ``error``, the squared
+      distance to the teacher over its squared norm; ``risk``, the same in the norm of the inputs' second moments, that is the test loss;
+      ``residual`` of X beta = y, relative; ``agreement``, the relative distance between the reached weights and those predicted for
+      X beta(T), and ``agreement_y``, for y itself. And of the first data set the weights, ``reached`` and ``predicted``.
+    """
+    gamma = np.array([0.0] + [config.gamma] * len(config.epsilons))[:, None]
+    beta, scale = flow.u**2 - flow.v**2, config.alpha * np.exp(-gamma * flow.decay)
+    outputs = beta @ np.swapaxes(x, -1, -2)
+    targets = np.broadcast_to(y[:, None], outputs.shape)
+    predicted = predict(x, outputs, scale)
+    return {
+        "scale": np.exp(np.mean(np.log(scale / config.alpha), axis=-1)),
+        "conservation": np.max(np.abs(flow.u * flow.v / scale**2 - 1), axis=-1),
+        "l1": np.sum(np.abs(beta), axis=-1) / np.sum(np.abs(teacher)),
+        "error": _second_moment(beta - teacher, 0.0) / _second_moment(teacher, 0.0),
+        "risk": _second_moment(beta - teacher, mean) / _second_moment(teacher, mean),
+        "residual": _relative(outputs, targets),
+        "agreement": _relative(beta, predicted),
+        "agreement_y": _relative(beta, predict(x, targets, scale)),
+        "reached": beta[0],
+        "predicted": predicted[0],
+    }
+
+
+def predict(x: Floats, outputs: Floats, scale: Floats) -> Floats:
+    """The weights of least entropy that give ``outputs``, for every data set and setting; shape (data sets, settings, d)."""
+    return np.array([[least_entropy(x[i], y, a) for y, a in zip(outputs[i], scale[i], strict=True)] for i in range(len(x))])
+
+
+def _second_moment(beta: Floats, mean: float) -> Floats:
+    """The mean of <x, beta> ** 2 over inputs N(mean, 1)."""
+    return np.asarray(np.sum(beta**2, axis=-1) + (mean * np.sum(beta, axis=-1)) ** 2)
+
+
+def _relative(found: Floats, expected: Floats) -> Floats:
+    return np.asarray(np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1))
+
+
+def table(results: dict[str, Any]) -> str:
+    """The table of every kind of data sets: mean and standard error over data sets, and the largest disagreement with the theory."""
+    return "\n\n".join(_part_table(results, name) for name in TITLES)
+
+
+def _part_table(results: dict[str, Any], name: str) -> str:
+    part = results[name]
+    columns = ["scale", "l1", "error", "risk"]
+    rows = [f"{TITLES[name]} ({len(part['scale'])} data sets)"]
+    heads = ["alpha_eff/alpha", "L1 / teacher's", "squared error", "test loss"]
+    rows.append(f"{'flow':<12}" + "".join(f"{head:>18}" for head in heads) + f"{'off prediction':>18}{'the same for y':>18}")
+    for i, label in enumerate(labels(results)):
+        cells = "".join(f"{_mean_error(part[column][:, i]):>18}" for column in columns)
+        rows.append(f"{label:<12}{cells}{part['agreement'][:, i].max():>18.1e}{part['agreement_y'][:, i].max():>18.1e}")
+    falls = np.all(np.diff(part["scale"][:, 1:], axis=1) < 0, axis=1)
+    rows.append(f"alpha_eff falls strictly with epsilon in {falls.sum()} of {len(falls)} data sets")
+    return "\n".join(rows)
+
+
+def labels(results: dict[str, Any]) -> list[str]:
+    """The names of the flows: the plain one first."""
+    names = {-1: "B-GR {:g}", 0: "DB", 1: "F-GR {:g}"}
+    return ["gamma = 0"] + [names[int(np.sign(e))].format(abs(e)) for e in results["epsilon"]]
+
+
+def _mean_error(values: Floats) -> str:
+    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return f"{np.mean(values):.4f} ± {error:.4f}"
+
+
+def plot(results: dict[str, Any], output: Path) -> list[Path]:
+    """Draws scale, L1 norm and error against epsilon, and reached against predicted weights, for inputs of mean one and of mean zero.
+
+    Returns:
+      The path of the figure, ``implicit_bias.png``.
+    """
+    from matplotlib.figure import Figure  # no state, no display
+
+    figure = Figure(figsize=(15, 7), layout="constrained")
+    panels = figure.subplots(2, 4)
+    names = {
+        "scale": r"$\alpha_\mathrm{eff}/\alpha$ (geometric mean)",
+        "l1": r"$\|\beta\|_1 / \|\beta^*\|_1$",
+        "risk": "test loss, relative",
+    }
+    for row, name in zip(panels, ("mean_one", "mean_zero"), strict=True):
+        for panel, (column, label) in zip(row, names.items(), strict=False):
+            _draw_column(panel, results["epsilon"], results[name][column])
+            panel.set(xlabel=r"ascent step $\epsilon$ (B-GR < 0 = DB < F-GR)", ylabel=label)
+        _draw_weights(row[3], results, name)
+        row[0].set_title(TITLES[name], loc="left")
+    panels[0, 0].legend()
+    output.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output / "implicit_bias.png", dpi=120)
+    return [output / "implicit_bias.png"]
+
+
+def _draw_column(panel: Any, epsilon: Floats, values: Floats) -> None:
+    panel.plot(epsilon, values[:, 1:].T, color="C0", alpha=0.25, linewidth=1)
+    panel.plot(epsilon, values[:, 1:].mean(axis=0), "o-", color="C0", label="regularized flow, mean (thin: data sets)")
+    panel.axhline(values[:, 0].mean(), color="C3", linestyle="--", label=r"plain flow, $\gamma = 0$")
+    panel.axvline(0, color="0.8", zorder=0)
+
+
+def _draw_weights(panel: Any, results: dict[str, Any], name: str) -> None:
+    part = results[name]
+    extent = [float(part["predicted"].min()), float(part["predicted"].max())]
+    panel.plot(extent, extent, color="0.7", zorder=0)
+    for i, label in enumerate(labels(results)):
+        panel.plot(part["predicted"][i], part["reached"][i], ".", markersize=4, label=label)
+    worst = float(part["agreement"].max())
+    panel.set(xlabel=r"predicted $\beta$: $\mathrm{argmin}\ \Phi_{\alpha_\mathrm{eff}}$", ylabel=r"reached $\beta$")
+    panel.set_title(f"relative distance at most {worst:.0e}", loc="left")
+    panel.legend(fontsize=7)
