@@ -25,7 +25,7 @@ _CIFAR_FOLDER = "cifar-10-batches-py"
 _CIFAR_BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
     """A data set in memory, as it is stored.
 

@@ -113,16 +113,108 @@ class Recipe:
             raise ValueError(f"unknown optimizer {self.optimizer!r}: choose one of 'sgd', 'momentum', 'adam'.")
 
 
+class Problem:
+    """What every method solves: the data, the network, the loss, and the metrics of a result.
+
+    Attributes:
+      dataset: the data.
+      recipe: what the methods have in common.
+      model: the network.
+      pool: all inputs and labels, on the device.
+      batches: number of batches in an epoch.
+    """
+
+    def __init__(self, dataset: data.Dataset, recipe: Recipe) -> None:
+        """Builds the network and puts the data on the device.
+
+        Args:
+          dataset: the data.
+          recipe: the rest.
+
+        Raises:
+          ValueError: a batch larger than the training set, or more samples than there are.
+        """
+        size = len(data.draw(dataset, 0, recipe.train_size, recipe.test_size).train)
+        if recipe.batch_size > size:
+            raise ValueError(f"batch_size must not exceed the {size} training samples, got {recipe.batch_size}.")
+        self.dataset, self.recipe, self.batches = dataset, recipe, size // recipe.batch_size
+        self.model = models.build(recipe.model, dataset.shape, dataset.classes, width=recipe.width, depth=recipe.depth)
+        self.pool = (jnp.asarray(dataset.inputs), jnp.asarray(dataset.labels))
+        self._init = jax.jit(lambda seed: self.model.init(_key(seed, 0)))
+        self._measure = jax.jit(self._metrics)
+
+    def init(self, seeds: jax.Array) -> PyTree:
+        """The initial parameters of some seeds, stacked."""
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[self._init(seed) for seed in seeds])
+
+    def draw(self, seeds: Sequence[int] | Array) -> data.Split:
+        """The splits of some seeds, stacked."""
+        recipe = self.recipe
+        draw = functools.cache(lambda seed: data.draw(self.dataset, seed, recipe.train_size, recipe.test_size, recipe.label_noise))
+        split: data.Split = jax.tree.map(lambda *parts: jnp.stack(parts), *[draw(int(seed)) for seed in seeds])
+        return split
+
+    def loss(self, params: PyTree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """The mean cross-entropy of a batch ``(inputs, labels)``."""
+        x, labels = batch
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(self.model.apply(params, x), labels))
+
+    def take(self, pool: _Pool, rows: jax.Array) -> jax.Array:
+        """The inputs at some positions, as the network sees them."""
+        return pool[0][rows].astype(jnp.float32) / self.dataset.scale - self.dataset.mean
+
+    def measure(self, params: PyTree, seeds: jax.Array, split: data.Split) -> dict[str, Array]:
+        """The metrics of all lanes, one after the other for the sake of memory; NaN where a run has diverged."""
+
+        def lane(tree: PyTree, i: int) -> PyTree:
+            return jax.tree.map(lambda x: x[i], tree)
+
+        lanes = [self._measure(lane(params, i), seeds[i], lane(split, i), self.pool) for i in range(len(seeds))]
+        found = {name: np.array([metrics[name] for metrics in lanes]) for name in lanes[0]}
+        diverged = found["diverged"]
+        return {name: value if name == "diverged" else np.where(diverged, np.nan, value) for name, value in found.items()}
+
+    def _metrics(self, params: PyTree, seed: jax.Array, split: data.Split, pool: _Pool) -> dict[str, jax.Array]:
+        loss = self._mean(params, pool, split.train, split.train_labels, _cross_entropy)
+        rows = slice(min(split.train.shape[0], _CURVATURE_SAMPLES))
+        batch = self.take(pool, split.train[rows]), split.train_labels[rows]
+        found = {
+            "accuracy": self._mean(params, pool, split.test, pool[1][split.test], _correct),
+            "train_loss": loss,
+            "grad_norm": curvature.gradient_norm(lambda p: self.loss(p, batch), params),
+            "diverged": ~jnp.isfinite(global_norm(params) + loss),
+        }
+        if self.recipe.eigenvalue:
+            top = curvature.top_hessian_eigenvalue(lambda p: self.loss(p, batch), params, _key(seed, 2))
+            found |= {"eigenvalue": top.value, "eigenvalue_residual": top.residual}
+        return found
+
+    def _mean(self, params: PyTree, pool: _Pool, rows: jax.Array, labels: jax.Array, score: _Score) -> jax.Array:
+        """The mean score over samples, a few hundred at a time."""
+
+        def one(sample: tuple[jax.Array, jax.Array]) -> jax.Array:
+            row, label = sample
+            return score(self.model.apply(params, self.take(pool, row[None]))[0], label)
+
+        return jnp.mean(jax.lax.map(one, (rows, labels), batch_size=min(_EVALUATION_BATCH, rows.shape[0])))
+
+
+@functools.lru_cache(maxsize=2)
+def problem(dataset: data.Dataset, recipe: Recipe) -> Problem:
+    """The problem of a data set and a recipe; methods that ask for the same one share its data and its compiled metrics."""
+    return Problem(dataset, recipe)
+
+
 class Trainer:
     """Trains lanes of one method; every call with the same number of lanes runs the same compiled program.
 
     Attributes:
       method: the method.
-      traces: how often the loss of a training step has been traced; it stays as it is after the first call.
+      traces: how often the training loop has been traced; after the first call it stays 1.
     """
 
     def __init__(self, dataset: data.Dataset, method: Method, recipe: Recipe) -> None:
-        """Puts the data on the device; nothing is compiled yet.
+        """Prepares the programs; nothing is compiled yet.
 
         Args:
           dataset: the data.
@@ -132,16 +224,10 @@ class Trainer:
         Raises:
           ValueError: a batch larger than the training set, or more samples than there are.
         """
-        size = len(data.draw(dataset, 0, recipe.train_size, recipe.test_size).train)
-        if recipe.batch_size > size:
-            raise ValueError(f"batch_size must not exceed the {size} training samples, got {recipe.batch_size}.")
         self.method, self.traces = method, 0
-        self._dataset, self._recipe, self._batches = dataset, recipe, size // recipe.batch_size
-        self._model = models.build(recipe.model, dataset.shape, dataset.classes, width=recipe.width, depth=recipe.depth)
-        self._pool = (jnp.asarray(dataset.inputs), jnp.asarray(dataset.labels))
+        self._problem, self._recipe = problem(dataset, recipe), recipe
         self._begin = jax.jit(jax.vmap(self._start))
         self._advance = jax.jit(self._steps, donate_argnums=0)
-        self._finish = jax.jit(self._measure)
 
     def __call__(self, settings: Settings, seeds: Sequence[int] | Array, *, progress: bool = False) -> dict[str, Array]:
         """Trains one run per lane.
@@ -159,23 +245,21 @@ class Trainer:
         Raises:
           ValueError: settings other than the method's.
         """
-        lanes, split = self._lanes(settings, np.asarray(seeds)), self._draw(seeds)
-        states, steps = self._begin(lanes), self._recipe.steps
+        lanes, split = self._lanes(settings, np.asarray(seeds)), self._problem.draw(seeds)
+        states, steps = self._begin(lanes, self._problem.init(lanes["seed"])), self._recipe.steps
         with tqdm(total=steps, desc=self.method.label, unit="step", disable=not progress, leave=False) as bar:
             for first in range(0, steps, _CHUNK):
-                states = self._advance(states, lanes, split, self._pool, first)
+                states = self._advance(states, lanes, split, self._problem.pool, first)
                 states.step.block_until_ready()
                 bar.update(min(_CHUNK, steps - first))
-        found = {name: np.asarray(value) for name, value in self._finish(states.params, lanes, split, self._pool).items()}
-        diverged = found["diverged"]
-        return {name: value if name == "diverged" else np.where(diverged, np.nan, value) for name, value in found.items()}
+        return self._problem.measure(states.params, lanes["seed"], split)
 
     def flops(self) -> float:
         """Floating-point operations of one step of one run, as XLA counts them."""
         init, step = self._train_step(dict.fromkeys(self.method.settings, 1.0))
-        state = jax.eval_shape(lambda: init(self._model.init(jax.random.key(0))))
+        state = jax.eval_shape(lambda: init(self._problem.model.init(jax.random.key(0))))
         size = self._recipe.batch_size
-        batch = jnp.zeros((size, *self._dataset.shape)), jnp.zeros(size, jnp.int32)
+        batch = jnp.zeros((size, *self._problem.dataset.shape)), jnp.zeros(size, jnp.int32)
         analysis: Any = jax.jit(step).lower(state, batch).compile().cost_analysis()
         return float(analysis["flops"])
 
@@ -187,84 +271,37 @@ class Trainer:
         lanes = {name: jnp.broadcast_to(jnp.asarray(value, dtypes[name]), seeds.shape) for name, value in settings.items()}
         return lanes | {"seed": jnp.asarray(seeds, jnp.uint32)}
 
-    def _draw(self, seeds: Sequence[int] | Array) -> data.Split:
-        recipe = self._recipe
-        draw = functools.cache(lambda seed: data.draw(self._dataset, seed, recipe.train_size, recipe.test_size, recipe.label_noise))
-        split: data.Split = jax.tree.map(lambda *parts: jnp.stack(parts), *[draw(int(seed)) for seed in seeds])
-        return split
-
     def _train_step(self, lane: Settings) -> TrainStep:
         regularizer = self.method.regularizer(lane)
         fraction = 1.0 if regularizer is None else self._recipe.penalty_fraction
-        return make_train_step(self._loss, _optimizer(self._recipe), regularizer, penalty_fraction=fraction, donate=False)
+        return make_train_step(self._problem.loss, _optimizer(self._recipe), regularizer, penalty_fraction=fraction, donate=False)
 
-    def _loss(self, params: PyTree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x, labels = batch
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(self._model.apply(params, x), labels))
-
-    def _take(self, pool: _Pool, rows: jax.Array) -> jax.Array:
-        return pool[0][rows].astype(jnp.float32) / self._dataset.scale - self._dataset.mean
-
-    def _start(self, lane: Settings) -> TrainState:
-        return self._train_step(lane).init(self._model.init(_key(lane, 0)))
+    def _start(self, lane: Settings, params: PyTree) -> TrainState:
+        return self._train_step(lane).init(params)
 
     def _steps(self, states: TrainState, lanes: Settings, split: data.Split, pool: _Pool, first: jax.Array) -> TrainState:
         """Up to ``_CHUNK`` steps of all lanes, from step ``first`` on."""
-        size, epoch = self._recipe.batch_size, first // self._batches
-        epochs = epoch + jnp.arange(_CHUNK // self._batches + 2)
-        samples = split.train.shape[-1]
-
-        def shuffle(lane: Settings) -> jax.Array:
-            return jax.vmap(lambda e: jax.random.permutation(jax.random.fold_in(_key(lane, 1), e), samples))(epochs)
-
-        orders = jax.vmap(shuffle)(lanes)
+        self.traces += 1
+        size, batches = self._recipe.batch_size, self._problem.batches
+        epochs = first // batches + jnp.arange(_CHUNK // batches + 2)
+        orders = jax.vmap(lambda seed: _shuffles(seed, epochs, split.train.shape[-1]))(lanes["seed"])
 
         def one(state: TrainState, lane: Settings, split: data.Split, rows: jax.Array) -> TrainState:
-            batch = self._take(pool, split.train[rows]), split.train_labels[rows]
+            batch = self._problem.take(pool, split.train[rows]), split.train_labels[rows]
             return self._train_step(lane).step(state, batch)[0]
 
         def advance(step: jax.Array, states: TrainState) -> TrainState:
-            order = orders[:, step // self._batches - epoch]
-            rows = jax.lax.dynamic_slice_in_dim(order, step % self._batches * size, size, axis=1)
+            order = orders[:, step // batches - first // batches]
+            rows = jax.lax.dynamic_slice_in_dim(order, step % batches * size, size, axis=1)
             return jax.vmap(one)(states, lanes, split, rows)
 
-        self.traces += 1
         last: TrainState = jax.lax.fori_loop(first, jnp.minimum(first + _CHUNK, self._recipe.steps), advance, states)
         return last
 
-    def _measure(self, params: PyTree, lanes: Settings, split: data.Split, pool: _Pool) -> dict[str, jax.Array]:
-        """The metrics of all lanes, one lane after the other for the sake of memory."""
 
-        def one(arguments: tuple[PyTree, Settings, data.Split]) -> dict[str, jax.Array]:
-            params, lane, split = arguments
-            loss = self._mean(params, pool, split.train, split.train_labels, _cross_entropy)
-            found = {
-                "accuracy": self._mean(params, pool, split.test, pool[1][split.test], _correct),
-                "train_loss": loss,
-                "diverged": ~jnp.isfinite(global_norm(params) + loss),
-            }
-            rows = slice(min(split.train.shape[0], _CURVATURE_SAMPLES))
-            batch = self._take(pool, split.train[rows]), split.train_labels[rows]
-            return found | self._curvature(lambda p: self._loss(p, batch), params, lane)
-
-        measured: dict[str, jax.Array] = jax.lax.map(one, (params, lanes, split))
-        return measured
-
-    def _curvature(self, value_fn: Any, params: PyTree, lane: Settings) -> dict[str, jax.Array]:
-        found = {"grad_norm": curvature.gradient_norm(value_fn, params)}
-        if not self._recipe.eigenvalue:
-            return found
-        value, residual = curvature.top_hessian_eigenvalue(value_fn, params, _key(lane, 2))
-        return found | {"eigenvalue": value, "eigenvalue_residual": residual}
-
-    def _mean(self, params: PyTree, pool: _Pool, rows: jax.Array, labels: jax.Array, score: _Score) -> jax.Array:
-        """The mean score over samples, a few hundred at a time."""
-
-        def one(sample: tuple[jax.Array, jax.Array]) -> jax.Array:
-            row, label = sample
-            return score(self._model.apply(params, self._take(pool, row[None]))[0], label)
-
-        return jnp.mean(jax.lax.map(one, (rows, labels), batch_size=min(_EVALUATION_BATCH, rows.shape[0])))
+def _shuffles(seed: jax.Array, epochs: jax.Array, samples: int) -> jax.Array:
+    """An order of the training samples for each epoch."""
+    return jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(_key(seed, 1), epoch), samples))(epochs)
 
 
 def mean_and_error(values: Array) -> tuple[float, float]:
@@ -281,9 +318,9 @@ def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
     return optax.sgd(rate, momentum=0.9 if recipe.optimizer == "momentum" else None)
 
 
-def _key(lane: Settings, purpose: int) -> jax.Array:
-    """A key of the lane's seed alone, so that methods and settings are paired."""
-    return jax.random.fold_in(jax.random.key(lane["seed"]), purpose)
+def _key(seed: jax.Array, purpose: int) -> jax.Array:
+    """A key that depends on the seed alone, so that methods and settings are paired."""
+    return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
 def _cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
