@@ -22,13 +22,18 @@ _RADIUS_REMEDY = 'for a difference on the descent side use gradient_norm_penalty
 
 
 def check_scalar(function: str, name: str, value: ArrayLike) -> jax.Array:
-    """Returns ``value`` as a real scalar of the default float width (or its own, if wider)."""
+    """Returns ``value`` as a real scalar of the default float width (or its own, if wider).
+
+    A number stays on the host: a transformation may be built before ``jax.distributed.initialize()``, which must come first of all that
+    touches a device.
+    """
     array = _as_array(value)
     if array is None or not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
         raise TypeError(f"{function}: {name} must be a real number or a schedule, got {value!r}.")
     if array.shape:
         raise ValueError(f"{function}: {name} must be a scalar, got shape {array.shape}: use jax.vmap for several values.")
-    return jnp.asarray(array, jnp.promote_types(jnp.result_type(array), jnp.result_type(float)))
+    scalar: jax.Array = array.astype(jnp.promote_types(jnp.result_type(array), jnp.result_type(float)))
+    return scalar
 
 
 def check_gamma(function: str, name: str, value: ArrayLike) -> jax.Array:
@@ -144,8 +149,8 @@ def at_step(function: str, name: str, value: Any, check: Check, step: jax.Array)
     return check(function, name, value(step) if callable(value) else value)
 
 
-def _as_array(value: Any) -> jax.Array | np.ndarray[Any, Any] | None:
-    """``value`` as an array, JAX's where it is one already; None where it holds no numbers."""
+def _as_array(value: Any) -> Any:
+    """``value`` as an array, JAX's where it is one already and NumPy's otherwise; None where it holds no numbers."""
     array = value if isinstance(value, jax.Array) else np.asarray(value)
     return array if jnp.issubdtype(array.dtype, jnp.number) else None
 
