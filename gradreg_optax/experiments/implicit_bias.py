@@ -190,8 +190,11 @@ def least_entropy(x: Floats, y: Floats, scale: Floats, stages: int = 25) -> Floa
       The weights, shape (d,).
 
     Raises:
+      ValueError: the rows of x are not independent.
       RuntimeError: Newton's method did not converge.
     """
+    if np.linalg.matrix_rank(x) < len(x):
+        raise ValueError(f"least_entropy: the {len(x)} rows of x are not independent: leave out those that repeat the others.")
     lazy = np.maximum(scale, np.sqrt(np.abs(np.linalg.lstsq(x, y)[0]).max() + 1e-300))
     nu = np.zeros(len(y))
     for weight in np.linspace(0, 1, stages):
@@ -208,9 +211,7 @@ def _newton(x: Floats, y: Floats, scale: Floats, nu: Any) -> Floats:
         hessian = (x * (2 * scale**2 * np.cosh(x.T @ nu))) @ x.T
         step = -np.linalg.solve(hessian, gradient)
         nu = nu + _step_length(x, y, scale, nu, step, gradient @ step) * step
-    raise RuntimeError(
-        f"least_entropy: Newton's method stopped at a residual of {np.linalg.norm(gradient):.1e}: take more stages, or check the rank of x."
-    )
+    raise RuntimeError(f"least_entropy: Newton's method stopped at a residual of {np.linalg.norm(gradient):.1e}: take more stages.")
 
 
 def _step_length(x: Floats, y: Floats, scale: Floats, nu: Any, step: Any, descent: Any) -> float:
@@ -375,9 +376,9 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
             panel.set(xlabel=r"ascent step $\epsilon$ (B-GR < 0 = DB < F-GR)", ylabel=label)
         _draw_weights(row[3], results, name)
         row[0].set_title(TITLES[name], loc="left")
-    panels[0, 0].legend()
+    panels[0, 2].legend()
     output.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output / "implicit_bias.png", dpi=120)
+    figure.savefig(output / "implicit_bias.png", dpi=100)
     return [output / "implicit_bias.png"]
 
 
