@@ -1,0 +1,70 @@
+"""One device and eight: the same parameters, and no more communication than the mathematics asks for.
+
+``eight_devices.py`` trains for ten steps in a process of its own. The collectives are counted in the compiled program of one step.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def report():
+    program = pathlib.Path(__file__).with_name("eight_devices.py")
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+RUNS = [
+    *(f"{method}, {layout}" for method in ("plain", "fd", "groups") for layout in ("data-parallel", "FSDP")),
+    "dbp, data-parallel",
+    "micro-batches, data-parallel",
+    "shard_map, common ascent",
+    "shard_map, own ascent",
+    *(f"{method}, explicit mesh" for method in ("fd", "groups", "micro-batches")),
+]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_answer_does_not_change_with_the_number_of_devices(report, run):
+    # 1e-5 over ten steps: another order of summation in float32, of which gamma / epsilon = 5 is taken and Adam normalizes.
+    assert report[run]["error"] < 1e-5
+    # Parameters and Adam's moments are replicated or sharded as they were at the start: no silent gathering on one device.
+    assert report[run]["stayed"]
+
+
+@pytest.mark.parametrize(
+    ("run", "reductions"),
+    [
+        ("plain, data-parallel", 1),
+        ("fd, data-parallel", 2),
+        ("dbp, data-parallel", 2),
+        ("groups, data-parallel", 1),
+        ("micro-batches, data-parallel", 2),
+        ("shard_map, common ascent", 2),
+        ("shard_map, own ascent", 1),
+        ("fd, explicit mesh", 2),
+        ("groups, explicit mesh", 1),
+    ],
+)
+def test_data_parallel_ascent_takes_two_all_reduces_and_group_ascent_one(report, run, reductions):
+    assert report[run]["counts"] == {"all-reduce": reductions}
+
+
+def test_group_ascent_moves_as_many_elements_as_a_plain_step(report):
+    plain, groups, fd = (report[f"{method}, data-parallel"]["elements"]["all-reduce"] for method in ("plain", "groups", "fd"))
+    assert groups == plain + 1  # the mean of the groups' squared norms
+    assert fd <= 2 * plain
+
+
+def test_fsdp_takes_the_collectives_of_the_plain_step_twice(report):
+    """Parameters are gathered and gradients reduced once for each gradient; the norm's scalars in StepInfo do not double."""
+    plain, fd, groups = (report[f"{method}, FSDP"]["counts"] for method in ("plain", "fd", "groups"))
+    assert fd["all-gather"] == 2 * plain["all-gather"]
+    assert fd["all-reduce"] == 2 * plain["all-reduce"] == 2
+    assert fd["scalars"] <= plain["scalars"] <= 2  # for StepInfo.grad_norm
+    assert groups == {"all-gather": 2 * plain["all-gather"], "all-reduce": 1}
