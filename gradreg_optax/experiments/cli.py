@@ -1,8 +1,10 @@
 """The subcommands of ``gradreg``: each is a module with ``Config``, ``run``, ``table`` and ``plot``."""
 
 import dataclasses
+import functools
+import operator
 from types import ModuleType
-from typing import Annotated, Any, Union
+from typing import Annotated, Any
 
 import tyro
 
@@ -15,8 +17,18 @@ def run(arguments: list[str] | None = None) -> None:
 
     Args:
       arguments: the command line, by default that of the process.
+
+    Raises:
+      SystemExit: the command line is wrong, the data are not there, or settings do not fit together.
     """
     command, module, config = parse(arguments)
+    try:
+        _run(command, module, config)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"gradreg {command}: {error}") from error
+
+
+def _run(command: str, module: ModuleType, config: Any) -> None:
     if config.redraw:
         found = results.load(config.output)
     else:
@@ -31,15 +43,16 @@ def run(arguments: list[str] | None = None) -> None:
 
 def parse(arguments: list[str] | None = None) -> tuple[str, ModuleType, Any]:
     """The command, its module and its configuration."""
-    choices = [
+    choices: list[Any] = [
         Annotated[module.Config, tyro.conf.subcommand(name, description=(module.__doc__ or "").strip().splitlines()[0])]
         for name, module in COMMANDS.items()
     ]
     config = tyro.cli(
-        tyro.conf.OmitSubcommandPrefixes[Union[tuple(choices)]],  # type: ignore[valid-type]
+        functools.reduce(operator.or_, choices),
         prog="gradreg",
         description="The experiments of 'Understanding Gradient Regularization in Deep Learning' (Karakida et al., ICML 2023).",
         args=arguments,
+        config=(tyro.conf.OmitSubcommandPrefixes,),
     )
     command, module = next((name, module) for name, module in COMMANDS.items() if type(config) is module.Config)
     assert dataclasses.is_dataclass(config)

@@ -2,8 +2,9 @@
 
 from types import ModuleType
 
-from gradreg_optax.experiments import implicit_bias
+from gradreg_optax.experiments import compare, implicit_bias
 
 COMMANDS: dict[str, ModuleType] = {
+    "compare": compare,
     "implicit-bias": implicit_bias,
 }

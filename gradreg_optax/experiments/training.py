@@ -304,13 +304,6 @@ def _shuffles(seed: jax.Array, epochs: jax.Array, samples: int) -> jax.Array:
     return jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(_key(seed, 1), epoch), samples))(epochs)
 
 
-def mean_and_error(values: Array) -> tuple[float, float]:
-    """The mean and its standard error over the runs that did not diverge; the error of a single run is NaN."""
-    finite = values[np.isfinite(values)]
-    mean = float(np.mean(finite)) if len(finite) else float("nan")
-    return mean, float(np.std(finite, ddof=1) / np.sqrt(len(finite))) if len(finite) > 1 else float("nan")
-
-
 def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
     rate = optax.cosine_decay_schedule(recipe.learning_rate, recipe.steps)
     if recipe.optimizer == "adam":

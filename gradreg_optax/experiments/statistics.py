@@ -1,0 +1,66 @@
+"""Means with their errors and paired tests; a run that diverged is NaN and enters none of them."""
+
+import math
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds.
+
+    Attributes:
+      mean: the mean; NaN without a value.
+      error: its standard error; NaN with fewer than two values.
+      size: number of values.
+    """
+
+    mean: float
+    error: float
+    size: int
+
+
+class Difference(NamedTuple):
+    """A mean paired difference.
+
+    Attributes:
+      mean: the mean.
+      error: its standard error.
+      p: two-sided p-value of the paired t-test that the mean is zero.
+      size: number of pairs.
+    """
+
+    mean: float
+    error: float
+    p: float
+    size: int
+
+
+def estimate(values: Any) -> Estimate:
+    """The mean of the finite values with its standard error."""
+    finite = np.asarray(values, float)[np.isfinite(np.asarray(values, float))]
+    mean = float(np.mean(finite)) if len(finite) else math.nan
+    error = float(np.std(finite, ddof=1) / math.sqrt(len(finite))) if len(finite) > 1 else math.nan
+    return Estimate(mean, error, len(finite))
+
+
+def paired(first: Any, second: Any) -> Difference:
+    """The mean of ``first - second`` over the pairs that are both finite, with its standard error and p-value.
+
+    Raises:
+      ValueError: the two have different shapes, so that they are no pairs.
+    """
+    a, b = np.asarray(first, float), np.asarray(second, float)
+    if a.shape != b.shape:
+        raise ValueError(f"paired values must have one shape, got {a.shape} and {b.shape}.")
+    difference = (a - b)[np.isfinite(a - b)]
+    mean, error, size = estimate(difference)
+    if size < 2:
+        return Difference(mean, error, math.nan, size)
+    if error == 0:  # all differences are equal
+        return Difference(mean, error, 1.0 if mean == 0 else 0.0, size)
+    return Difference(mean, error, float(2 * stats.t.sf(abs(mean / error), size - 1)), size)
