@@ -37,7 +37,9 @@ def check_scalar(function: str, name: str, value: ArrayLike) -> jax.Array:
 
 
 def check_gamma(function: str, name: str, value: ArrayLike) -> jax.Array:
-    """A regularization coefficient: finite and not negative."""
+    """A regularization coefficient: finite and not negative. SAM's radius is one too, and an ascent step first."""
+    if name == "rho":
+        return check_epsilon(function, name, value)
     array = check_scalar(function, name, value)
     number = _concrete(value, array.dtype)
     if number is not None and not 0 <= number < math.inf:
