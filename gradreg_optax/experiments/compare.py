@@ -108,11 +108,13 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
         left.plot(np.full(len(accuracy), position), accuracy, ".", color=color, alpha=0.35)
         left.errorbar(position, mean, error, fmt="_", ms=22, mew=2.5, color=color)
         sharpness = statistics.estimate(method["eigenvalue"])
-        middle.errorbar(sharpness.mean, mean, error, sharpness.error, fmt="o", color=color)
-        middle.annotate(method["label"], (sharpness.mean, mean), (5, 5), textcoords="offset points", color=color, fontsize=9)
+        middle.errorbar(sharpness.mean, mean, error, sharpness.error, fmt="o", color=color, label=method["label"])
     left.set_xticks(range(len(labels)), labels, rotation=35)
-    left.set(ylabel="test accuracy %", title="at each method's best setting")
-    middle.set(xscale="log", xlabel="top Hessian eigenvalue of the training loss", ylabel="test accuracy %", title="flatter is better here")
+    left.set(ylabel="test accuracy %", title="each method at its own setting")
+    middle.set(xscale="log", xlabel="top Hessian eigenvalue of the training loss", title="flatter minima test better")
+    middle.xaxis.set_major_formatter("{x:g}")
+    middle.xaxis.set_minor_formatter("{x:g}")
+    middle.legend(frameon=False)
     _draw_signed(right, results)
     return [plots.save(made, output, "compare")]
 

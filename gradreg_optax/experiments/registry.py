@@ -2,9 +2,10 @@
 
 from types import ModuleType
 
-from gradreg_optax.experiments import compare, implicit_bias
+from gradreg_optax.experiments import compare, implicit_bias, sweep
 
 COMMANDS: dict[str, ModuleType] = {
     "compare": compare,
+    "sweep": sweep,
     "implicit-bias": implicit_bias,
 }
