@@ -2,10 +2,11 @@
 
 from types import ModuleType
 
-from gradreg_optax.experiments import compare, implicit_bias, sweep
+from gradreg_optax.experiments import compare, flooding, implicit_bias, sweep
 
 COMMANDS: dict[str, ModuleType] = {
     "compare": compare,
     "sweep": sweep,
     "implicit-bias": implicit_bias,
+    "flooding": flooding,
 }

@@ -1,0 +1,352 @@
+r"""Flooding is finite-difference gradient regularization in disguise, and where it is not.
+
+Flooding at level :math:`b` descends where the loss is above :math:`b` and ascends where it is below. With plain SGD of step
+:math:`\eta`, and the same batch in both steps,
+
+.. math::
+
+    \text{ascent, then descent:}\quad \theta \to \theta - \eta^2 \Delta R_F(\eta), \qquad
+    \text{descent, then ascent:}\quad \theta \to \theta - \eta^2 \Delta R_B(\eta),
+
+where :math:`\Delta R_F(\epsilon) = (\nabla L(\theta + \epsilon g) - g)/\epsilon` and
+:math:`\Delta R_B(\epsilon) = (g - \nabla L(\theta - \epsilon g))/\epsilon` are the corrections of F-GR and B-GR. So a network that floats
+at the flood level drifts to where the gradient is small, at a speed of :math:`\eta/2` per unit of time. With momentum, or with
+different batches, the two steps leave a rest of order :math:`\eta`, which swamps the correction; with small steps the drift is slow.
+
+On a quadratic with eigenvalue :math:`\lambda` the two steps multiply the parameter by :math:`1 - \eta^2\lambda^2`. So flooding is stable
+for :math:`\eta\lambda < \sqrt 2`, where plain descent needs :math:`\eta\lambda < 2`: with large steps it leaves sharper regions.
+
+Source: Karakida et al., ICML 2023; flooding: Ishida et al., ICML 2020.
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+import optax
+from tqdm import tqdm
+
+from gradreg_optax import curvature
+from gradreg_optax._typing import PyTree
+from gradreg_optax.experiments import data, models
+from gradreg_optax.gradients import fd_value_and_grad
+from gradreg_optax.penalty import global_norm
+from gradreg_optax.training import TrainState, TrainStep, make_train_step
+from gradreg_optax.transforms import flooding
+
+Floats: TypeAlias = npt.NDArray[np.floating[Any]]
+Order: TypeAlias = Literal["ascent, descent", "descent, ascent"]
+
+# The signs of the two steps as flood levels that force them, and the difference that they amount to (in units of the step).
+ORDERS: dict[Order, tuple[tuple[float, float], int]] = {
+    "ascent, descent": ((np.inf, -np.inf), 1),
+    "descent, ascent": ((-np.inf, np.inf), -1),
+}
+_APPLY = models.build("mlp", (8, 8, 1), classes=10).apply  # whatever the width of the weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A small network on scikit-learn's digits with some wrong labels, trained to a flood level and kept there."""
+
+    output: Path = Path("results/flooding")
+    """Folder for results.json and the figure."""
+    seed: int = 0
+    """Seed of the first run; the others take the next ones."""
+    redraw: bool = False
+    """Draw the figure from the results on disk, without a run."""
+    seeds: int = 5
+    """Number of runs of each kind; each has its own data, wrong labels and initial weights."""
+    train_size: int = 300
+    """Number of training samples."""
+    label_noise: float = 0.3
+    """Share of the training samples with a wrong label."""
+    width: int = 32
+    """Hidden units of the network (one hidden layer, GELU)."""
+    level: float = 0.6
+    """The flood level b."""
+    learning_rate: float = 1.0
+    """The step of SGD on the whole training set."""
+    smaller: int = 5
+    """The run with small steps divides the step by this, and takes as many more of them."""
+    momentum: float = 0.9
+    """Momentum of the run with momentum, whose step is multiplied by 1 - momentum."""
+    batch_size: int = 32
+    """Batch size of the run with different batches."""
+    steps: int = 1200
+    """Number of steps (of the full size)."""
+    records: int = 30
+    """Number of times at which the curvature is measured."""
+
+
+class Variant(NamedTuple):
+    """A way to train.
+
+    Attributes:
+      level: the flood level.
+      learning_rate: the step.
+      momentum: zero for none.
+      batch_size: samples per step.
+      repeat: steps in the time of one step of the full size.
+    """
+
+    level: float
+    learning_rate: float
+    momentum: float
+    batch_size: int
+    repeat: int
+
+
+class Problem(NamedTuple):
+    """Training and test samples of one seed, and the initial weights."""
+
+    x: Any
+    y: Any
+    test_x: Any
+    test_y: Any
+    params: PyTree
+
+
+def variants(config: Config) -> dict[str, Variant]:
+    """The ways to train, by name."""
+    n, step = config.train_size, config.learning_rate
+    return {
+        "plain descent": Variant(-np.inf, step, 0.0, n, 1),
+        "flooding": Variant(config.level, step, 0.0, n, 1),
+        "flooding, small steps": Variant(config.level, step / config.smaller, 0.0, n, config.smaller),
+        "flooding, momentum": Variant(config.level, step * (1 - config.momentum), config.momentum, n, 1),
+        "flooding, different batches": Variant(config.level, step, 0.0, config.batch_size, 1),
+    }
+
+
+def problem(config: Config, seed: int) -> Problem:
+    """Digits, some of them with wrong labels, and the weights to start from."""
+    digits = data.load("digits")
+    split = data.draw(digits, seed, config.train_size, label_noise=config.label_noise)
+    inputs = digits.inputs / np.float32(digits.scale) - np.float32(digits.mean)
+    params = models.build("mlp", digits.shape, digits.classes, width=config.width).init(jax.random.key(seed))
+    return Problem(inputs[split.train], split.train_labels, inputs[split.test], digits.labels[split.test], params)
+
+
+def loss_fn(params: PyTree, batch: tuple[Any, Any]) -> jax.Array:
+    """The mean cross-entropy of the network."""
+    x, y = batch
+    return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(_APPLY(params, x), y))
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Measures the two-step identities, and trains every variant.
+
+    Returns:
+      ``identity``, see :func:`measure_identity`; ``training``, by variant, see :func:`train`; ``level`` and ``learning_rate``.
+    """
+    problems = [problem(config, config.seed + i) for i in range(config.seeds)]
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda a: np.asarray(a, np.float64) if np.issubdtype(a.dtype, np.floating) else a, problems[0])
+        identity = measure_identity(wide, config.batch_size, config.momentum)
+    stacked: Problem = jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
+    ways = variants(config)
+    with tqdm(total=len(ways) * config.records, desc="training", unit="record", disable=None) as progress:
+        training = {name: train(config, variant, stacked, progress) for name, variant in ways.items()}
+    return {"identity": identity, "training": training, "level": config.level, "learning_rate": config.learning_rate}
+
+
+def two_steps(params: PyTree, batches: Any, levels: Any, learning_rate: Any, momentum: Any) -> PyTree:
+    """How far two steps of flooding with SGD move the parameters: one with each batch and flood level."""
+    tx = optax.chain(flooding(level=lambda step: levels[step]), optax.sgd(learning_rate, momentum=momentum))
+    state, point = tx.init(params), params
+    for batch in batches:
+        value, gradient = jax.value_and_grad(loss_fn)(point, batch)
+        updates, state = tx.update(gradient, state, point, value=value)
+        point = optax.apply_updates(point, updates)
+    return jax.tree.map(jnp.subtract, point, params)
+
+
+def regularization(params: PyTree, batch: Any, learning_rate: Any, sign: Any) -> PyTree:
+    r"""The prediction :math:`-\eta^2 \Delta R(\eta)`, with F-GR's difference for sign 1 and B-GR's for -1."""
+    _, gradient = jax.value_and_grad(loss_fn)(params, batch)
+    _, regularized = fd_value_and_grad(loss_fn, gamma=1.0, epsilon=sign * learning_rate)(params, batch)
+    return jax.tree.map(lambda r, g: -(learning_rate**2) * (r - g), regularized, gradient)
+
+
+@jax.jit
+def deviation(params: PyTree, batches: Any, levels: Any, learning_rate: Any, momentum: Any, sign: Any) -> tuple[jax.Array, ...]:
+    """The largest and the relative deviation of two steps from the prediction, and the prediction's norm."""
+    moved = two_steps(params, batches, levels, learning_rate, momentum)
+    predicted = regularization(params, batches[0], learning_rate, sign)
+    rest = jax.tree.map(jnp.subtract, moved, predicted)
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(rest)]))
+    return largest, global_norm(rest) / global_norm(predicted), global_norm(predicted)
+
+
+def measure_identity(problem: Problem, batch_size: int, momentum: float) -> dict[str, Any]:
+    """How far two steps of flooding are from one step of the penalty alone, in float64.
+
+    Returns:
+      ``eta``, the steps; ``drift``, by order of the steps the norm of the prediction; by case ("same batch", "momentum",
+      "different batches") and order ``largest``, the largest deviation of a parameter, and ``relative``, the norm of the
+      deviation over that of the prediction.
+    """
+    eta = np.logspace(-3, 0, 7)
+    whole = (problem.x, problem.y)
+    halves = tuple((problem.x[i : i + batch_size], problem.y[i : i + batch_size]) for i in (0, batch_size))
+    cases = {"same batch": ((whole, whole), 0.0), "momentum": ((whole, whole), momentum), "different batches": (halves, 0.0)}
+    found: dict[str, Any] = {"eta": eta, "drift": {}, "largest": {}, "relative": {}}
+    for order, (levels, sign) in ORDERS.items():
+        for case, (batches, inertia) in cases.items():
+            rows = [deviation(problem.params, batches, jnp.array(levels), step, inertia, sign) for step in eta]
+            largest, relative, drift = np.array(rows).T
+            found["largest"].setdefault(case, {})[order] = largest
+            found["relative"].setdefault(case, {})[order] = relative
+            if case == "same batch":
+                found["drift"][order] = drift
+    return found
+
+
+def train(config: Config, variant: Variant, problems: Problem, progress: "tqdm[Any]") -> dict[str, Any]:
+    """Trains one variant on all seeds at once.
+
+    Returns:
+      Arrays of shape (seeds, records): ``loss`` and ``grad_norm`` (mean over the steps since the last record, on their batches), ``sign``
+      (mean of the sign of L - b), ``alternation`` (share of steps whose sign differs from that of the step before), ``eigenvalue`` and its
+      ``residual``, and ``accuracy`` on the test samples; ``time``, learning rate times steps, of shape (records,).
+    """
+    trainer = _trainer(variant.level, variant.learning_rate, variant.momentum)
+    state = jax.vmap(trainer.init)(problems.params)
+    keys = jax.random.split(jax.random.key(config.seed), config.seeds)
+    steps = config.steps // config.records * variant.repeat
+    records = []
+    for _ in range(config.records):
+        state, keys, record = advance(state, keys, problems, variant[:3], variant.batch_size, steps)
+        records.append(jax.tree.map(np.asarray, record))
+        progress.update()
+    found = {key: np.stack([record[key] for record in records], axis=1) for key in records[0]}
+    speed = variant.learning_rate / (1 - variant.momentum)
+    return found | {"time": speed * steps * np.arange(1, config.records + 1)}
+
+
+@partial(jax.jit, static_argnames=("batch_size", "steps"))
+def advance(
+    state: TrainState, keys: jax.Array, problems: Problem, settings: tuple[Any, Any, Any], batch_size: int, steps: int
+) -> tuple[TrainState, jax.Array, dict[str, jax.Array]]:
+    """Takes some steps on every seed, and measures; ``settings`` are level, learning rate and momentum."""
+    trainer = _trainer(*settings)
+
+    def one(state: TrainState, key: jax.Array, problem: Problem) -> tuple[TrainState, jax.Array, dict[str, jax.Array]]:
+        def step(carry: tuple[TrainState, jax.Array], _: None) -> tuple[tuple[TrainState, jax.Array], tuple[jax.Array, jax.Array]]:
+            state, key = carry
+            key, draw = jax.random.split(key)
+            whole = batch_size == len(problem.y)
+            chosen = jnp.arange(batch_size) if whole else jax.random.choice(draw, len(problem.y), (batch_size,), replace=False)
+            state, info = trainer.step(state, (problem.x[chosen], problem.y[chosen]))
+            return (state, key), (info.loss, info.grad_norm)
+
+        (state, key), (losses, norms) = jax.lax.scan(step, (state, key), length=steps)
+        sign = jnp.sign(losses - settings[0])
+        record = {"loss": losses.mean(), "grad_norm": norms.mean(), "sign": sign.mean(), "alternation": jnp.mean(sign[1:] != sign[:-1])}
+        return state, key, record | _measure(state.params, problem, key)
+
+    moved: tuple[TrainState, jax.Array, dict[str, jax.Array]] = jax.vmap(one)(state, keys, problems)
+    return moved
+
+
+def _measure(params: PyTree, problem: Problem, key: jax.Array) -> dict[str, jax.Array]:
+    def value_fn(params: PyTree) -> jax.Array:
+        return loss_fn(params, (problem.x, problem.y))
+
+    eigenvalue, residual = curvature.top_hessian_eigenvalue(value_fn, params, key, num_matvecs=15)
+    correct = jnp.argmax(_APPLY(params, problem.test_x), axis=-1) == problem.test_y
+    return {"eigenvalue": eigenvalue, "residual": residual, "accuracy": jnp.mean(correct)}
+
+
+def _trainer(level: Any, learning_rate: Any, momentum: Any) -> TrainStep:
+    return make_train_step(loss_fn, optax.sgd(learning_rate, momentum=momentum), flooding(level=level), donate=False)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The deviations from the identities, and the last quarter of every training run: mean and standard error over seeds."""
+    return f"{_identity_table(results['identity'])}\n\n{_training_table(results)}"
+
+
+def _identity_table(identity: dict[str, Any]) -> str:
+    rows = ["two steps of flooding against one step of F-GR's (ascent, descent) or B-GR's (descent, ascent) penalty, float64"]
+    eta = identity["eta"]
+    ends = [f"eta = {eta[0]:g}", f"eta = {eta[-1]:g}"]
+    rows.append(f"{'two steps':<18}{'case':<20}{'largest deviation':>20}" + "".join(f"{'relative, ' + end:>24}" for end in ends))
+    for case in identity["largest"]:
+        for order in ORDERS:
+            relative = identity["relative"][case][order]
+            rows.append(
+                f"{order:<18}{case:<20}{identity['largest'][case][order].max():>20.1e}" + "".join(f"{relative[i]:>24.1e}" for i in (0, -1))
+            )
+    return "\n".join(rows)
+
+
+def _training_table(results: dict[str, Any]) -> str:
+    columns = {
+        "loss": "batch loss",
+        "alternation": "sign changes",
+        "grad_norm": "gradient norm",
+        "eigenvalue": "eigenvalue",
+        "accuracy": "test acc.",
+    }
+    rows = [f"training at flood level {results['level']:g}, step {results['learning_rate']:g}: means over the last quarter"]
+    rows.append(f"{'':<30}" + "".join(f"{head:>18}" for head in columns.values()))
+    for name, part in results["training"].items():
+        rows.append(f"{name:<30}" + "".join(f"{_mean_error(_late(part[column])):>18}" for column in columns))
+    return "\n".join(rows)
+
+
+def _late(values: Floats) -> Floats:
+    """The mean over the last quarter of the records; shape (seeds,)."""
+    return np.asarray(values[:, -max(1, values.shape[1] // 4) :].mean(axis=1))
+
+
+def _mean_error(values: Floats) -> str:
+    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return f"{np.mean(values):.4f} ± {error:.4f}"
+
+
+def plot(results: dict[str, Any], output: Path) -> list[Path]:
+    """Draws the deviations from the identities against the step, and loss, sign, gradient norm and eigenvalue over time.
+
+    Returns:
+      The path of the figure, ``flooding.png``.
+    """
+    from matplotlib.figure import Figure  # no state, no display
+
+    figure = Figure(figsize=(15, 7.5), layout="constrained")
+    panels = figure.subplots(2, 3)
+    _draw_identity(panels[0, 0], results["identity"])
+    columns = {
+        "loss": "loss on the batches",
+        "sign": "mean sign of L - b",
+        "grad_norm": "gradient norm on the batches",
+        "eigenvalue": "top Hessian eigenvalue",
+        "accuracy": "test accuracy",
+    }
+    for panel, (column, label) in zip(panels.flat[1:], columns.items(), strict=True):
+        for name, part in results["training"].items():
+            panel.plot(part["time"], part[column].mean(axis=0), label=name)
+        panel.set(xlabel="time (effective learning rate x steps)", ylabel=label)
+    panels[0, 1].axhline(results["level"], color="0.7", linestyle="--", zorder=0)
+    edge = np.sqrt(2) / results["learning_rate"]
+    panels[1, 1].axhline(edge, color="0.7", linestyle="--", zorder=0, label=r"$\sqrt{2}/\eta$")
+    panels[1, 1].legend(fontsize=8)
+    output.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output / "flooding.png", dpi=100)
+    return [output / "flooding.png"]
+
+
+def _draw_identity(panel: Any, identity: dict[str, Any]) -> None:
+    for color, (case, orders) in zip(("C0", "C1", "C2"), identity["relative"].items(), strict=True):
+        for style, (order, values) in zip(("o-", "x--"), orders.items(), strict=True):
+            panel.loglog(identity["eta"], values, style, color=color, label=f"{case}: {order}")
+    panel.axhline(1, color="0.7", zorder=0)
+    panel.set(xlabel=r"step $\eta$", ylabel="relative deviation of two steps from GR")
+    panel.legend(fontsize=7)
