@@ -36,7 +36,7 @@ Method: TypeAlias = Literal["difference", "product"]
 
 # Local error of the integrator per step, absolute and relative, in the setting that is worst: far below what the comparison resolves.
 TOLERANCE = 1e-9
-# Relative size of X beta - y at which the dual problem counts as solved; rounding stops Newton's method near 1e-15.
+# Size of X beta - y, relative to the terms of that sum, at which the dual problem counts as solved; rounding stops Newton near 1e-16.
 SOLVED = 1e-13
 # The flow's time is cut into pieces, between which progress shows.
 PIECES = 6
@@ -205,8 +205,9 @@ def least_entropy(x: Floats, y: Floats, scale: Floats, stages: int = 25) -> Floa
 def _newton(x: Floats, y: Floats, scale: Floats, nu: Any) -> Floats:
     """Minimizes the dual from ``nu`` on, until the constraint holds to ``SOLVED`` or rounding stops the descent."""
     for _ in range(200):
-        gradient = x @ (2 * scale**2 * np.sinh(x.T @ nu)) - y
-        if np.linalg.norm(gradient) <= SOLVED * np.linalg.norm(y):
+        beta = 2 * scale**2 * np.sinh(x.T @ nu)
+        gradient = x @ beta - y
+        if np.linalg.norm(gradient) <= SOLVED * np.linalg.norm(np.abs(x) @ np.abs(beta)):
             return np.asarray(nu)
         hessian = (x * (2 * scale**2 * np.cosh(x.T @ nu))) @ x.T
         step = -np.linalg.solve(hessian, gradient)
@@ -218,7 +219,7 @@ def _step_length(x: Floats, y: Floats, scale: Floats, nu: Any, step: Any, descen
     """The largest of 1, 1/2, 1/4, ... that brings a fair share of the descent promised by the gradient."""
 
     def dual(point: Floats) -> float:
-        with np.errstate(over="ignore"):  # a step too far is infinitely bad
+        with np.errstate(over="ignore", invalid="ignore"):  # a step too far is infinitely bad
             return float(np.sum(2 * scale**2 * np.cosh(x.T @ point)) - y @ point)
 
     here = dual(nu)
