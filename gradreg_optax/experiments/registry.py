@@ -2,11 +2,12 @@
 
 from types import ModuleType
 
-from gradreg_optax.experiments import compare, flooding, implicit_bias, sweep
+from gradreg_optax.experiments import compare, cost, flooding, implicit_bias, sweep
 
 COMMANDS: dict[str, ModuleType] = {
     "compare": compare,
     "sweep": sweep,
+    "cost": cost,
     "implicit-bias": implicit_bias,
     "flooding": flooding,
 }
