@@ -51,9 +51,11 @@ def check_gamma(function: str, name: str, value: ArrayLike) -> jax.Array:
 
 
 def check_epsilon(function: str, name: str, value: ArrayLike) -> jax.Array:
-    """An ascent step: finite and positive."""
+    """An ascent step: finite and positive; as a JAX array also zero, where a warm-up by ``optax.inject_hyperparams`` starts."""
     array = check_scalar(function, name, value)
     number = _concrete(value, array.dtype)
+    if number == 0 and isinstance(value, jax.Array):
+        return array
     if number is not None and not np.finfo(array.dtype).tiny <= number < math.inf:
         remedy = _RADIUS_REMEDY if name == "rho" else _EPSILON_REMEDY
         raise ValueError(f"{function}: {name} must be finite and > 0, got {value}: {remedy}.")
@@ -147,8 +149,10 @@ def check_like(function: str, name: str, tree: PyTree, params: PyTree) -> None:
 
 
 def at_step(function: str, name: str, value: Any, check: Check, step: jax.Array) -> jax.Array:
-    """The value of a number or schedule at ``step``, checked."""
-    return check(function, name, value(step) if callable(value) else value)
+    """The value of a number or schedule at ``step``, checked; a scheduled ascent step may be zero or negative."""
+    if not callable(value):
+        return check(function, name, value)
+    return check(function, name, value(step)) if name == "gamma" else check_scalar(function, name, value(step))
 
 
 def _as_array(value: Any) -> Any:

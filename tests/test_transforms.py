@@ -367,11 +367,19 @@ def test_a_traced_or_scheduled_zero_epsilon_gives_no_correction(scheme):
     for epsilon in (0.0, 1e-40):  # 1 / 1e-40 overflows in float32
         np.testing.assert_array_equal(flat(traced(epsilon)), flat(gradient))
     ramp = fd_gradreg(loss_fn, gamma=0.3, epsilon=optax.linear_schedule(0.0, 0.2, 2), scheme=scheme)
-    update, state = jax.jit(lambda s: ramp.update(gradient, s, params, batch=batch)), ramp.init(params)
-    first, state = update(state)
-    np.testing.assert_array_equal(flat(first), flat(gradient))
-    second, _ = update(state)
-    assert np.abs(flat(second) - flat(gradient)).max() > 1e-3
+    for wrap in (jax.jit, lambda update: update):  # traced and concrete
+        update, state = wrap(lambda s: ramp.update(gradient, s, params, batch=batch)), ramp.init(params)
+        first, state = update(state)
+        np.testing.assert_array_equal(flat(first), flat(gradient))
+        second, _ = update(state)
+        assert np.abs(flat(second) - flat(gradient)).max() > 1e-3
+
+
+def test_a_scheduled_negative_epsilon_is_the_backward_difference_without_jit_too(x64):
+    params = jnp.asarray(1.0)
+    for tx in (fd_gradreg(lambda p: p**3 / 3, gamma=1.0, epsilon=lambda step: -0.5), sam(lambda p: p**3 / 3, rho=lambda step: -0.5)):
+        update = float(tx.update(jnp.asarray(1.0), tx.init(params), params)[0])
+        assert update in (2.5, 0.25)  # 1 + 2 - 0.5, and the gradient at 0.5
 
 
 def test_schedules_go_by_a_counter_that_advances_on_skipped_updates_too():
