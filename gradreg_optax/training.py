@@ -222,7 +222,8 @@ def make_nnx_train_step(
 
 def _norm(gradient: PyTree) -> jax.Array:
     """In one pass over the gradient, unlike ``penalty.global_norm``: a figure to look at, which nothing is divided by."""
-    return optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), gradient))
+    norm: jax.Array = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), gradient))
+    return norm
 
 
 def _owned(tree: PyTree) -> PyTree:
