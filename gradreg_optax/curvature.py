@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from gradreg_optax._batch import split_batch
 from gradreg_optax._checks import check_epsilon, check_scheme
 from gradreg_optax._loss import with_aux
-from gradreg_optax._typing import PyTree, Scalar, Scheme, ValueFn
+from gradreg_optax._typing import LossFn, PyTree, Scalar, Scheme, ValueFn
 from gradreg_optax.penalty import ascent_direction, difference_product, exact_product, global_norm, normalized, shift
 
 
@@ -253,6 +254,68 @@ def difference_error(value_fn: ValueFn, params: PyTree, epsilon: Scalar, scheme:
     wanted = sum(jnp.sum(d != 0) for d in jax.tree.leaves(direction))
     lost = sum(jnp.sum((d != 0) & (m == p)) for d, m, p in zip(*map(jax.tree.leaves, (direction, moved, params)), strict=True))
     return DifferenceError(error / jnp.where(size > 0, size, 1), lost / jnp.maximum(wanted, 1))
+
+
+class PenaltyScale(NamedTuple):
+    r"""How gamma shrinks when the penalty moves to a part of the batch.
+
+    Attributes:
+      factor: ``whole / part``, the factor on gamma; shape (), in [0, 1]. Where all gradients are zero it is 1.
+      whole: :math:`\|g_B\|^2`, the squared norm of the batch's gradient; shape ().
+      part: the mean of :math:`\|g_b\|^2` over the batch's disjoint parts; shape ().
+    """
+
+    factor: jax.Array
+    whole: jax.Array
+    part: jax.Array
+
+
+def penalty_scale(loss_fn: LossFn, params: PyTree, batch: PyTree, *, penalty_fraction: float) -> PenaltyScale:
+    r"""The factor on gamma that keeps the penalty as strong as it was when it is taken on a fraction of the batch.
+
+    On b samples drawn at random, whose gradients have mean :math:`\bar g` and covariance :math:`\Sigma`, the penalty is on average
+    :math:`\tfrac{\gamma}{2} \mathbb{E}\|g_b\|^2 = \tfrac{\gamma}{2} (\|\bar g\|^2 + \operatorname{tr}\Sigma / b)`. Moving from the batch
+    of B samples to fB of them, it stays the same with :math:`\gamma` times
+
+    .. math:: \frac{\mathbb{E}\|g_B\|^2}{\mathbb{E}\|g_{fB}\|^2}
+      = \frac{\|\bar g\|^2 + \operatorname{tr}\Sigma / B}{\|\bar g\|^2 + \operatorname{tr}\Sigma / (fB)} \in [f, 1],
+
+    which is f where the noise dominates, and 1 where all samples agree. Here it is estimated from one batch and its 1/f disjoint parts.
+    One batch is noisy: average ``whole`` and ``part`` over a few batches, with ``vmap`` say, and divide the averages. The same factor
+    serves ``ascent_groups`` = 1/f, where every group is penalised.
+
+    Costs one gradient of the batch, part by part; the gradient of the whole is the mean of those of its parts.
+
+    Args:
+      loss_fn: ``loss_fn(params, batch)``, the mean over the batch's samples, a real scalar.
+      params: the parameters.
+      batch: the batch, whose samples are in no particular order.
+      penalty_fraction: the fraction f, one over a whole number that divides the batch.
+
+    Returns:
+      ``PenaltyScale(factor, whole, part)``.
+
+    Raises:
+      ValueError: a fraction that is not one over a whole number, or that does not divide the batch.
+      TypeError: a loss that is no real scalar.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from gradreg_optax.curvature import penalty_scale
+      >>> loss_fn = lambda params, batch: jnp.mean(batch @ params)  # its gradient is the batch's mean
+      >>> batch = jnp.array([[3.0, 1.0], [3.0, -1.0], [3.0, 1.0], [3.0, -1.0]])
+      >>> print(penalty_scale(loss_fn, jnp.zeros(2), batch, penalty_fraction=0.25))  # 9 / (9 + 1)
+      PenaltyScale(factor=Array(0.9, dtype=float32), whole=Array(9., dtype=float32), part=Array(10., dtype=float32))
+    """
+    function = "penalty_scale"
+    parts = round(1 / penalty_fraction) if 0 < penalty_fraction <= 1 else 0
+    if not parts or abs(parts * penalty_fraction - 1) > 1e-6:
+        raise ValueError(f"{function}: penalty_fraction must be one over a whole number, such as 0.25, got {penalty_fraction}.")
+    groups = split_batch(function, "1 / penalty_fraction", batch, parts)
+    gradients = jax.vmap(lambda group: _gradient(lambda p: loss_fn(p, group), function)(params))(groups)
+    part = jnp.mean(jax.vmap(global_norm)(gradients) ** 2)
+    whole = global_norm(jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients)) ** 2
+    return PenaltyScale(jnp.where(part > 0, whole / jnp.where(part > 0, part, 1), 1), whole, part)
 
 
 def _gradient(value_fn: ValueFn, function: str) -> Callable[[PyTree], PyTree]:
