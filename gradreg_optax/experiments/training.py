@@ -7,7 +7,8 @@ method: runs of several methods with one seed are paired.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -33,6 +34,7 @@ OptimizerName: TypeAlias = Literal["sgd", "momentum", "adam"]
 METRICS = ("accuracy", "train_loss", "grad_norm", "eigenvalue", "eigenvalue_residual", "diverged")
 _CHUNK = 100  # steps between two updates of the progress bar
 _EVALUATION_BATCH = 500
+_BLOWN_UP = 10  # a run has diverged when its training loss is that many times that of a uniform guess, or not finite
 _CURVATURE_SAMPLES = 1000  # gradient norm and eigenvalue are those of the loss on so many training samples at most
 
 
@@ -86,6 +88,7 @@ class Recipe:
       batch_size: samples per step, drawn without replacement in every epoch.
       steps: number of steps.
       learning_rate: the first learning rate; it falls to zero along a cosine.
+      warmup_steps: steps at the start over which the learning rate rises from zero along a line.
       optimizer: "sgd", "momentum" (0.9) or "adam".
       penalty_fraction: share of the batch that the penalty is taken on.
       eigenvalue: measure the top Hessian eigenvalue at the end.
@@ -100,6 +103,7 @@ class Recipe:
     batch_size: int = 32
     steps: int = 3000
     learning_rate: float = 0.2
+    warmup_steps: int = 0
     optimizer: OptimizerName = "sgd"
     penalty_fraction: float = 1.0
     eigenvalue: bool = True
@@ -109,6 +113,8 @@ class Recipe:
         for name in ("width", "depth", "batch_size", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(f"warmup_steps must be at least 0 and below the {self.steps} steps, got {self.warmup_steps}.")
         if self.optimizer not in ("sgd", "momentum", "adam"):
             raise ValueError(f"unknown optimizer {self.optimizer!r}: choose one of 'sgd', 'momentum', 'adam'.")
 
@@ -182,7 +188,7 @@ class Problem:
             "accuracy": self._mean(params, pool, split.test, pool[1][split.test], _correct),
             "train_loss": loss,
             "grad_norm": curvature.gradient_norm(lambda p: self.loss(p, batch), params),
-            "diverged": ~jnp.isfinite(global_norm(params) + loss),
+            "diverged": ~(jnp.isfinite(global_norm(params)) & (loss < _BLOWN_UP * math.log(self.dataset.classes))),
         }
         if self.recipe.eigenvalue:
             top = curvature.top_hessian_eigenvalue(lambda p: self.loss(p, batch), params, _key(seed, 2))
@@ -239,20 +245,38 @@ class Trainer:
 
         Returns:
           Arrays of shape (lanes,): "accuracy" on the test samples, "train_loss" on the (noisy) training labels, "grad_norm" and
-          "eigenvalue" (with its "eigenvalue_residual") of that loss, and "diverged": whether the loss or a parameter is not finite,
-          in which case the others are NaN.
+          "eigenvalue" (with its "eigenvalue_residual") of that loss, and "diverged": whether the training loss is ten times
+          that of a uniform guess or the parameters are not finite, in which case the others are NaN.
+
+        Raises:
+          ValueError: settings other than the method's.
+        """
+        last = functools.reduce(lambda _, states: states, self.states(settings, seeds, progress=progress))
+        return self._problem.measure(last.params, jnp.asarray(seeds, jnp.uint32), self._problem.draw(seeds))
+
+    def states(self, settings: Settings, seeds: Sequence[int] | Array, *, progress: bool = False) -> Iterator[TrainState]:
+        """The states of all lanes along the training: the initial one, one after every 100 steps, and the last one.
+
+        Args:
+          settings: as for a call.
+          seeds: as for a call.
+          progress: as for a call.
+
+        Yields:
+          States with a leading axis of lanes; the memory of each is used again for the next.
 
         Raises:
           ValueError: settings other than the method's.
         """
         lanes, split = self._lanes(settings, np.asarray(seeds)), self._problem.draw(seeds)
         states, steps = self._begin(lanes, self._problem.init(lanes["seed"])), self._recipe.steps
+        yield states
         with tqdm(total=steps, desc=self.method.label, unit="step", disable=not progress, leave=False) as bar:
             for first in range(0, steps, _CHUNK):
                 states = self._advance(states, lanes, split, self._problem.pool, first)
                 states.step.block_until_ready()
                 bar.update(min(_CHUNK, steps - first))
-        return self._problem.measure(states.params, lanes["seed"], split)
+                yield states
 
     def flops(self) -> float:
         """Floating-point operations of one step of one run, as XLA counts them."""
@@ -305,7 +329,10 @@ def _shuffles(seed: jax.Array, epochs: jax.Array, samples: int) -> jax.Array:
 
 
 def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    rate = optax.cosine_decay_schedule(recipe.learning_rate, recipe.steps)
+    rate = optax.cosine_decay_schedule(recipe.learning_rate, recipe.steps - recipe.warmup_steps)
+    if recipe.warmup_steps:
+        rising = optax.linear_schedule(0.0, recipe.learning_rate, recipe.warmup_steps)
+        rate = optax.join_schedules([rising, rate], [recipe.warmup_steps])
     if recipe.optimizer == "adam":
         return optax.adam(rate)
     return optax.sgd(rate, momentum=0.9 if recipe.optimizer == "momentum" else None)
