@@ -72,15 +72,15 @@ class Config:
     """The flood level b."""
     learning_rate: float = 1.0
     """The step of SGD on the whole training set."""
-    smaller: int = 5
+    smaller: int = 4
     """The run with small steps divides the step by this, and takes as many more of them."""
     momentum: float = 0.9
     """Momentum of the run with momentum, whose step is multiplied by 1 - momentum."""
     batch_size: int = 32
     """Batch size of the run with different batches."""
-    steps: int = 1200
+    steps: int = 1000
     """Number of steps (of the full size)."""
-    records: int = 30
+    records: int = 25
     """Number of times at which the curvature is measured."""
 
 
@@ -219,49 +219,66 @@ def train(config: Config, variant: Variant, problems: Problem, progress: "tqdm[A
     trainer = _trainer(variant.level, variant.learning_rate, variant.momentum)
     state = jax.vmap(trainer.init)(problems.params)
     keys = jax.random.split(jax.random.key(config.seed), config.seeds)
-    steps = config.steps // config.records * variant.repeat
+    steps = config.steps // config.records
     records = []
     for _ in range(config.records):
-        state, keys, record = advance(state, keys, problems, variant[:3], variant.batch_size, steps)
-        records.append(jax.tree.map(np.asarray, record))
+        pieces = []
+        for _ in range(variant.repeat):
+            state, keys, piece = advance(state, keys, problems, variant[:3], variant.batch_size, steps)
+            pieces.append(np.asarray(piece))
+        records.append(_record(variant.level, *np.concatenate(pieces, axis=2)) | measure(state.params, problems, keys))
         progress.update()
     found = {key: np.stack([record[key] for record in records], axis=1) for key in records[0]}
     speed = variant.learning_rate / (1 - variant.momentum)
-    return found | {"time": speed * steps * np.arange(1, config.records + 1)}
+    return found | {"time": speed * variant.repeat * steps * np.arange(1, config.records + 1)}
+
+
+def _record(level: float, losses: Floats, norms: Floats) -> dict[str, Any]:
+    sign = np.sign(losses - level)
+    alternation = np.mean(sign[:, 1:] != sign[:, :-1], axis=1)
+    return {"loss": losses.mean(axis=1), "grad_norm": norms.mean(axis=1), "sign": sign.mean(axis=1), "alternation": alternation}
 
 
 @partial(jax.jit, static_argnames=("batch_size", "steps"))
 def advance(
     state: TrainState, keys: jax.Array, problems: Problem, settings: tuple[Any, Any, Any], batch_size: int, steps: int
-) -> tuple[TrainState, jax.Array, dict[str, jax.Array]]:
-    """Takes some steps on every seed, and measures; ``settings`` are level, learning rate and momentum."""
+) -> tuple[TrainState, jax.Array, jax.Array]:
+    """Takes some steps on every seed; ``settings`` are level, learning rate and momentum.
+
+    Returns:
+      The states, the keys, and the loss and gradient norm of every step, shape (2, seeds, steps).
+    """
     trainer = _trainer(*settings)
 
-    def one(state: TrainState, key: jax.Array, problem: Problem) -> tuple[TrainState, jax.Array, dict[str, jax.Array]]:
-        def step(carry: tuple[TrainState, jax.Array], _: None) -> tuple[tuple[TrainState, jax.Array], tuple[jax.Array, jax.Array]]:
+    def one(state: TrainState, key: jax.Array, problem: Problem) -> tuple[TrainState, jax.Array, jax.Array]:
+        def step(carry: tuple[TrainState, jax.Array], _: None) -> tuple[tuple[TrainState, jax.Array], jax.Array]:
             state, key = carry
             key, draw = jax.random.split(key)
             whole = batch_size == len(problem.y)
             chosen = jnp.arange(batch_size) if whole else jax.random.choice(draw, len(problem.y), (batch_size,), replace=False)
             state, info = trainer.step(state, (problem.x[chosen], problem.y[chosen]))
-            return (state, key), (info.loss, info.grad_norm)
+            return (state, key), jnp.stack([info.loss, info.grad_norm])
 
-        (state, key), (losses, norms) = jax.lax.scan(step, (state, key), length=steps)
-        sign = jnp.sign(losses - settings[0])
-        record = {"loss": losses.mean(), "grad_norm": norms.mean(), "sign": sign.mean(), "alternation": jnp.mean(sign[1:] != sign[:-1])}
-        return state, key, record | _measure(state.params, problem, key)
+        (state, key), seen = jax.lax.scan(step, (state, key), length=steps)
+        return state, key, seen
 
-    moved: tuple[TrainState, jax.Array, dict[str, jax.Array]] = jax.vmap(one)(state, keys, problems)
-    return moved
+    state, keys, seen = jax.vmap(one)(state, keys, problems)
+    return state, keys, jnp.moveaxis(seen, 2, 0)
 
 
-def _measure(params: PyTree, problem: Problem, key: jax.Array) -> dict[str, jax.Array]:
-    def value_fn(params: PyTree) -> jax.Array:
-        return loss_fn(params, (problem.x, problem.y))
+@jax.jit
+def measure(params: PyTree, problems: Problem, keys: jax.Array) -> dict[str, jax.Array]:
+    """The top Hessian eigenvalue of the training loss with its residual, and the test accuracy, of every seed."""
 
-    eigenvalue, residual = curvature.top_hessian_eigenvalue(value_fn, params, key, num_matvecs=15)
-    correct = jnp.argmax(_APPLY(params, problem.test_x), axis=-1) == problem.test_y
-    return {"eigenvalue": eigenvalue, "residual": residual, "accuracy": jnp.mean(correct)}
+    def one(params: PyTree, problem: Problem, key: jax.Array) -> dict[str, jax.Array]:
+        eigenvalue, residual = curvature.top_hessian_eigenvalue(
+            lambda params: loss_fn(params, (problem.x, problem.y)), params, key, num_matvecs=15
+        )
+        correct = jnp.argmax(_APPLY(params, problem.test_x), axis=-1) == problem.test_y
+        return {"eigenvalue": eigenvalue, "residual": residual, "accuracy": jnp.mean(correct)}
+
+    found: dict[str, jax.Array] = jax.vmap(one)(params, problems, keys)
+    return found
 
 
 def _trainer(level: Any, learning_rate: Any, momentum: Any) -> TrainStep:

@@ -1,0 +1,134 @@
+"""Flooding's two-step identities, what breaks them, and that the experiment measures what it says."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradreg_optax import flooding as flooding_transformation
+from gradreg_optax.experiments import flooding, models, results
+from gradreg_optax.experiments.flooding import ORDERS, Config, deviation, loss_fn, regularization, two_steps
+
+SMALL = Config(seeds=2, train_size=64, width=8, steps=240, records=3, batch_size=16, learning_rate=0.5, level=1.2, smaller=2)
+
+traced_steps, traced_penalty = jax.jit(two_steps), jax.jit(regularization)
+value_and_grad = jax.jit(jax.value_and_grad(loss_fn))
+orders = st.sampled_from(sorted(ORDERS))
+seeds = st.integers(0, 2**16)
+steps = st.floats(1e-3, 1.0)
+
+
+def problem(seed):
+    """Weights of a small network, and two batches."""
+    rng = np.random.default_rng(seed)
+    params = models.build("mlp", (8, 8, 1), 10, width=3).init(jax.random.key(seed))
+    batches = [(rng.normal(size=(6, 8, 8, 1)), rng.integers(0, 10, 6)) for _ in range(2)]
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params), batches
+
+
+@pytest.mark.usefixtures("x64")
+@given(seed=seeds, eta=steps, order=orders)
+def test_two_steps_on_one_batch_are_one_step_of_the_penalty(seed, eta, order):
+    params, (batch, _) = problem(seed)
+    levels, sign = ORDERS[order]
+    largest, _, drift = deviation(params, (batch, batch), jnp.array(levels), eta, 0.0, sign)
+    assert drift > 0
+    assert largest < 1e-14  # rounding of parameters and gradients of order ten: some 1e-15
+
+
+@pytest.mark.usefixtures("x64")
+@given(seed=seeds, eta=st.floats(1e-3, 0.03))
+def test_one_level_between_the_two_losses_makes_flooding_climb_and_descend(seed, eta):
+    params, (batch, _) = problem(seed)
+    value, gradient = value_and_grad(params, batch)
+    higher = jax.tree.map(lambda p, g: p + eta * g, params, gradient)
+    level = (value + value_and_grad(higher, batch)[0]) / 2
+    moved = traced_steps(params, (batch, batch), jnp.array([level, level]), eta, 0.0)
+    by_hand = jax.tree.map(lambda p, h, g: h - eta * g - p, params, higher, value_and_grad(higher, batch)[1])
+    for found, expected in zip(jax.tree.leaves(moved), jax.tree.leaves(by_hand), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-14)  # the same operations in another order
+
+
+@pytest.mark.usefixtures("x64")
+@given(eta=steps, curvature=st.floats(-3.0, 3.0), order=orders)
+def test_two_steps_multiply_an_eigenvector_of_a_quadratic_by_one_minus_eta_squared_lambda_squared(eta, curvature, order):
+    levels, _ = ORDERS[order]
+    tx = optax.chain(flooding_transformation(level=lambda step: jnp.array(levels)[step]), optax.sgd(eta))
+    x = jnp.array(1.0)
+    state = tx.init(x)
+    for _ in range(2):
+        updates, state = tx.update(curvature * x, state, x, value=curvature * x**2 / 2)
+        x = optax.apply_updates(x, updates)
+    np.testing.assert_allclose(x, 1 - eta**2 * curvature**2, rtol=0, atol=1e-14)
+
+
+@pytest.mark.usefixtures("x64")
+@given(seed=seeds, eta=steps, momentum=st.floats(0.1, 0.99), order=orders)
+def test_momentum_leaves_a_rest_of_eta_times_momentum_times_the_gradient(seed, eta, momentum, order):
+    params, (batch, _) = problem(seed)
+    levels, sign = ORDERS[order]
+    moved = traced_steps(params, (batch, batch), jnp.array(levels), eta, momentum)
+    predicted = traced_penalty(params, batch, eta, sign)
+    _, gradient = value_and_grad(params, batch)
+    for found, drift, g in zip(*map(jax.tree.leaves, (moved, predicted, gradient)), strict=True):
+        np.testing.assert_allclose(found - drift, sign * eta * momentum * g, rtol=0, atol=1e-14)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("order", ORDERS)
+def test_different_batches_leave_a_rest_that_swamps_the_penalty_like_one_over_eta(order):
+    params, batches = problem(0)
+    levels, sign = ORDERS[order]
+    relative = [float(deviation(params, tuple(batches), jnp.array(levels), eta, 0.0, sign)[1]) for eta in (1e-4, 1e-3)]
+    assert relative[1] > 100
+    np.testing.assert_allclose(relative[0] / relative[1], 10, rtol=0.01)  # up to the next order in eta
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """The results of a small run, as they come back from disk."""
+    path = results.save(tmp_path_factory.mktemp("flooding"), "flooding", SMALL, flooding.run(SMALL))
+    return results.load(path)
+
+
+def test_plain_descent_sinks_below_the_level_and_flooding_floats_on_it(found):
+    training, level = found["training"], found["level"]
+    assert np.all(training["plain descent"]["sign"] == 1)
+    assert training["plain descent"]["loss"][:, -1].max() < level / 2
+    for name in ("flooding", "flooding, small steps", "flooding, momentum"):
+        # One step changes the loss by about learning_rate * |gradient|^2 = a few hundredths, up and down.
+        np.testing.assert_allclose(training[name]["loss"][:, -1], level, atol=0.05, err_msg=name)
+        assert np.abs(training[name]["sign"][:, -1]).max() < 0.2, name
+
+
+def test_only_flooding_without_momentum_and_with_one_batch_alternates(found):
+    late = {name: part["alternation"][:, -1] for name, part in found["training"].items()}
+    assert late["flooding, small steps"].min() > 0.9
+    assert late["flooding, momentum"].max() < 0.7
+    assert late["flooding, different batches"].max() < 0.9
+
+
+def test_every_variant_has_the_same_time(found):
+    times = [part["time"] for part in found["training"].values()]
+    for time in times[1:]:
+        np.testing.assert_allclose(time, times[0])
+
+
+def test_every_eigenvalue_carries_its_residual(found):
+    for part in found["training"].values():
+        assert part["residual"].shape == part["eigenvalue"].shape == (2, 3)
+        assert np.all(part["residual"] < 0.1 * part["eigenvalue"])
+
+
+def test_figure_and_table_come_from_the_results_alone(found, tmp_path: Path):
+    (figure,) = flooding.plot(found, tmp_path / "new")
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    text = flooding.table(found)
+    late = found["training"]["plain descent"]["accuracy"][:, -1:].mean()
+    assert f"{late:.4f}" in text
+    assert text.count("different batches") == 3
