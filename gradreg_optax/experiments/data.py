@@ -299,15 +299,9 @@ def _read(name: str, file: str, root: Path | str | None) -> bytes:
 
 def _folders(name: str, root: Path | str | None) -> list[Path]:
     """Where to look, first place first."""
-    if root is not None:
-        roots = [Path(root)]
-    else:
-        roots = [Path(os.environ["GRADREG_DATA"])] if os.environ.get("GRADREG_DATA") else []
-        roots = [*roots, Path("/usr/share/datasets")]
-    folders = [
-        root / folder for root in roots for folder in (*_SOURCES[name].folders, ".") if (root, folder) != (Path("/usr/share/datasets"), ".")
-    ]
-    return folders if root is not None else [*folders, cache() / name]
+    chosen = root or os.environ.get("GRADREG_DATA")
+    folders = [Path(chosen) / folder for folder in (*_SOURCES[name].folders, "")] if chosen else []
+    return folders if root else [*folders, _DEBIAN / name, cache() / name]
 
 
 def _check_not_another(name: str, file: str, content: bytes) -> None:
@@ -342,7 +336,7 @@ def _parse_idx(name: str, file: str, content: bytes) -> Array:
     if content[:2] == b"\x1f\x8b":
         content = _gunzip(name, file, content)
     _check_not_another(name, file, content)
-    dimensions = content[3] if content[:3] == b"\x00\x00\x08" else 0
+    dimensions = int.from_bytes(content[3:4]) if content[:3] == b"\x00\x00\x08" else 0
     start = 4 + 4 * dimensions
     shape = tuple(np.frombuffer(content[4:start], ">u4").tolist())
     if not dimensions or len(shape) != dimensions or len(content) != start + math.prod(shape):

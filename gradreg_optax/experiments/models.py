@@ -125,8 +125,8 @@ def _dense(key: jax.Array, size: int, out: int) -> PyTree:
 
 
 def _affine(layer: PyTree, x: jax.Array) -> jax.Array:
-    y: jax.Array = x @ layer["kernel"] + layer["bias"]
-    return y
+    y: jax.Array = x @ layer["kernel"]
+    return y + jnp.expand_dims(layer["bias"], range(y.ndim - 1))
 
 
 def _convolution(layer: PyTree, x: jax.Array) -> jax.Array:
