@@ -68,9 +68,9 @@ class Config:
     alpha: float = 0.1
     """Initial scale of the weights."""
     gamma: float = 0.1
-    """Regularization coefficient; beyond 0.2 F-GR collapses to the saddle at the origin."""
+    """Regularization coefficient; from 0.3 on every scheme collapses to the saddle at the origin."""
     epsilons: tuple[float, ...] = (-0.4, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)
-    """Ascent steps in increasing order: negative ones are B-GR, zero is DB, positive ones are F-GR. Beyond 0.3 the trend reverses."""
+    """Ascent steps in increasing order: negative ones are B-GR, zero is DB, positive ones are F-GR. From 0.3 on the trend reverses."""
     horizon: float = 120.0
     """Time to which the flow is integrated."""
     few: int = 15
