@@ -1,5 +1,6 @@
 """Large batches in little memory: a loss that goes through its batch in pieces."""
 
+import functools
 from typing import Any
 
 import jax
@@ -17,13 +18,14 @@ def microbatched(loss_fn: LossFn, count: int, *, has_aux: bool = False) -> LossF
     gradient is accumulated in the same pass over the micro-batches, so nothing of one micro-batch is kept for the next. Every gradient
     is that of the whole batch: the difference and the exact product of all of :math:`L` come out, not an average of products of
     parts, which is what accumulation *around* a regularizer would give. Works with every transformation, gradient function and train
-    step of this package, and with ``jax.grad`` itself; for ``dbp`` use the default mode (the other one keeps all micro-batches).
+    step of this package, and with ``jax.grad`` itself.
 
     The micro-batches interleave, as the parts 0::k, 1::k, ... of the batch, so that a batch sharded over devices stays where it is.
     What is not a mean over samples, BatchNorm in training mode above all, sees micro-batches instead of the batch; a dropout key
     passed as a further argument draws the same mask in each of them, keys passed in the batch, one a sample, do not.
 
-    Cost: that of ``loss_fn`` in gradients; temporary memory of one micro-batch and of one gradient.
+    Cost: that of ``loss_fn`` in gradients; ``dbp`` evaluates :math:`g` a second time instead of keeping what it needs of all
+    micro-batches. Temporary memory: that of one micro-batch and of the gradients that are summed, one for the difference.
 
     Args:
       loss_fn: ``loss_fn(params, batch, *args, **kwargs)``, a mean over the leading axis of ``batch``; the other arguments are seen by every
@@ -56,12 +58,17 @@ def microbatched(loss_fn: LossFn, count: int, *, has_aux: bool = False) -> LossF
             return jnp.mean(values), aux
 
         def forward(params: PyTree) -> tuple[tuple[jax.Array, Any], PyTree]:
+            # What differentiates this gradient once more shall evaluate a micro-batch again rather than keep all of them.
+            @functools.partial(jax.checkpoint, prevent_cse=False)
+            def evaluate(params: PyTree, j: jax.Array) -> tuple[tuple[jax.Array, Any], PyTree]:
+                return jax.value_and_grad(loss, has_aux=True)(params, piece(j), *args, **kwargs)
+
             def accumulate(total: PyTree, j: jax.Array) -> tuple[PyTree, tuple[jax.Array, Any]]:
-                output, gradient = jax.value_and_grad(loss, has_aux=True)(params, piece(j), *args, **kwargs)
+                output, gradient = evaluate(params, j)
                 return jax.tree.map(lambda t, g: t + g.astype(t.dtype) / count, total, gradient), output
 
             zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params)
-            total, (values, aux) = jax.lax.scan(accumulate, zeros, jnp.arange(count))
+            total, (values, aux) = jax.lax.scan(jax.checkpoint(accumulate), zeros, jnp.arange(count))  # dbp keeps no micro-batch
             return (jnp.mean(values), aux), jax.tree.map(lambda t, p: t.astype(p.dtype), total, params)
 
         def backward(gradient: PyTree, cotangent: tuple[jax.Array, Any]) -> tuple[PyTree]:
