@@ -137,12 +137,13 @@ def plot(found: dict[str, Any], output: Path) -> list[Path]:
     made, (left, right) = plots.figure(2, width=6.0, height=4.2)
     gammas, columns = _columns(found)
     values = np.array([[100 * column.get(gamma, np.nan) for _, column in columns] for gamma in gammas])
-    image = left.imshow(np.ma.masked_invalid(values), origin="lower", aspect="auto", cmap="viridis")
+    plain = [100 * float(np.mean(method["accuracy"])) for method in found["methods"] if method["label"] == "SGD" and method["chosen"] >= 0]
+    image = left.imshow(np.ma.masked_invalid(values), origin="lower", aspect="auto", cmap="viridis", vmin=plain[0] if plain else None)
     left.set_facecolor("0.85")
     left.set_xticks(range(len(columns)), [name for name, _ in columns], rotation=45, ha="right")
     left.set_yticks(range(len(gammas)), [f"{gamma:g}" for gamma in gammas])
-    left.set(xlabel="method and ascent step $\\epsilon$", ylabel="$\\gamma$", title=f"{found['dataset']}: test accuracy % (grey: diverged)")
-    made.colorbar(image, ax=left)
+    left.set(xlabel="method and ascent step $\\epsilon$", ylabel="$\\gamma$", title=f"{found['dataset']}: test accuracy %")
+    made.colorbar(image, ax=left, extend="min", label="darkest: not above SGD; grey: a run diverged")
     _draw_report(right, found)
     return [plots.save(made, output, "sweep")]
 
