@@ -108,7 +108,7 @@ def _measure_one(loss_fn: Callable[..., jax.Array], params: PyTree, batch: Batch
         progress.update()
     seconds = interleave({name: program.run for name, program in programs.items()}, range(rounds))
     columns: Any = {key: [getattr(p, key) for p in programs.values()] for key in ("flops", "memory", "trace", "compile")}
-    return columns | {"seconds": list(seconds.values())}
+    return {**columns, "seconds": list(seconds.values())}
 
 
 def made_up_batch(seed: int, size: int, shape: Sequence[int]) -> Batch:
@@ -153,7 +153,8 @@ def residual_network(width: int, channels: int = 3) -> Model:
             stride = 1 if i == 0 else 2
             hidden = _convolve(jax.nn.gelu(x), block["first"], stride)
             x = _convolve(x, block["skip"], stride) + _convolve(jax.nn.gelu(hidden), block["second"], 1)
-        return jnp.mean(jax.nn.gelu(x), axis=(1, 2)) @ params["head"]
+        logits: jax.Array = jnp.mean(jax.nn.gelu(x), axis=(1, 2)) @ params["head"]
+        return logits
 
     return Model(init, apply)
 

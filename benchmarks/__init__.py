@@ -1,0 +1,1 @@
+"""Speed, memory and compile time beside peers; never part of the tests."""
