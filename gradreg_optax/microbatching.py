@@ -58,17 +58,14 @@ def microbatched(loss_fn: LossFn, count: int, *, has_aux: bool = False) -> LossF
             return jnp.mean(values), aux
 
         def forward(params: PyTree) -> tuple[tuple[jax.Array, Any], PyTree]:
-            # What differentiates this gradient once more shall evaluate a micro-batch again rather than keep all of them.
+            # What differentiates this gradient once more evaluates a micro-batch again rather than keep all of them.
             @functools.partial(jax.checkpoint, prevent_cse=False)
-            def evaluate(params: PyTree, j: jax.Array) -> tuple[tuple[jax.Array, Any], PyTree]:
-                return jax.value_and_grad(loss, has_aux=True)(params, piece(j), *args, **kwargs)
-
             def accumulate(total: PyTree, j: jax.Array) -> tuple[PyTree, tuple[jax.Array, Any]]:
-                output, gradient = evaluate(params, j)
+                output, gradient = jax.value_and_grad(loss, has_aux=True)(params, piece(j), *args, **kwargs)
                 return jax.tree.map(lambda t, g: t + g.astype(t.dtype) / count, total, gradient), output
 
             zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params)
-            total, (values, aux) = jax.lax.scan(jax.checkpoint(accumulate), zeros, jnp.arange(count))  # dbp keeps no micro-batch
+            total, (values, aux) = jax.lax.scan(accumulate, zeros, jnp.arange(count))
             return (jnp.mean(values), aux), jax.tree.map(lambda t, p: t.astype(p.dtype), total, params)
 
         def backward(gradient: PyTree, cotangent: tuple[jax.Array, Any]) -> tuple[PyTree]:
