@@ -135,15 +135,7 @@ def table(found: dict[str, Any]) -> str:
 def plot(found: dict[str, Any], output: Path) -> list[Path]:
     """Draws sweep.png: mean accuracy over gamma and the signed ascent step, and the chosen settings on the report seeds."""
     made, (left, right) = plots.figure(2, width=6.0, height=4.2)
-    gammas, columns = _columns(found)
-    values = np.array([[100 * column.get(gamma, np.nan) for _, column in columns] for gamma in gammas])
-    plain = [100 * float(np.mean(method["accuracy"])) for method in found["methods"] if method["label"] == "SGD" and method["chosen"] >= 0]
-    image = left.imshow(np.ma.masked_invalid(values), origin="lower", aspect="auto", cmap="viridis", vmin=plain[0] if plain else None)
-    left.set_facecolor("0.85")
-    left.set_xticks(range(len(columns)), [name for name, _ in columns], rotation=45, ha="right")
-    left.set_yticks(range(len(gammas)), [f"{gamma:g}" for gamma in gammas])
-    left.set(xlabel="method and ascent step $\\epsilon$", ylabel="$\\gamma$", title=f"{found['dataset']}: test accuracy %")
-    made.colorbar(image, ax=left, extend="min", label="darkest: not above SGD; grey: a run diverged")
+    _draw_grid(made, left, found)
     _draw_report(right, found)
     return [plots.save(made, output, "sweep")]
 
@@ -273,6 +265,21 @@ def _columns(found: dict[str, Any]) -> tuple[list[float], list[tuple[str, dict[f
             columns.setdefault((side * step, method["label"]), {})[float(gamma)] = mean
     names = [(f"{label} {abs(step):g}" if step else label, columns[step, label]) for step, label in sorted(columns)]
     return sorted({gamma for _, column in names for gamma in column}), names
+
+
+def _draw_grid(made: Any, axis: Any, found: dict[str, Any]) -> None:
+    gammas, columns = _columns(found)
+    if not columns:  # no method with a gamma
+        axis.set_axis_off()
+        return
+    values = np.array([[100 * column.get(gamma, np.nan) for _, column in columns] for gamma in gammas])
+    plain = [100 * float(np.mean(method["accuracy"])) for method in found["methods"] if method["label"] == "SGD" and method["chosen"] >= 0]
+    image = axis.imshow(np.ma.masked_invalid(values), origin="lower", aspect="auto", cmap="viridis", vmin=plain[0] if plain else None)
+    axis.set_facecolor("0.85")
+    axis.set_xticks(range(len(columns)), [name for name, _ in columns], rotation=45, ha="right")
+    axis.set_yticks(range(len(gammas)), [f"{gamma:g}" for gamma in gammas])
+    axis.set(xlabel="method and ascent step $\\epsilon$", ylabel="$\\gamma$", title=f"{found['dataset']}: test accuracy %")
+    made.colorbar(image, ax=axis, extend="min", label="darkest: not above SGD; grey: a run diverged")
 
 
 def _draw_report(axis: Any, found: dict[str, Any]) -> None:
