@@ -150,7 +150,14 @@ def run(config: Config) -> dict[str, Any]:
 
     Returns:
       ``identity``, see :func:`measure_identity`; ``training``, by variant, see :func:`train`; ``level`` and ``learning_rate``.
+
+    Raises:
+      ValueError: more records than steps, or two batches that do not fit into the training set.
     """
+    if config.records > config.steps:
+        raise ValueError(f"flooding: records must be at most steps = {config.steps}, got {config.records}: take more steps.")
+    if 2 * config.batch_size > config.train_size:
+        raise ValueError(f"flooding: two batches of {config.batch_size} do not fit into {config.train_size} samples: take smaller ones.")
     problems = [problem(config, config.seed + i) for i in range(config.seeds)]
     with jax.enable_x64(True):
         identity = measure_identity(wide(problems[0]), config.batch_size, config.momentum)

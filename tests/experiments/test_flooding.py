@@ -1,5 +1,6 @@
 """Flooding's two-step identities, what breaks them, and that the experiment measures what it says."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -87,6 +88,12 @@ def test_different_batches_leave_a_rest_that_swamps_the_penalty_like_one_over_et
     relative = [float(deviation(params, tuple(batches), jnp.array(levels), eta, 0.0, sign)[1]) for eta in (1e-4, 1e-3)]
     assert relative[1] > 100
     np.testing.assert_allclose(relative[0] / relative[1], 10, rtol=0.01)  # up to the next order in eta
+
+
+@pytest.mark.parametrize(("change", "message"), [({"records": 999}, "more steps"), ({"batch_size": 60}, "smaller ones")])
+def test_settings_that_cannot_be_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        flooding.run(dataclasses.replace(SMALL, **change))
 
 
 @pytest.fixture(scope="module")
