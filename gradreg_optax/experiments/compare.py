@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from gradreg_optax.experiments import data, plots, statistics
 from gradreg_optax.experiments.training import METHODS, Recipe, Trainer
@@ -112,8 +113,9 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
     left.set_xticks(range(len(labels)), labels, rotation=35)
     left.set(ylabel="test accuracy %", title="each method at its own setting")
     middle.set(xscale="log", xlabel="top Hessian eigenvalue of the training loss", title="flatter minima test better")
+    middle.xaxis.set_major_locator(LogLocator(subs=(1, 2, 4)))
     middle.xaxis.set_major_formatter("{x:g}")
-    middle.xaxis.set_minor_formatter("{x:g}")
+    middle.xaxis.set_minor_formatter(NullFormatter())
     middle.legend(frameon=False)
     _draw_signed(right, results)
     return [plots.save(made, output, "compare")]
