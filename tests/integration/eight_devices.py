@@ -77,13 +77,18 @@ def train(loss, regularizer, mesh=None, fsdp=False, **options):
     return state.params, collectives(compiled), stayed
 
 
+def varying(tree):
+    """A copy of replicated values that may differ from device to device; ``pvary`` is its name before JAX 0.9."""
+    return jax.lax.pcast(tree, "data", to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(tree, "data")
+
+
 def train_in_shard_map(mesh, local):
     """The gradient function inside ``shard_map``: every device climbs along its own gradient, or all along the common one."""
     tx = optax.adam(1e-2)
 
     def device_step(params, opt_state, data):
         if local:  # without pcast the gradient with respect to replicated parameters would already be the sum over the devices
-            mine, loss = jax.lax.pcast(params, "data", to="varying"), loss_fn
+            mine, loss = varying(params), loss_fn
         else:
             mine, loss = params, lambda p, b: jax.lax.pmean(loss_fn(p, b), "data")
         _, grads = gr.fd_value_and_grad(loss, **PENALTY)(mine, data)

@@ -11,7 +11,11 @@ import inspect
 import pathlib
 import types
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+import pytest
 
 import gradreg_optax as gr
 
@@ -78,3 +82,75 @@ def test_the_suite_holds_all_of_its_expectations_for_each_of_ours():
     cases = [name for name in dir(ContribTest) if name.startswith("test_")]
     assert len(cases) >= 16 * len(_TABLE)
     assert {row["transformation"] for row in _TABLE} == public_transformations()
+
+
+def loss_fn(params, target):
+    return jnp.sum((jnp.tanh(params["a"]) @ params["b"] - target) ** 2)
+
+
+PARAMS = {"a": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3), "b": np.array([0.5, -1.0, 2.0], np.float32)}
+TARGET = np.array([1.0, -1.0], np.float32)
+SGD = optax.sgd(0.1)
+VALUE_AND_GRAD = jax.jit(jax.value_and_grad(loss_fn))
+
+# Every wrapper that forwards extra arguments, around or behind a transformation T in chain(T, sgd): none of them changes the answer.
+WRAPPERS = {
+    "named_chain": lambda make, options, sgd: optax.named_chain(("gradreg", make(**options)), ("sgd", sgd)),
+    "inject_hyperparams": lambda make, options, sgd: optax.chain(optax.inject_hyperparams(make)(**options), sgd),
+    "conditionally_transform": lambda make, options, sgd: optax.chain(
+        optax.conditionally_transform(make(**options), lambda step: step >= 0), sgd
+    ),
+    "conditionally_mask": lambda make, options, sgd: optax.chain(make(**options), optax.conditionally_mask(sgd, lambda step: step >= 0)),
+    "apply_if_finite behind": lambda make, options, sgd: optax.chain(make(**options), optax.apply_if_finite(sgd, 3)),
+    "clip behind": lambda make, options, sgd: optax.chain(make(**options), optax.clip_by_global_norm(1e3), sgd),
+    "masked behind": lambda make, options, sgd: optax.chain(make(**options), optax.masked(sgd, True)),
+    "partition behind": lambda make, options, sgd: optax.chain(
+        make(**options), optax.partition({"x": sgd, "y": sgd}, {"a": "x", "b": "y"})
+    ),
+    "flatten behind": lambda make, options, sgd: optax.chain(make(**options), optax.flatten(sgd)),
+    "MultiSteps of one around": lambda make, options, sgd: _forwarding(optax.MultiSteps(optax.chain(make(**options), sgd), 1)),
+    "MultiSteps of one behind": lambda make, options, sgd: optax.chain(make(**options), optax.MultiSteps(sgd, 1).gradient_transformation()),
+    "reduce_on_plateau behind": lambda make, options, sgd: optax.chain(make(**options), sgd, optax.contrib.reduce_on_plateau()),
+    "split_real_and_imaginary behind": lambda make, options, sgd: optax.chain(make(**options), optax.contrib.split_real_and_imaginary(sgd)),
+}
+
+
+def _forwarding(multi_steps):
+    return optax.GradientTransformationExtraArgs(multi_steps.init, multi_steps.update)
+
+
+def two_steps(tx):
+    params, state = jax.tree.map(jnp.asarray, PARAMS), tx.init(PARAMS)
+    for _ in range(2):
+        value, grads = VALUE_AND_GRAD(params, TARGET)
+        updates, state = tx.update(grads, state, params, value=value, value_fn=lambda p: loss_fn(p, TARGET))
+        params = optax.apply_updates(params, updates)
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(params)])
+
+
+@pytest.fixture(scope="module", params=_TABLE[:6], ids=lambda row: row["transformation"])
+def in_a_chain(request):
+    """(transformation, its options, the parameters after two steps of chain(transformation, sgd))."""
+    name = request.param["transformation"]
+    make, options = getattr(gr, name), {option: 0.1 for option in request.param if option != "transformation"}
+    expected = two_steps(optax.chain(make(**options), SGD))
+    assert name == "flooding" or np.abs(two_steps(SGD) - expected).max() > 1e-3
+    return make, options, expected
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_every_transformation_in_every_wrapper_is_the_one_in_a_chain(in_a_chain, wrapper):
+    make, options, expected = in_a_chain
+    found = two_steps(WRAPPERS[wrapper](make, options, SGD))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)  # float32, two steps of size 0.1
+
+
+def test_lookahead_passes_nothing_on_and_takes_a_loss_of_the_parameters_alone():
+    """Its update has no extra arguments: a loss at construction works, ``value_fn=`` does not."""
+    params = optax.LookaheadParams(*(jax.tree.map(jnp.asarray, PARAMS),) * 2)
+    tx = optax.lookahead(optax.chain(gr.fd_gradreg(lambda p: loss_fn(p, TARGET), gamma=0.1, epsilon=0.1), optax.sgd(0.1)), 5, 0.5)
+    grads = jax.grad(loss_fn)(params.fast, TARGET)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    _, expected = gr.fd_value_and_grad(loss_fn, gamma=0.1, epsilon=0.1)(params.fast, TARGET)
+    for name in PARAMS:
+        np.testing.assert_allclose(updates.fast[name], -0.1 * expected[name], rtol=1e-5)
