@@ -2,7 +2,7 @@
 
 from types import ModuleType
 
-from gradreg_optax.experiments import compare, cost, flooding, implicit_bias, sweep
+from gradreg_optax.experiments import compare, cost, flooding, frontier, implicit_bias, sweep
 
 COMMANDS: dict[str, ModuleType] = {
     "compare": compare,
@@ -10,4 +10,5 @@ COMMANDS: dict[str, ModuleType] = {
     "cost": cost,
     "implicit-bias": implicit_bias,
     "flooding": flooding,
+    "frontier": frontier,
 }

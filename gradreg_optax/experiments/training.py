@@ -205,9 +205,14 @@ class Problem:
         return jnp.mean(jax.lax.map(one, (rows, labels), batch_size=min(_EVALUATION_BATCH, rows.shape[0])))
 
 
-@functools.lru_cache(maxsize=2)
 def problem(dataset: data.Dataset, recipe: Recipe) -> Problem:
-    """The problem of a data set and a recipe; methods that ask for the same one share its data and its compiled metrics."""
+    """The problem of a data set and a recipe; recipes that differ in the training alone share its data and its compiled metrics."""
+    same: dict[str, Any] = {"steps": Recipe.steps, "learning_rate": Recipe.learning_rate, "warmup_steps": 0, "penalty_fraction": 1.0}
+    return _problem(dataset, dataclasses.replace(recipe, optimizer=Recipe.optimizer, **same))
+
+
+@functools.lru_cache(maxsize=2)
+def _problem(dataset: data.Dataset, recipe: Recipe) -> Problem:
     return Problem(dataset, recipe)
 
 
