@@ -34,6 +34,8 @@ class Config:
     """How often each step is traced and compiled."""
     torch_python: str = sys.executable
     """A Python interpreter with PyTorch; without PyTorch there its rows are left out."""
+    torch_threads: int = 0
+    """Threads of PyTorch on the CPU, 0 for its default; on a busy machine its threads wait for each other, and 1 is faster."""
 
 
 def main(config: Config) -> None:
@@ -93,7 +95,8 @@ def measure_torch(config: Config) -> dict[str, Any] | None:
     if config.torch_python == sys.executable and importlib.util.find_spec("torch") is None:
         print("PyTorch is not installed here: its rows are left out.")
         return None
-    command = [config.torch_python, str(HERE / "torch_steps.py"), "--rounds", str(config.rounds), "--networks", *config.networks]
+    options = ["--rounds", str(config.rounds), "--threads", str(config.torch_threads), "--networks", *config.networks]
+    command = [config.torch_python, str(HERE / "torch_steps.py"), *options]
     found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return found
 

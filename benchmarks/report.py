@@ -35,7 +35,7 @@ def table(document: dict[str, Any]) -> str:
     machine, versions = document["machine"], document["versions"]
     lines = [
         f"{machine['device']} ({machine['processor']}, {machine['cores']} cores), JAX {versions['jax']}, Optax {versions['optax']}"
-        + (f", PyTorch {document['torch']['version']}" if document["torch"] else "")
+        + (f", PyTorch {document['torch']['version']} on {document['torch']['threads']} threads" if document["torch"] else "")
         + f"; medians of {document['rounds']} interleaved rounds with their quartiles.",
         "",
         "Time per step, as a multiple of the same framework's SGD:",

@@ -159,7 +159,10 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--networks", nargs="+", default=["mlp", "resnet", "transformer", "tiny"])
+    parser.add_argument("--threads", type=int, default=0, help="threads on the CPU; 0 leaves PyTorch its default")
     arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = {name: measure(name, arguments.rounds, device) for name in arguments.networks}
     print(json.dumps({"version": torch.__version__, "device": device, "threads": torch.get_num_threads(), "networks": found}))

@@ -52,15 +52,15 @@ class Config:
     """Seed of weights and data, neither of which matters for the cost."""
     redraw: bool = False
     """Draw the figure from the results on disk, without a run."""
-    depths: tuple[int, ...] = (4, 8, 16)
+    depths: tuple[int, ...] = (3, 6, 12)
     """Layers of the MLP."""
     hidden: int = 256
     """Units of each hidden layer of the MLP, and features of its input."""
     widths: tuple[int, ...] = (4, 8, 16)
     """Channels of the first of three stages of the residual convolutional network."""
-    image: int = 16
+    image: int = 12
     """Height and width of its images."""
-    batch: int = 64
+    batch: int = 32
     """Samples in a batch."""
     rounds: int = 20
     """Rounds in which every method takes one step."""

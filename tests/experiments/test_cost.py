@@ -1,0 +1,73 @@
+"""The cost experiment: its FLOPs, its figure, and the ratios that it reports."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gradreg_optax.experiments import cost, results
+from gradreg_optax.experiments.timing import interleave, ratio
+
+COMMITTED = Path(__file__).parents[2] / "notebooks" / "results" / "cost" / "results.json"
+
+
+def test_interleaved_runs_take_turns_and_none_is_always_first():
+    order = []
+    runs = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    seconds = interleave(runs, range(3), {"b": 2})
+    assert "".join(order) == "abc" + "abbc" + "bbca" + "cabb"
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_the_ratio_is_taken_within_rounds_so_that_a_slow_round_cancels():
+    machine = np.array([1.0, 10.0, 1.0, 100.0, 1.0])
+    found = ratio(2 * machine, machine)
+    assert found == (2.0, 2.0, 2.0, 0.0)
+    assert str(found) == "2.00 [2.00, 2.00]"
+
+
+def test_the_noise_covers_the_true_median_nineteen_times_in_twenty():
+    rng = np.random.default_rng(0)
+    found = [ratio(rng.lognormal(size=30), np.ones(30)) for _ in range(400)]
+    covered = np.mean([abs(r.median - 1) <= 2 * r.noise for r in found])  # the interval lies unevenly around the median
+    assert covered >= 0.95
+    assert np.mean([r.noise for r in found]) == pytest.approx(1.25 * 1.96 / np.sqrt(30), rel=0.3)  # sd of a median: 1.25 / sqrt(n)
+
+
+def test_an_mlp_of_equal_layers_costs_three_matrix_products_per_layer(tmp_path):
+    config = cost.Config(output=tmp_path, depths=(6,), hidden=64, widths=(2,), image=4, batch=32, rounds=2)
+    found = results.plain(cost.run(config))
+    found = results.load(results.save(tmp_path, "cost", config, found))
+    counts = dict(zip(found["methods"], found["mlp"]["flops"][0] / found["mlp"]["products"][0] / 6, strict=True))
+    # one product less than 3L: the first layer needs no gradient of its input; activations and updates come on top
+    assert 3 - 1 / 6 <= counts["SGD"] <= 3.2
+    assert counts["F-GR"] == pytest.approx(2 * counts["SGD"], rel=0.02)
+    assert 2.7 <= counts["DB forward-over-reverse"] / counts["SGD"] <= 3.05
+    assert [path.name for path in cost.plot(found, tmp_path)] == ["cost.png"]
+    assert (tmp_path / "cost.png").stat().st_size > 10_000
+    printed = cost.table(found)
+    assert all(name in printed for name in cost.METHODS)
+    assert "time DB forward-over-reverse / F-GR, resnet" in printed
+
+
+def test_the_residual_network_halves_the_image_and_has_three_widths():
+    network = cost.residual_network(4)
+    params = network.init(jax.random.key(0))
+    assert [block["second"].shape for block in params["blocks"]] == [(3, 3, 4, 4), (3, 3, 8, 8), (3, 3, 16, 16)]
+    logits = jax.eval_shape(network.apply, params, jax.ShapeDtypeStruct((5, 8, 8, 3), np.float32))
+    assert logits.shape == (5, cost.CLASSES)
+
+
+def test_the_committed_results_hold_the_ratios_of_the_paper():
+    document = json.loads(COMMITTED.read_text())
+    assert document["command"] == "gradreg cost"
+    found = results.load(COMMITTED)
+    bounds = {"F-GR": (1.96, 2.04), "B-GR": (1.96, 2.04), "SAM": (1.96, 2.04), "C-GR": (2.94, 3.06)}
+    bounds |= {"DB forward-over-reverse": (2.7, 3.05), "DB reverse-over-reverse": (2.7, 3.05), "flooding": (0.99, 1.01)}
+    for family in cost.AXES:
+        ratios = found[family]["flops"] / found[family]["flops"][:, :1]
+        for name, (low, high) in bounds.items():
+            of_sizes = ratios[1:, found["methods"].index(name)]  # at three layers the first one's savings are still felt
+            assert np.all((low <= of_sizes) & (of_sizes <= high)), (family, name, of_sizes)
