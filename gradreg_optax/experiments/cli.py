@@ -19,13 +19,15 @@ def run(arguments: list[str] | None = None) -> None:
       arguments: the command line, by default that of the process.
 
     Raises:
-      SystemExit: the command line is wrong, the data are not there, or settings do not fit together.
+      SystemExit: the command line is wrong, the data are not there, settings do not fit together, or the run is interrupted.
     """
     command, module, config = parse(arguments)
     try:
         _run(command, module, config)
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"gradreg {command}: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def _run(command: str, module: ModuleType, config: Any) -> None:

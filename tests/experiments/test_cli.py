@@ -80,6 +80,16 @@ def test_a_figure_is_redrawn_without_the_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "sweep.png").exists()
 
 
+def test_an_interrupted_run_ends_without_a_traceback(tmp_path, monkeypatch):
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(COMMANDS["sweep"], "run", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(["sweep", "--output", str(tmp_path)])
+    assert stop.value.code == 130
+
+
 def test_without_matplotlib_the_command_names_the_extra():
     code = "import sys; sys.modules['matplotlib'] = None; from gradreg_optax.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
