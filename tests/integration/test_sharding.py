@@ -66,5 +66,5 @@ def test_fsdp_takes_the_collectives_of_the_plain_step_twice(report):
     plain, fd, groups = (report[f"{method}, FSDP"]["counts"] for method in ("plain", "fd", "groups"))
     assert fd["all-gather"] == 2 * plain["all-gather"]
     assert fd["all-reduce"] == 2 * plain["all-reduce"] == 2
-    assert fd["scalars"] <= plain["scalars"] <= 2  # for StepInfo.grad_norm
-    assert groups == {"all-gather": 2 * plain["all-gather"], "all-reduce": 1}
+    assert max(fd.get("scalars", 0), plain.get("scalars", 0)) <= 2  # for StepInfo.grad_norm
+    assert (groups["all-gather"], groups["all-reduce"]) == (2 * plain["all-gather"], 1)
