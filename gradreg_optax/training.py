@@ -131,7 +131,7 @@ def make_train_step(
             (value, aux), gradient, updates, first_state = regularized(batch)
             grad_norm = _norm(gradient)
         else:
-            groups = split_batch(function, "ascent_groups", batch, ascent_groups)
+            groups = split_batch(function, "ascent_groups", batch, int(ascent_groups))
             # The regularizer's state may depend on no group: every group counts the same step.
             (values, aux), gradients, updates, first_state = jax.vmap(regularized, out_axes=(0, 0, 0, None))(groups)
             value, gradient, updates = jax.tree.map(lambda x: jnp.mean(x, axis=0).astype(x.dtype), (values, gradients, updates))
