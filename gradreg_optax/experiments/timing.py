@@ -119,5 +119,5 @@ def ratio(seconds: Floats, reference: Floats) -> Ratio:
     values = np.sort(np.asarray(seconds) / np.asarray(reference))
     lower, median, upper = np.quantile(values, [0.25, 0.5, 0.75])
     half = 0.98 * math.sqrt(len(values))  # 1.96 standard deviations of a binomial count around n / 2
-    low, high = max(math.floor(len(values) / 2 - half), 0), min(math.ceil(len(values) / 2 + half), len(values) - 1)
-    return Ratio(float(median), float(lower), float(upper), float(values[high] - values[low]) / 2)
+    low = max(math.floor(len(values) / 2 - half), 0)
+    return Ratio(float(median), float(lower), float(upper), float(values[-1 - low] - values[low]) / 2)

@@ -30,10 +30,11 @@ def test_the_ratio_is_taken_within_rounds_so_that_a_slow_round_cancels():
 
 def test_the_noise_covers_the_true_median_nineteen_times_in_twenty():
     rng = np.random.default_rng(0)
-    found = [ratio(rng.lognormal(size=30), np.ones(30)) for _ in range(400)]
+    found = [ratio(rng.lognormal(sigma=0.1, size=30), np.ones(30)) for _ in range(400)]
     covered = np.mean([abs(r.median - 1) <= 2 * r.noise for r in found])  # the interval lies unevenly around the median
     assert covered >= 0.95
-    assert np.mean([r.noise for r in found]) == pytest.approx(1.25 * 1.96 / np.sqrt(30), rel=0.3)  # sd of a median: 1.25 / sqrt(n)
+    expected = 0.1 * 1.25 * 1.96 / np.sqrt(30)  # the standard deviation of a median is 1.25 sigma / sqrt(n)
+    assert np.mean([r.noise for r in found]) == pytest.approx(expected, rel=0.3)
 
 
 def test_an_mlp_of_equal_layers_costs_three_matrix_products_per_layer(tmp_path):
