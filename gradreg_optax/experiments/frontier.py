@@ -445,7 +445,7 @@ def _warmup_lines(cells: list[dict[str, Any]]) -> list[str]:
 
 
 def plot(results: dict[str, Any], output: Path) -> list[Path]:
-    """Draws frontier.png: accuracy against the cost of a step, one panel for each optimizer."""
+    """Draws frontier.png: accuracy against the cost of a step; diamonds are cells whose gamma comes from the rule."""
     made, axes = plots.figure(len(results["optimizers"]), width=4.4, height=3.9)
     for axis, (name, found) in zip(axes, results["optimizers"].items(), strict=True):
         for cell in found["cells"]:
@@ -453,8 +453,11 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
         for fraction in results["fractions"]:
             cells = [cell for cell in _searched(found["cells"]) if cell["fraction"] == fraction]
             means = [100 * statistics.estimate(cell["accuracy"]).mean for cell in cells]
-            axis.plot([cell["flops"] for cell in cells], means, "-", lw=1, color=_COLORS[bool(fraction < 1)], zorder=0)
-        axis.set(xlabel="cost of a step (FLOPs, relative to the plain one)", title=name)
+            color, text = _COLORS[bool(fraction < 1)], f"F-GR, f = {fraction:g}"
+            axis.plot([cell["gradients"] for cell in cells], means, "-", lw=1, color=color, zorder=0, label=text)
+        axis.set(xlabel="cost of a step (gradient evaluations)", title=name, xlim=(0.8, 3.3))
+        axis.margins(y=0.15)
+        axis.legend(loc="center right", frameon=False, fontsize=8)
     axes[0].set_ylabel("test accuracy %")
     return [plots.save(made, output, "frontier")]
 
@@ -469,7 +472,8 @@ def _draw(axis: Any, cell: dict[str, Any]) -> None:
     color = _COLORS[bool(cell["fraction"] < 1)] if lazy else plots.COLORS["DB" if cell["label"] == "DB" else "SGD"]
     mean, error, _ = statistics.estimate(100 * cell["accuracy"])
     hollow = {"markerfacecolor": "white"} if cell["choice"] == "rule" else {}
-    axis.errorbar(cell["flops"], mean, error, fmt="D" if hollow else "o", ms=5, color=color, alpha=0.6 if hollow else 1, **hollow)
+    cost = cell["gradients"]
+    axis.errorbar(cost, mean, error, fmt="D" if hollow else "o", ms=5, color=color, alpha=0.6 if hollow else 1, **hollow)
     if not hollow:
-        text = f"f={cell['fraction']:g}, k={cell['interval']:g}" if lazy else cell["label"]
-        axis.annotate(text, (cell["flops"], mean), (5, -11), textcoords="offset points", fontsize=7, color=color)
+        text, place = (f"k={cell['interval']:g}", (-4, -22 if cell["fraction"] < 1 else 16)) if lazy else (cell["label"], (6, -11))
+        axis.annotate(text, (cost, mean), place, textcoords="offset points", fontsize=7, color=color, rotation=60 if lazy else 0)
