@@ -123,15 +123,16 @@ def ascent_direction(function: str, gradient: PyTree, params: PyTree, ascent: As
 def normalized(gradient: PyTree, params: PyTree) -> PyTree:
     r"""The unit direction :math:`g / \|g\|` of SAM and of penalties on the plain norm; zero where the gradient is zero.
 
-    Along it, :math:`\gamma H g/\|g\|` is the gradient of :math:`\gamma\|\nabla L\|`. The norm is over all leaves, scaled against
-    overflow and underflow. Costs no gradient evaluation.
+    Along it, :math:`\gamma H g/\|g\|` is the gradient of :math:`\gamma\|\nabla L\|`. The norm is over all leaves and taken in float32 or
+    wider. Below 1e-19 in float32 (1e-154 in float64), where squares underflow, it counts as that much, so that the direction shrinks
+    to zero with the gradient. Costs no gradient evaluation.
 
     Args:
       gradient: the direction of steepest ascent.
       params: the parameters, not used.
 
     Returns:
-      A tree like ``gradient`` of norm one, or zero.
+      A tree like ``gradient``, of norm one or, about zero, less.
 
     Example:
       >>> import jax.numpy as jnp
@@ -143,9 +144,9 @@ def normalized(gradient: PyTree, params: PyTree) -> PyTree:
       Foret et al., *Sharpness-Aware Minimization*, ICLR 2021. Zhao et al., *Penalizing Gradient Norm*, ICML 2022.
     """
     del params
-    scaled, _, root = _scaled_norm(gradient)
-    inverse = 1 / jnp.where(root != 0, root, 1)
-    return jax.tree.map(lambda s, g: _cast(_scale(inverse, s), g), scaled, gradient)
+    norm = global_norm(gradient)
+    inverse = 1 / jnp.maximum(norm, np.finfo(norm.dtype).tiny ** 0.5)
+    return jax.tree.map(lambda g: _cast(inverse * _widen(g), g), gradient)
 
 
 def adaptive(gradient: PyTree, params: PyTree) -> PyTree:
@@ -170,8 +171,7 @@ def adaptive(gradient: PyTree, params: PyTree) -> PyTree:
       Kwon et al., *ASAM: Adaptive Sharpness-Aware Minimization*, ICML 2021.
     """
     size = jax.tree.map(lambda p: jnp.abs(_widen(p)), params)
-    safe = jax.tree.map(_widen, normalized(gradient, params))  # the length of g cancels, and with it overflow
-    unit = normalized(jax.tree.map(jnp.multiply, size, safe), params)
+    unit = normalized(jax.tree.map(lambda s, g: s * _widen(g), size, gradient), params)
     return jax.tree.map(lambda s, u, g: _cast(s * u, g), size, unit, gradient)
 
 
@@ -216,23 +216,10 @@ def masked(mask: PyTree) -> AscentFn:
 
 
 def global_norm(tree: PyTree) -> jax.Array:
-    """The Euclidean norm over all leaves, in float32 or wider, safe against overflow and underflow of the squares."""
-    _, scale, root = _scaled_norm(tree)
-    return scale * root
-
-
-def _scaled_norm(tree: PyTree) -> tuple[PyTree, jax.Array, jax.Array]:
-    """``(tree / scale, scale, norm of tree / scale)`` with the largest entry as scale; the norm's derivative at zero is zero."""
-    wide = jax.tree.map(_widen, tree)
-    largest = jnp.zeros([], jnp.float32)
-    for leaf in jax.tree.leaves(wide):
-        largest = jnp.maximum(largest, jnp.max(jnp.abs(jax.lax.stop_gradient(leaf)), initial=0))
-    tiny = np.finfo(largest.dtype).tiny
-    scale = jnp.clip(largest, tiny, 1 / tiny)  # whose reciprocal is neither infinite nor flushed to zero
-    scaled = jax.tree.map(lambda x: x / scale, wide)
-    square = sum((jnp.sum(x.real**2 + x.imag**2) for x in jax.tree.leaves(scaled)), start=jnp.zeros_like(scale))
-    root = jnp.where(square != 0, jnp.sqrt(jnp.where(square != 0, square, 1)), 0)
-    return scaled, scale, root
+    """The Euclidean norm over all leaves, in float32 or wider; its derivative at zero is zero."""
+    leaves = [_widen(x) for x in jax.tree.leaves(tree)]
+    square = sum((jnp.sum(x.real**2 + x.imag**2) for x in leaves), start=jnp.zeros([], jnp.float32))
+    return jnp.where(square != 0, jnp.sqrt(jnp.where(square != 0, square, 1)), 0)
 
 
 @contextlib.contextmanager

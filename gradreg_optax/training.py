@@ -11,6 +11,7 @@ import optax
 from gradreg_optax._batch import first_fraction, split_batch
 from gradreg_optax._loss import RESERVED, with_aux
 from gradreg_optax._typing import LossFn, PyTree
+from gradreg_optax.penalty import global_norm
 from gradreg_optax.transforms import GradregState
 
 
@@ -129,13 +130,13 @@ def make_train_step(
 
         if ascent_groups == 1:
             (value, aux), gradient, updates, first_state = regularized(batch)
-            grad_norm = _norm(gradient)
+            grad_norm = global_norm(gradient)
         else:
             groups = split_batch(function, "ascent_groups", batch, int(ascent_groups))
             # The regularizer's state may depend on no group: every group counts the same step.
             (values, aux), gradients, updates, first_state = jax.vmap(regularized, out_axes=(0, 0, 0, None))(groups)
             value, gradient, updates = jax.tree.map(lambda x: jnp.mean(x, axis=0).astype(x.dtype), (values, gradients, updates))
-            grad_norm = jnp.sqrt(jnp.mean(jax.vmap(_norm)(gradients) ** 2))
+            grad_norm = jnp.sqrt(jnp.mean(jax.vmap(global_norm)(gradients) ** 2))
 
         updates, second_state = second.update(
             updates, second_state, params, value=value, grad=gradient, value_fn=lambda p: loss(p, batch, *args, **kwargs)[0]
@@ -215,15 +216,9 @@ def make_nnx_train_step(
         updates, _ = first.update(plain, counters, params, value=value, value_fn=lambda p: value_of(p, part), **own)
         updates = jax.tree.unflatten(jax.tree.structure(gradient), jax.tree.leaves(updates))  # nnx.Optimizer wants Variables
         optimizer.update(model, updates, value=value, grad=plain, value_fn=lambda p: value_of(p, args))
-        return StepInfo(value, _norm(plain), aux)
+        return StepInfo(value, global_norm(plain), aux)
 
     return step
-
-
-def _norm(gradient: PyTree) -> jax.Array:
-    """In one pass over the gradient, unlike ``penalty.global_norm``: a figure to look at, which nothing is divided by."""
-    norm: jax.Array = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), gradient))
-    return norm
 
 
 def _owned(tree: PyTree) -> PyTree:

@@ -351,7 +351,7 @@ def _starting(start: str, steps: int) -> Method:
 
 def table(results: dict[str, Any]) -> str:
     """The cells of each optimizer as text: cost, accuracy, paired difference to the full penalty, and the share of its gain over SGD."""
-    lines = []
+    lines: list[str] = []
     for name, found in results["optimizers"].items():
         lines += [f"{name}, learning rate {found['learning_rate']:g}", _HEAD]
         full, plain = _cell(found["cells"], 1.0, 1), found["cells"][0]
@@ -359,13 +359,12 @@ def table(results: dict[str, Any]) -> str:
         lines += ["", *_rule_lines(results, found), ""]
     if results["warmup"]:
         lines += _warmup_lines(results["warmup"])
-    count = len(results["seeds"]["report"])
-    lines.append(
-        f"{results['dataset']}: means over {count} seeds ± standard error; gamma chosen on {len(results['seeds']['choose'])} others."
-    )
-    lines.append(
-        "p: paired t-test against the full penalty (f = 1, k = 1, searched). below: worse than it by more than one standard error."
-    )
+    report, choose = (len(results["seeds"][name]) for name in ("report", "choose"))
+    lines += [
+        f"{results['dataset']}: means over {report} seeds ± standard error; gamma chosen on {choose} others.",
+        "p: paired t-test against the full penalty (f = 1, k = 1, by search); below: worse than it by more than one standard error.",
+        "Costs are per step, relative to the plain optimizer; twice the steps is twice the budget.",
+    ]
     return "\n".join(lines)
 
 

@@ -207,7 +207,9 @@ def test_a_pickle_that_would_run_code_is_not_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(archive({}), "holds no cifar-10-batches-py/data_batch_1"), (b"no archive", "cannot be unpacked")]
+    ("content", "message"),
+    [(archive({}), "holds no cifar-10-batches-py/data_batch_1"), (b"no archive", "cannot be unpacked")],
+    ids=["another archive", "no archive"],
 )
 def test_another_archive_is_refused(tmp_path, content, message):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(content)

@@ -96,7 +96,7 @@ def test_a_second_start_trains_nothing_and_gives_the_same(made, monkeypatch):
 
 def test_table_and_figure_show_every_cell(found, tmp_path):
     text = frontier.table(found)
-    assert text.count("F-GR  ") == 7  # four cells by search, four by rule, and the full penalty only once
+    assert text.count("\nF-GR  ") == 7  # four cells by search, four by rule, and the full penalty only once
     assert "twice the steps" in text
     assert "factor on gamma for f = 0.25" in text
     (path,) = frontier.plot(found, tmp_path)
