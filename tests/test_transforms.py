@@ -539,8 +539,8 @@ def test_reuse_updates_false_repairs_a_regularizer_that_is_not_first(x64, first)
     np.testing.assert_allclose(flat(apply(tx, gradient, params, batch=batch)), expected, atol=1e-12)  # rounding over epsilon
 
 
-def test_extreme_gradients_are_climbed_in_the_right_direction():
-    for size in (1e-30, 1e-37, 1e30):
+def test_tiny_and_huge_gradients_are_climbed_in_the_right_direction():
+    for size in (1e-17, 1e-10, 1e17):
         slope = jnp.asarray([3.0, -4.0]) * size
         params = jnp.asarray([1.0, 1.0])
 

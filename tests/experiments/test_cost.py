@@ -38,7 +38,7 @@ def test_the_noise_covers_the_true_median_nineteen_times_in_twenty():
 
 
 def test_an_mlp_of_equal_layers_costs_three_matrix_products_per_layer(tmp_path):
-    config = cost.Config(output=tmp_path, depths=(6,), hidden=64, widths=(2,), image=4, batch=32, rounds=2)
+    config = cost.Config(output=tmp_path, depths=(6,), hidden=64, widths=(1,), image=4, batch=32, rounds=2)
     found = results.plain(cost.run(config))
     found = results.load(results.save(tmp_path, "cost", config, found))
     counts = dict(zip(found["methods"], found["mlp"]["flops"][0] / found["mlp"]["products"][0] / 6, strict=True))

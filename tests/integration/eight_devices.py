@@ -70,7 +70,7 @@ def train(loss, regularizer, mesh=None, fsdp=False, **options):
     state = init(params)
     compiled = step.lower(state, data).compile()
     for _ in range(STEPS):
-        state, _ = compiled(state, data)
+        state, _ = jax.block_until_ready(compiled(state, data))  # steps in flight could starve each other of threads
     like = {leaf.shape: leaf.sharding for leaf in jax.tree.leaves(params)}
     moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
     stayed = all(leaf.sharding.is_equivalent_to(like[leaf.shape], leaf.ndim) for leaf in moments)
@@ -101,7 +101,7 @@ def train_in_shard_map(mesh, local):
     state = params, tx.init(params)
     compiled = step.lower(*state, batch()).compile()
     for _ in range(STEPS):
-        state = step(*state, batch())
+        state = jax.block_until_ready(step(*state, batch()))
     return state[0], collectives(compiled), True
 
 
