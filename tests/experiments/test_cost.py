@@ -37,7 +37,11 @@ def test_the_noise_covers_the_true_median_nineteen_times_in_twenty():
     assert np.mean([r.noise for r in found]) == pytest.approx(expected, rel=0.3)
 
 
-def test_an_mlp_of_equal_layers_costs_three_matrix_products_per_layer(tmp_path):
+def test_an_mlp_of_equal_layers_costs_three_matrix_products_per_layer(tmp_path, monkeypatch):
+    kept = ("SGD", "F-GR", "DB forward-over-reverse", "DB reverse-over-reverse")
+    monkeypatch.setattr(
+        cost, "METHODS", {name: cost.METHODS[name] for name in kept}
+    )  # the others take a minute to compile, and tests/test_cost_counts.py has their FLOPs
     config = cost.Config(output=tmp_path, depths=(6,), hidden=64, widths=(1,), image=4, batch=32, rounds=2)
     found = results.plain(cost.run(config))
     found = results.load(results.save(tmp_path, "cost", config, found))
