@@ -15,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 from gradreg_optax._batch import split_batch
 from gradreg_optax._checks import check_epsilon, check_scheme
+from gradreg_optax._convolutions import canonical_convolutions
 from gradreg_optax._loss import with_aux
 from gradreg_optax._typing import LossFn, PyTree, Scalar, Scheme, ValueFn
 from gradreg_optax.penalty import ascent_direction, difference_product, exact_product, global_norm, normalized, shift
@@ -335,7 +336,7 @@ def _flat_product(value_fn: ValueFn, params: PyTree, function: str) -> tuple[Cal
         )
 
     grad_fn = _gradient(lambda vector: value_fn(whole(vector)), function)
-    return lambda vector: jax.jvp(grad_fn, (flat,), (vector,))[1], flat.size, flat.dtype
+    return canonical_convolutions(lambda vector: jax.jvp(grad_fn, (flat,), (vector,))[1]), flat.size, flat.dtype
 
 
 def _krylov(product: Callable[[jax.Array], jax.Array], noise: jax.Array) -> tuple[jax.Array, jax.Array]:

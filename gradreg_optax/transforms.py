@@ -27,6 +27,7 @@ from gradreg_optax._checks import (
     check_schedule,
     check_scheme,
 )
+from gradreg_optax._convolutions import canonical_convolutions
 from gradreg_optax._loss import bind
 from gradreg_optax._typing import AscentFn, LossFn, Mode, PyTree, ScalarOrSchedule, Scheme, ValueFn
 from gradreg_optax.penalty import adaptive, add_penalty, ascent_direction, difference_product, exact_product, normalized
@@ -405,7 +406,7 @@ def _penalized(
         if isinstance(interval, int) and interval == 1:
             return penalize(updates), _advance(state)
         due = state.step % jnp.asarray(interval).astype(state.step.dtype) == 0
-        return jax.lax.cond(due, penalize, lambda updates: updates, updates), _advance(state)
+        return jax.lax.cond(due, canonical_convolutions(penalize), lambda updates: updates, updates), _advance(state)
 
     return optax.GradientTransformationExtraArgs(lambda params: _init(function, params), update)
 
