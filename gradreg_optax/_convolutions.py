@@ -47,6 +47,8 @@ def _rewritten(value: Any, seen: dict[Any, Any]) -> Any:
 
 def _replaced(eqn: Any, seen: dict[Any, Any]) -> Any:
     """An equation with its jaxprs rewritten, or the call of a function that stands for a convolution."""
+    if eqn.primitive.name == "shard_map":  # its body can be traced only where its mesh axes are
+        return eqn
     if eqn.primitive is not conv_general_dilated_p:
         return eqn.replace(params={name: _rewritten(value, seen) for name, value in eqn.params.items()})
     convolution = jax.jit(functools.partial(_convolution, **eqn.params))

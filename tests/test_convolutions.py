@@ -156,6 +156,23 @@ def test_what_is_shared_is_compiled_once() -> None:
     assert text.count("stablehlo.convolution") == 1
 
 
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_under_shard_map(where: str) -> None:
+    mesh, spec = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), jax.sharding.PartitionSpec
+
+    def sharded(fun: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.shard_map(fun, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec())
+
+    def gradient(params: Any, batch: jax.Array) -> Any:
+        return jax.grad(lambda p: jax.lax.pmean(loss_fn(p, batch), "data"))(params)
+
+    fun = sharded(canonical_convolutions(gradient)) if where == "inside" else canonical_convolutions(sharded(gradient))
+    for found, expected in zip(
+        jax.tree.leaves(jax.jit(fun)(PARAMS, BATCH)), jax.tree.leaves(jax.grad(loss_fn)(PARAMS, BATCH)), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_the_function_is_traced_once() -> None:
     traces = 0
 
