@@ -51,22 +51,25 @@ def _replaced(eqn: Any, seen: dict[Any, Any]) -> Any:
         return eqn
     if eqn.primitive is not conv_general_dilated_p:
         return eqn.replace(params={name: _rewritten(value, seen) for name, value in eqn.params.items()})
-    convolution = jax.jit(functools.partial(_convolution, **eqn.params))
+    convolution = functools.partial(_convolution, parameters=tuple(eqn.params.items()))
     (call,) = jax.make_jaxpr(convolution)(*(operand.aval for operand in eqn.invars)).eqns
     return eqn.replace(primitive=call.primitive, params=call.params)
 
 
-def _convolution(lhs: jax.Array, rhs: jax.Array, *, dimension_numbers: ConvDimensionNumbers, **params: Any) -> jax.Array:
-    (n, c, *space), (o, i, *window), (out_n, out_c, *out_space) = dimension_numbers  # batch and channels come first, then space
+@functools.partial(jax.jit, static_argnames="parameters")
+def _convolution(lhs: jax.Array, rhs: jax.Array, *, parameters: tuple[tuple[str, Any], ...]) -> jax.Array:
+    given = dict(parameters)
+    (n, c, *space), (o, i, *window), (out_n, out_c, *out_space) = given["dimension_numbers"]  # batch and channels come before space
     rank = len(space) + 2
+    nhwc, hwio = (0, rank - 1, *range(1, rank - 1)), (rank - 1, rank - 2, *range(rank - 2))
 
     def as_it_is(lhs: jax.Array, rhs: jax.Array) -> Any:
-        return conv_general_dilated_p.bind(lhs, rhs, dimension_numbers=dimension_numbers, **params)
+        return conv_general_dilated_p.bind(lhs, rhs, **given)
 
     def canonical(lhs: jax.Array, rhs: jax.Array) -> Any:
-        nhwc, hwio = (0, rank - 1, *range(1, rank - 1)), (rank - 1, rank - 2, *range(rank - 2))
         lhs, rhs = jax.lax.transpose(lhs, (n, *space, c)), jax.lax.transpose(rhs, (*window, i, o))
-        out = conv_general_dilated_p.bind(lhs, rhs, dimension_numbers=ConvDimensionNumbers(nhwc, hwio, nhwc), **params)
+        order = ConvDimensionNumbers(nhwc, hwio, nhwc)
+        out = conv_general_dilated_p.bind(lhs, rhs, **given | {"dimension_numbers": order})
         return jax.lax.transpose(out, np.argsort((out_n, *out_space, out_c)))
 
     result: jax.Array = jax.lax.platform_dependent(lhs, rhs, cpu=canonical, default=as_it_is)
