@@ -19,7 +19,6 @@ import optax
 from tqdm import tqdm
 
 from gradreg_optax import curvature
-from gradreg_optax._convolutions import canonical_convolutions
 from gradreg_optax._typing import PyTree
 from gradreg_optax.experiments import data, models
 from gradreg_optax.penalty import global_norm
@@ -320,7 +319,6 @@ class Trainer:
             batch = self._problem.take(pool, split.train[rows]), split.train_labels[rows]
             return self._train_step(lane).step(state, batch)[0]
 
-        @canonical_convolutions
         def advance(step: jax.Array, states: TrainState) -> TrainState:
             order = orders[:, step // batches - first // batches]
             rows = jax.lax.dynamic_slice_in_dim(order, step % batches * size, size, axis=1)
