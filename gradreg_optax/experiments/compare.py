@@ -90,7 +90,7 @@ def table(results: dict[str, Any]) -> str:
     for method in results["methods"]:
         lines.append(_row(method, plain))
     gain = statistics.paired(100 * _method(results, "F-GR")["accuracy"], 100 * _method(results, "DB")["accuracy"])
-    lines += ["", f"F-GR minus DB: {gain.mean:+.1f} ± {gain.error:.1f} (p = {gain.p:.1g})"]
+    lines += ["", f"F-GR minus DB: {gain:+.1f} (p = {gain.p:.1g})"]
     common = results["signed_epsilon"]
     lines += ["", f"test accuracy % at gamma = {common['gamma']:g} against the signed ascent step (B-GR < 0, DB = 0, F-GR > 0):"]
     for step, accuracy in zip(common["epsilon"], common["accuracy"], strict=True):
@@ -157,19 +157,18 @@ def _method(results: dict[str, Any], label: str) -> dict[str, Any]:
 
 
 def _percent(values: Any) -> str:
-    mean, error, size = statistics.estimate(100 * np.asarray(values))
-    lost = len(values) - size
-    return (f"{mean:.1f} ± {error:.1f}" if size else "") + (f" ({lost} of {len(values)} diverged)" if lost else "")
+    found = statistics.estimate(100 * np.asarray(values))
+    lost = len(values) - found.size
+    return f"{found:.1f}" + (f" ({lost} of {len(values)} diverged)" if lost else "")
 
 
 def _row(method: dict[str, Any], plain: Any) -> str:
     setting = " ".join(f"{_SYMBOLS[name]}={value:g}" for name, value in method["settings"].items())
-    mean, error, p, _ = statistics.paired(100 * method["accuracy"], 100 * plain)
-    minus = ("", "") if method["label"] == "SGD" else (f"{mean:+.1f} ± {error:.1f}", f"{p:.1g}")
+    gain = statistics.paired(100 * method["accuracy"], 100 * plain)
+    minus = ("", "") if method["label"] == "SGD" else (f"{gain:+.1f}", f"{gain.p:.1g}")
     loss, sharpness = statistics.estimate(method["train_loss"]), statistics.estimate(method["eigenvalue"])
-    curvature = f"{sharpness.mean:.2f} ± {sharpness.error:.2f}"
     start = f"{method['label']:<9} {setting:<13} {_percent(method['accuracy']):>15} {minus[0]:>14} {minus[1]:>8}"
-    return f"{start} {loss.mean:>10.3f} {curvature:>14} {method['gradients']:>9g} {method['flops']:>6.2f}"
+    return f"{start} {loss.mean:>10.3f} {f'{sharpness:.2f}':>14} {method['gradients']:>9g} {method['flops']:>6.2f}"
 
 
 _SYMBOLS = {"gamma": "γ", "epsilon": "ε", "rho": "ρ", "level": "b"}

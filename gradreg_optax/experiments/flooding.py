@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from gradreg_optax import curvature
 from gradreg_optax._typing import PyTree
-from gradreg_optax.experiments import data, models
+from gradreg_optax.experiments import data, models, statistics
 from gradreg_optax.gradients import fd_value_and_grad
 from gradreg_optax.penalty import global_norm
 from gradreg_optax.training import TrainState, TrainStep, make_train_step
@@ -329,18 +329,13 @@ def _training_table(results: dict[str, Any]) -> str:
     rows = [f"training at flood level {results['level']:g}, step {results['learning_rate']:g}: means over the last quarter"]
     rows.append(f"{'':<30}" + "".join(f"{head:>18}" for head in columns.values()))
     for name, part in results["training"].items():
-        rows.append(f"{name:<30}" + "".join(f"{_mean_error(_late(part[column])):>18}" for column in columns))
+        rows.append(f"{name:<30}" + "".join(f"{f'{statistics.estimate(_late(part[column])):.4f}':>18}" for column in columns))
     return "\n".join(rows)
 
 
 def _late(values: Floats) -> Floats:
     """The mean over the last quarter of the records; shape (seeds,)."""
     return np.asarray(values[:, -max(1, values.shape[1] // 4) :].mean(axis=1))
-
-
-def _mean_error(values: Floats) -> str:
-    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return f"{np.mean(values):.4f} ± {error:.4f}"
 
 
 def plot(results: dict[str, Any], output: Path) -> list[Path]:

@@ -378,13 +378,14 @@ def _line(cell: dict[str, Any], full: dict[str, Any], plain: dict[str, Any]) -> 
     lazy = cell["label"] == "F-GR"
     fraction, interval = (f"{cell['fraction']:g}", f"{cell['interval']:g}") if lazy else ("", "")
     gamma = f"{cell['gamma']:g}" if cell["choice"] else ""
-    mean, error, size = statistics.estimate(100 * cell["accuracy"])
-    accuracy = f"{mean:.2f} ± {error:.2f}" + ("" if size == len(cell["accuracy"]) else f" ({len(cell['accuracy']) - size} diverged)")
+    found = statistics.estimate(100 * cell["accuracy"])
+    lost = len(cell["accuracy"]) - found.size
+    accuracy = f"{found:.2f}" + (f" ({lost} diverged)" if lost else "")
     left = f"{cell['label']:<22} {fraction:>5} {interval:>3} {gamma:>6} {cell['choice']:<6} {cell['gradients']:>9.3f} {cell['flops']:>6.3f}"
     minus, p, mark, share = "", "", "", ""
     if cell is not full:
         difference = statistics.paired(100 * cell["accuracy"], 100 * full["accuracy"])
-        minus, p = f"{difference.mean:+.2f} ± {difference.error:.2f}", f"{difference.p:.1g}"
+        minus, p = f"{difference:+.2f}", f"{difference.p:.1g}"
         mark, share = ("" if keeps_up(cell, full) else "below"), f"{gain_share(cell, full, plain):.0%}"
     return f"{left} {accuracy:>15} {minus:>15} {p:>8} {mark:<5} {share:>17}"
 
@@ -436,10 +437,9 @@ def _warmup_lines(cells: list[dict[str, Any]]) -> list[str]:
     reference = next(cell for cell in cells if cell["start"] == "gamma from the start")
     lines = [f"adam, learning rate warmed up over {cells[0]['steps']:g} steps, F-GR with gamma {cells[0]['gamma']:g}"]
     for cell in cells:
-        mean, error, _ = statistics.estimate(100 * cell["accuracy"])
         minus = statistics.paired(100 * cell["accuracy"], 100 * reference["accuracy"])
-        compared = "" if cell is reference else f"{minus.mean:+.2f} ± {minus.error:.2f} against gamma from the start, p = {minus.p:.1g}"
-        lines.append(f"{cell['start']:<22} {mean:.2f} ± {error:.2f}   {compared}")
+        compared = "" if cell is reference else f"{minus:+.2f} against gamma from the start, p = {minus.p:.1g}"
+        lines.append(f"{cell['start']:<22} {statistics.estimate(100 * cell['accuracy']):.2f}   {compared}")
     return [*lines, ""]
 
 

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from gradreg_optax.experiments import statistics
 from gradreg_optax.gradients import dbp_value_and_grad, fd_value_and_grad
 
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -338,7 +339,7 @@ def _part_table(results: dict[str, Any], name: str) -> str:
     heads = ["alpha_eff/alpha", "L1 / teacher's", "squared error", "test loss"]
     rows.append(f"{'flow':<12}" + "".join(f"{head:>18}" for head in heads) + f"{'off prediction':>18}{'the same for y':>18}")
     for i, label in enumerate(labels(results)):
-        cells = "".join(f"{_mean_error(part[column][:, i]):>18}" for column in columns)
+        cells = "".join(f"{f'{statistics.estimate(part[column][:, i]):.4f}':>18}" for column in columns)
         rows.append(f"{label:<12}{cells}{part['agreement'][:, i].max():>18.1e}{part['agreement_y'][:, i].max():>18.1e}")
     falls = np.all(np.diff(part["scale"][:, 1:], axis=1) < 0, axis=1)
     rows.append(f"alpha_eff falls strictly with epsilon in {falls.sum()} of {len(falls)} data sets")
@@ -349,11 +350,6 @@ def labels(results: dict[str, Any]) -> list[str]:
     """The names of the flows: the plain one first."""
     names = {-1: "B-GR {:g}", 0: "DB", 1: "F-GR {:g}"}
     return ["gamma = 0"] + [names[int(np.sign(e))].format(abs(e)) for e in results["epsilon"]]
-
-
-def _mean_error(values: Floats) -> str:
-    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return f"{np.mean(values):.4f} ± {error:.4f}"
 
 
 def plot(results: dict[str, Any], output: Path) -> list[Path]:

@@ -23,6 +23,10 @@ class Estimate(NamedTuple):
     error: float
     size: int
 
+    def __format__(self, spec: str) -> str:
+        """The mean with its error, each in the format ``spec``."""
+        return _with_error(self.mean, self.error, spec)
+
 
 class Difference(NamedTuple):
     """A mean paired difference.
@@ -38,6 +42,10 @@ class Difference(NamedTuple):
     error: float
     p: float
     size: int
+
+    def __format__(self, spec: str) -> str:
+        """The mean with its error, each in the format ``spec``."""
+        return _with_error(self.mean, self.error, spec)
 
 
 def estimate(values: Any) -> Estimate:
@@ -64,3 +72,10 @@ def paired(first: Any, second: Any) -> Difference:
     if error == 0:  # all differences are equal
         return Difference(mean, error, 1.0 if mean == 0 else 0.0, size)
     return Difference(mean, error, float(2 * stats.t.sf(abs(mean / error), size - 1)), size)
+
+
+def _with_error(mean: float, error: float, spec: str) -> str:
+    """``mean ± error``; the mean alone where one value has no error, and nothing where there is no value."""
+    if math.isnan(mean):
+        return ""
+    return f"{mean:{spec}}" + ("" if math.isnan(error) else f" ± {error:{spec.lstrip('+')}}")

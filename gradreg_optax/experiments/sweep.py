@@ -121,14 +121,14 @@ def table(found: dict[str, Any]) -> str:
         lost = f"{int(np.sum(method['diverged']))}/{np.size(method['accuracy'])}"
         setting = {name: f"{values[method['chosen']]:g}" for name, values in method["settings"].items() if method["chosen"] >= 0}
         accuracy = _accuracy(found, method["label"])
-        shown = "every setting diverged" if accuracy is None else "{:.2f} ± {:.2f}".format(*statistics.estimate(100 * accuracy))
+        shown = "every setting diverged" if accuracy is None else f"{statistics.estimate(100 * accuracy):.2f}"
         lines.append(f"{method['label']:<7} {setting.get('gamma', ''):>7} {setting.get('epsilon', ''):>8} {shown:>16} {lost:>9}")
     lines.append("")
     for first, second in PAIRS:
         a, b = _accuracy(found, first), _accuracy(found, second)
         if a is not None and b is not None:
-            mean, error, p, size = statistics.paired(100 * a, 100 * b)
-            lines.append(f"{f'{first} minus {second}':<16} {mean:+.2f} ± {error:.2f}   p = {p:.2g} (paired t-test, {size} seeds)")
+            gain = statistics.paired(100 * a, 100 * b)
+            lines.append(f"{f'{first} minus {second}':<16} {gain:+.2f}   p = {gain.p:.2g} (paired t-test, {gain.size} seeds)")
     return "\n".join(lines)
 
 

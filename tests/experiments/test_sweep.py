@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
-from gradreg_optax.experiments import data, results, statistics, sweep, training
+from gradreg_optax.experiments import data, results, sweep, training
 
 TINY = sweep.Config(
     seeds=3, report_seeds=2, gammas=(1.0, 2.0), epsilons=(0.1, 1.0), train_size=40, test_size=40, steps=20, width=4, batch_size=16, lanes=4
@@ -174,19 +173,6 @@ def test_a_killed_sweep_continues_where_it_ended_and_compiles_once(tmp_path, mon
     assert sweep.table(continued) == sweep.table(uninterrupted)
     assert len(calls) == 2 * sweep._units(config) - len(finished)
     assert [trainer.traces for trainer in trainers] == [1, 1]
-
-
-def test_the_paired_test_is_the_one_of_scipy():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(2, 12))
-    expected = stats.ttest_rel(a, b)
-    found = statistics.paired(a, b)
-    assert (found.mean, found.p) == pytest.approx((np.mean(a - b), expected.pvalue))
-    lost = statistics.paired(np.append(a, np.nan), np.append(b, 1.0))
-    assert lost == found
-    assert statistics.paired([1.0, 1.0], [1.0, 1.0]).p == 1
-    with pytest.raises(ValueError, match="one shape"):
-        statistics.paired(a, b[1:])
 
 
 def test_the_fingerprint_sees_every_label():
