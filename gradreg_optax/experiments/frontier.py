@@ -356,7 +356,7 @@ def table(results: dict[str, Any]) -> str:
         lines += [f"{name}, learning rate {found['learning_rate']:g}", _HEAD]
         full, plain = _cell(found["cells"], 1.0, 1), found["cells"][0]
         lines += [_line(cell, full, plain) for cell in found["cells"] if cell is not _cell(found["cells"], 1.0, 1, "rule")]
-        lines += ["", *_rule_lines(results, found), ""]
+        lines += ["", *_rule_lines(results, found), "", *_search_lines(results, found), ""]
     if results["warmup"]:
         lines += _warmup_lines(results["warmup"])
     report, choose = (len(results["seeds"][name]) for name in ("report", "choose"))
@@ -415,9 +415,19 @@ def _rule_lines(results: dict[str, Any], found: dict[str, Any]) -> list[str]:
             lines.append(
                 f"factor on gamma for f = {fraction:g}: {early:.2f} at the start, {late:.2f} over the training; by search {best:.2f}"
             )
-    if found["optimizer"] == "sgd":
-        kicks = [f"f={c['fraction']:g} k={c['interval']:g}: {_kick(results, found, c):.1f}" for c in _searched(found["cells"])]
-        lines.append("kick eta lambda (1 + k gamma lambda), at the chosen gamma: " + ", ".join(kicks))
+    return lines
+
+
+def _search_lines(results: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """The mean accuracies on the choosing seeds; with SGD also the kick of the step that takes the penalty."""
+    kick, title = kicks(results, found["optimizer"]), "test accuracy % on the seeds that choose gamma"
+    known = found["optimizer"] == "sgd"
+    lines = [title + (", and the kick eta lambda (1 + k gamma lambda)" if known else "")]
+    lines.append(f"{'f':>6} {'k':>3}" + "".join(f"{f'gamma {gamma:g}':>13}" for gamma in results["gammas"]))
+    for i, fraction in enumerate(results["fractions"]):
+        for j, interval in enumerate(results["intervals"]):
+            shown = [f"{100 * a:.1f}" + (f" ({b:.1f})" if known else "") for a, b in zip(found["search"][i, j], kick[i, j], strict=True)]
+            lines.append(f"{fraction:>6g} {interval:>3g}" + "".join(f"{text:>13}" for text in shown))
     return lines
 
 
@@ -425,11 +435,20 @@ def _searched(cells: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     return (cell for cell in cells if cell["label"] == "F-GR" and cell["choice"] == "search")
 
 
-def _kick(results: dict[str, Any], found: dict[str, Any], cell: dict[str, Any]) -> float:
-    """One minus the factor of the step that takes the penalty, in the top direction of its own samples; beyond 2 it overshoots."""
-    i = list(results["fractions"]).index(cell["fraction"])
-    top = float(np.mean(found["probes"]["eigenvalue"][:, i]))
-    kick: float = found["learning_rate"] * top * (1 + cell["interval"] * cell["gamma"] * top)
+def kicks(results: dict[str, Any], optimizer: str = "sgd") -> Array:
+    r"""How far the steps that take the penalty go in the sharpest direction of their samples: :math:`\eta\lambda(1 + k\gamma\lambda)`.
+
+    Args:
+      results: of :func:`run`.
+      optimizer: which of them; what it says is plain descent's.
+
+    Returns:
+      One minus the factor on the distance to the minimum in that direction, shape (fractions, intervals, gammas), as
+      "search" has it; beyond 2 the step overshoots.
+    """
+    found = results["optimizers"][optimizer]
+    top = np.mean(found["probes"]["eigenvalue"], axis=0)[:, None, None]
+    kick: Array = found["learning_rate"] * top * (1 + results["intervals"][:, None] * results["gammas"] * top)
     return kick
 
 

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradreg_optax.experiments import frontier, results
+from gradreg_optax import fd_gradreg
+from gradreg_optax.experiments import frontier, results, training
 from gradreg_optax.experiments.training import Recipe, Trainer
 
 CONFIG = frontier.Config(
@@ -103,6 +104,28 @@ def test_table_and_figure_show_every_cell(found, tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_kick_is_how_far_a_penalised_step_goes_on_a_quadratic():
+    curvature, rate, gammas, intervals = np.array([0.5, 2.0]), 0.2, np.array([0.5, 1.0, 3.0]), np.array([1, 4])
+    probes = {"eigenvalue": np.stack([0.5 * curvature, 1.5 * curvature])}  # the mean over the training counts
+    made = {"gammas": gammas, "intervals": intervals, "optimizers": {"sgd": {"learning_rate": rate, "probes": probes}}}
+    kick = frontier.kicks(made)
+    assert kick.shape == (2, 2, 3)
+    for i, value in enumerate(curvature):
+        for j, interval in enumerate(intervals):
+            for k, gamma in enumerate(gammas):
+                tx = fd_gradreg(lambda p, h=value: h * p**2 / 2, gamma=gamma, epsilon=0.1, interval=int(interval))
+                update, _ = tx.update(jnp.float32(value), tx.init(jnp.float32(1.0)), jnp.float32(1.0))
+                assert kick[i, j, k] == pytest.approx(rate * float(update), rel=1e-4)
+
+
+def test_the_search_is_shown_with_every_accuracy(found):
+    text = frontier.table(found)
+    rows = text[text.index("seeds that choose gamma") :].splitlines()[2:6]
+    assert [row.split()[:2] for row in rows] == [["1", "1"], ["1", "4"], ["0.25", "1"], ["0.25", "4"]]
+    shown = [[float(value) for value in row.split()[2::2]] for row in rows]
+    np.testing.assert_allclose(shown, 100 * found["optimizers"]["sgd"]["search"].reshape(4, -1), atol=0.05 + 1e-9)
+
+
 def test_a_cell_keeps_up_until_it_is_one_standard_error_below():
     full = {"accuracy": np.array([0.8, 0.9, 0.85])}
     spread = np.array([-0.01, 0.0, 0.01])
@@ -134,7 +157,17 @@ def test_each_start_reaches_the_full_penalty_after_the_warm_up(start, first, mid
     np.testing.assert_allclose([seen[0], seen[4], seen[10]], [first, middle, last], rtol=1e-5)  # float32 rounding of a difference
 
 
-def test_the_learning_rate_warms_up_and_a_warm_up_beyond_the_training_is_named():
+def test_the_learning_rate_warms_up_along_a_line_and_falls_along_a_cosine():
+    optimizer = training._optimizer(Recipe(steps=30, warmup_steps=10, learning_rate=0.5))
+    params = jnp.float32(0.0)
+    state, rates = optimizer.init(params), []
+    for _ in range(31):
+        update, state = optimizer.update(jnp.float32(-1.0), state, params)
+        rates.append(float(update))
+    np.testing.assert_allclose([rates[i] for i in (0, 5, 10, 20, 30)], [0, 0.25, 0.5, 0.25, 0], atol=1e-6)
+
+
+def test_a_warm_up_beyond_the_training_is_named():
     with pytest.raises(ValueError, match="warmup_steps must be at least 0 and below the 10 steps, got 10"):
         Recipe(steps=10, warmup_steps=10)
 
