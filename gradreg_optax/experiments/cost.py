@@ -94,7 +94,7 @@ def _measure(config: Config, family: str, networks: Mapping[int, Model], shape: 
     for size, network in networks.items():
         progress.set_description(f"{family}, size {size}")
         batch = made_up_batch(config.seed, config.batch, shape)
-        params = network.init(jax.random.key(config.seed))
+        params = jax.jit(network.init)(jax.random.key(config.seed))
         products = _matrix_product(params, config.batch) if family == "mlp" else math.nan
         rows.append({"products": products} | _measure_one(cross_entropy(network), params, batch, config.rounds, progress))
     return {"sizes": list(networks)} | {key: np.array([row[key] for row in rows]) for key in rows[0]}

@@ -59,7 +59,7 @@ def test_an_mlp_of_equal_layers_costs_three_matrix_products_per_layer(tmp_path, 
 
 def test_the_residual_network_halves_the_image_and_has_three_widths():
     network = cost.residual_network(4)
-    params = network.init(jax.random.key(0))
+    params = jax.eval_shape(network.init, jax.random.key(0))
     assert [block["second"].shape for block in params["blocks"]] == [(3, 3, 4, 4), (3, 3, 8, 8), (3, 3, 16, 16)]
     logits = jax.eval_shape(network.apply, params, jax.ShapeDtypeStruct((5, 8, 8, 3), np.float32))
     assert logits.shape == (5, cost.CLASSES)

@@ -9,7 +9,7 @@ from gradreg_optax.experiments import models
 @pytest.mark.parametrize(("name", "shape"), [("mlp", (6,)), ("cnn", (1, 5, 3)), ("resnet", (7, 5, 2))])
 def test_every_network_gives_one_logit_per_class(name, shape):
     model = models.build(name, shape, 4, width=3, depth=2)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (2, *shape))
     logits = jax.jit(model.apply)(params, x)
     assert logits.shape == (2, 4)
@@ -30,7 +30,7 @@ def test_the_convolution_is_the_convolution_of_jax(x64):
 def test_networks_have_no_kinks(name, x64):
     """Along a line, the second difference of a smooth function falls with the square of the step; a kink leaves it first order."""
     model = models.build(name, (4, 4, 1), 3, width=4)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (2, 4, 4, 1))
     direction = jax.tree.map(lambda p: jax.random.normal(jax.random.key(2), p.shape), params)
     along = jax.jit(lambda t: jnp.sum(model.apply(jax.tree.map(lambda p, d: p + t * d, params, direction), x) ** 2))
