@@ -145,8 +145,8 @@ def normalized(gradient: PyTree, params: PyTree) -> PyTree:
     """
     del params
     norm = global_norm(gradient)
-    inverse = 1 / jnp.maximum(norm, np.finfo(norm.dtype).tiny ** 0.5)
-    return jax.tree.map(lambda g: _cast(inverse * _widen(g), g), gradient)
+    norm = jnp.maximum(norm, np.finfo(norm.dtype).tiny ** 0.5)
+    return jax.tree.map(lambda g: _cast(_widen(g) / norm, g), gradient)
 
 
 def adaptive(gradient: PyTree, params: PyTree) -> PyTree:

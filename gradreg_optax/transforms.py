@@ -30,10 +30,12 @@ from gradreg_optax._checks import (
 from gradreg_optax._convolutions import canonical_convolutions
 from gradreg_optax._loss import bind
 from gradreg_optax._typing import AscentFn, LossFn, Mode, PyTree, ScalarOrSchedule, Scheme, ValueFn
-from gradreg_optax.penalty import adaptive, add_penalty, ascent_direction, difference_product, exact_product, normalized
+from gradreg_optax.penalty import adaptive, add_penalty, ascent_direction, difference_product, exact_product, normalized, shift
 
 # Estimates H d: (value_fn, params, gradient or None to evaluate it, step) -> product
 _Product: TypeAlias = Callable[[ValueFn, PyTree, PyTree | None, jax.Array], PyTree]
+# The gradient at the point climbed to: (value_fn, params, gradient, step) -> gradient
+_Ahead: TypeAlias = Callable[[ValueFn, PyTree, PyTree, jax.Array], PyTree]
 
 
 class GradregState(NamedTuple):
@@ -231,10 +233,10 @@ def sam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sharpness-aware minimization: the gradient at the worst point nearby, :math:`\nabla L(\theta + \rho\, g/\|g\|)`.
 
-    It is :func:`fd_gradreg` along :func:`normalized` with :math:`\gamma = \epsilon = \rho`. A zero gradient stays zero. With ``interval``
-    = k the difference to :math:`g` is taken on every k-th update and weighted by k.
+    It is :func:`fd_gradreg` along :func:`normalized` with :math:`\gamma = \epsilon = \rho`, where :math:`g` drops out of the result. A zero
+    gradient stays zero. With ``interval`` = k the difference to :math:`g` is taken on every k-th update and weighted by k.
 
-    Cost: one gradient beyond :math:`g`.
+    Cost: one gradient beyond :math:`g`; the memory of one.
 
     Args:
       loss_fn: as for :func:`fd_gradreg`.
@@ -374,7 +376,13 @@ def _difference(
         direction = ascent_direction(function, gradient, params, ascent)
         return difference_product(grad_fn, params, gradient, direction, at_step(function, *epsilon, check_epsilon, step), scheme)
 
-    return _penalized(function, product, loss_fn, gamma, interval, reuse_updates, has_aux)
+    def ahead(value_fn: ValueFn, params: PyTree, gradient: PyTree, step: jax.Array) -> PyTree:
+        direction = ascent_direction(function, gradient, params, ascent)
+        return jax.grad(value_fn)(shift(params, direction, at_step(function, *epsilon, check_epsilon, step)))
+
+    # SAM: where gamma is epsilon, g + (gamma / epsilon) (ahead - g) is the gradient ahead, and g need not be kept for it.
+    sharp = ahead if gamma is epsilon else None
+    return _penalized(function, product, loss_fn, gamma, interval, reuse_updates, has_aux, sharp)
 
 
 def _penalized(
@@ -385,8 +393,9 @@ def _penalized(
     interval: ArrayLike,
     reuse_updates: bool,
     has_aux: bool,
+    ahead: _Ahead | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation that adds gamma H d on every ``interval``-th update."""
+    """A transformation that adds gamma H d on every ``interval``-th update, or puts what is ``ahead`` in the place of every update."""
     check_loss(function, loss_fn)
     check_schedule(function, *gamma, check_gamma)
     interval = check_interval(function, interval)
@@ -404,6 +413,9 @@ def _penalized(
             return add_penalty(updates, coefficient, estimate)
 
         if isinstance(interval, int) and interval == 1:
+            if ahead is not None and reuse_updates:
+                gradient = ahead(value_fn, params, updates, state.step)
+                return jax.tree.map(lambda g, u: g.astype(jnp.result_type(u)), gradient, updates), _advance(state)
             return penalize(updates), _advance(state)
         due = state.step % jnp.asarray(interval).astype(state.step.dtype) == 0
         return jax.lax.cond(due, canonical_convolutions(penalize), lambda updates: updates, updates), _advance(state)

@@ -140,3 +140,26 @@ def test_a_step_that_is_not_due_evaluates_the_loss_once(interval):
         jax.effects_barrier()
         counted.append(len(calls))
     assert counted == [2 if i % interval == 0 else 1 for i in range(6)]
+
+
+def test_sam_takes_the_memory_of_optax_sam_and_the_difference_one_gradient_more():
+    def loss_fn(params, batch):  # the parameters outweigh the activations
+        return jnp.mean(jnp.tanh(jnp.tanh(batch @ params["first"]) @ params["second"]) ** 2)
+
+    params, batch = {"first": jnp.ones((256, 256)), "second": jnp.ones((256, 256))}, jnp.ones((4, 256))
+
+    def temporary(optimizer, **extra_args):
+        def step(params, state):
+            updates, state = optimizer.update(jax.grad(loss_fn)(params, batch), state, params, **extra_args)
+            return optax.apply_updates(params, updates), state
+
+        return jax.jit(step, donate_argnums=0).lower(params, optimizer.init(params)).compile().memory_analysis().temp_size_in_bytes
+
+    adversary = optax.chain(optax.contrib.normalize(), optax.sgd(EPSILON))
+    theirs = optax.contrib.sam(optax.sgd(RATE), adversary, opaque_mode=True)
+    extra = {"value_fn": lambda p: loss_fn(p, batch)}
+    ours = temporary(optax.chain(sam(rho=EPSILON), optax.sgd(RATE)), **extra)
+    difference = temporary(optax.chain(fd_gradreg(gamma=GAMMA, epsilon=EPSILON), optax.sgd(RATE)), **extra)
+    gradient = sum(leaf.nbytes for leaf in params.values())
+    assert ours <= 1.02 * temporary(theirs, grad_fn=lambda p, _: jax.grad(loss_fn)(p, batch))  # and a few norms
+    assert ours < difference <= ours + 1.02 * gradient

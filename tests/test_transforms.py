@@ -134,6 +134,17 @@ def test_gradient_norm_penalty_tends_to_the_gradient_of_the_norm(x64):
     np.testing.assert_allclose(flat(apply(tx, gradient, params, batch=batch)), flat(expected), atol=1e-8)  # epsilon^2, and eps / epsilon
 
 
+@pytest.mark.parametrize("tx", [sam(rho=0.3), asam(rho=0.3)], ids=["sam", "asam"])
+def test_what_comes_in_drops_out_of_sam_but_for_its_direction(tx):
+    params, batch = params_of(), batch_of()
+    gradient = jax.grad(loss_fn)(params, batch)
+    doubled = jax.tree.map(lambda g: 2 * g, gradient)
+    value_fn = functools.partial(loss_fn, batch=batch)
+    np.testing.assert_array_equal(flat(apply(tx, doubled, params, value_fn=value_fn)), flat(apply(tx, gradient, params, value_fn=value_fn)))
+    narrow = apply(tx, jax.tree.map(lambda g: g.astype(jnp.bfloat16), gradient), params, value_fn=value_fn)
+    assert {leaf.dtype for leaf in jax.tree.leaves(narrow)} == {jnp.dtype(jnp.bfloat16)}
+
+
 def test_unnormalised_sam_is_the_forward_difference_with_gamma_equal_epsilon(x64):
     params, batch = params_of(), batch_of()
     gradient = jax.grad(loss_fn)(params, batch)
@@ -361,11 +372,13 @@ def test_a_traced_or_scheduled_zero_epsilon_gives_no_correction(scheme):
 
     @jax.jit
     def traced(epsilon):
-        tx = optax.chain(fd_gradreg(loss_fn, gamma=0.3, epsilon=epsilon, scheme=scheme), sam(loss_fn, rho=epsilon))
-        return apply(tx, gradient, params, batch=batch)
+        tx = fd_gradreg(loss_fn, gamma=0.3, epsilon=epsilon, scheme=scheme)
+        return apply(tx, gradient, params, batch=batch), apply(sam(loss_fn, rho=epsilon), gradient, params, batch=batch)
 
     for epsilon in (0.0, 1e-40):  # 1 / 1e-40 overflows in float32
-        np.testing.assert_array_equal(flat(traced(epsilon)), flat(gradient))
+        penalised, climbed = traced(epsilon)
+        np.testing.assert_array_equal(flat(penalised), flat(gradient))
+        np.testing.assert_allclose(flat(climbed), flat(gradient), rtol=1e-5, atol=1e-7)  # SAM's is the gradient evaluated once more
     ramp = fd_gradreg(loss_fn, gamma=0.3, epsilon=optax.linear_schedule(0.0, 0.2, 2), scheme=scheme)
     for wrap in (jax.jit, lambda update: update):  # traced and concrete
         update, state = wrap(lambda s: ramp.update(gradient, s, params, batch=batch)), ramp.init(params)
