@@ -38,8 +38,9 @@ def _run(command: str, module: ModuleType, config: Any) -> None:
         path = results.save(config.output, command, config, found)
         found = results.load(path)
         print(f"results: {path}")
+    figures = module.plot(found, config.output)  # before anything is printed: a closed pipe loses no figure
     print(module.table(found))
-    for figure in module.plot(found, config.output):
+    for figure in figures:
         print(f"figure: {figure}")
 
 
