@@ -66,12 +66,13 @@ def measure_jax(name: str, config: Config) -> dict[str, Any]:
     Returns:
       For each step ``seconds`` (one per round), ``trace`` and ``compile`` (one per repetition), ``flops`` and ``memory``.
     """
-    builders = steps(problem(name))
+    task = problem(name)
+    builders = steps(task)
     programs: dict[str, list[timing.Program]] = {label: [] for label in builders}
     for _ in tqdm(range(config.compiles), desc=f"{name}: compiling", disable=None):
         for label, builder in builders.items():
             step, state = builder()
-            programs[label].append(timing.build(step, state, problem(name).batch))
+            programs[label].append(timing.build(step, state, task.batch))
     rounds = tqdm(range(config.rounds), desc=f"{name}: running", disable=None)
     repeats = {label: INTERVAL for label in builders if "lazy" in label}
     seconds = timing.interleave({label: found[-1].run for label, found in programs.items()}, rounds, repeats)

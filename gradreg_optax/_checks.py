@@ -37,9 +37,7 @@ def check_scalar(function: str, name: str, value: ArrayLike) -> jax.Array:
 
 
 def check_gamma(function: str, name: str, value: ArrayLike) -> jax.Array:
-    """A regularization coefficient: finite and not negative. SAM's radius is one too, and an ascent step first."""
-    if name == "rho":
-        return check_epsilon(function, name, value)
+    """A regularization coefficient: finite and not negative."""
     array = check_scalar(function, name, value)
     number = _concrete(value, array.dtype)
     if number is not None and not 0 <= number < math.inf:
@@ -152,7 +150,7 @@ def at_step(function: str, name: str, value: Any, check: Check, step: jax.Array)
     """The value of a number or schedule at ``step``, checked; a scheduled ascent step may be zero or negative."""
     if not callable(value):
         return check(function, name, value)
-    return check(function, name, value(step)) if name == "gamma" else check_scalar(function, name, value(step))
+    return check_scalar(function, name, value(step)) if check is check_epsilon else check(function, name, value(step))
 
 
 def _as_array(value: Any) -> Any:

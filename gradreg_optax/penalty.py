@@ -125,7 +125,7 @@ def normalized(gradient: PyTree, params: PyTree) -> PyTree:
 
     Along it, :math:`\gamma H g/\|g\|` is the gradient of :math:`\gamma\|\nabla L\|`. The norm is over all leaves and taken in float32 or
     wider. Below 1e-19 in float32 (1e-154 in float64), where squares underflow, it counts as that much, so that the direction shrinks
-    to zero with the gradient. Costs no gradient evaluation.
+    to zero with the gradient; beyond 1e19 (1e154), where they overflow, the direction is zero. Costs no gradient evaluation.
 
     Args:
       gradient: the direction of steepest ascent.

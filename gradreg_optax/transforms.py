@@ -14,6 +14,7 @@ import optax
 from jax.typing import ArrayLike
 
 from gradreg_optax._checks import (
+    Check,
     at_step,
     check_ascent,
     check_epsilon,
@@ -32,6 +33,8 @@ from gradreg_optax._loss import bind
 from gradreg_optax._typing import AscentFn, LossFn, Mode, PyTree, ScalarOrSchedule, Scheme, ValueFn
 from gradreg_optax.penalty import adaptive, add_penalty, ascent_direction, difference_product, exact_product, normalized, shift
 
+# A number or schedule with the name that the user knows it by, and what it must satisfy
+_Named: TypeAlias = tuple[str, ScalarOrSchedule, Check]
 # Estimates H d: (value_fn, params, gradient or None to evaluate it, step) -> product
 _Product: TypeAlias = Callable[[ValueFn, PyTree, PyTree | None, jax.Array], PyTree]
 # The gradient at the point climbed to: (value_fn, params, gradient, step) -> gradient
@@ -116,7 +119,8 @@ def fd_gradreg(
     References:
       Karakida et al., *Understanding Gradient Regularization in Deep Learning*, ICML 2023.
     """
-    return _difference("fd_gradreg", loss_fn, ("gamma", gamma), ("epsilon", epsilon), scheme, ascent, interval, reuse_updates, has_aux)
+    named = ("gamma", gamma, check_gamma), ("epsilon", epsilon, check_epsilon)
+    return _difference("fd_gradreg", loss_fn, *named, scheme, ascent, interval, reuse_updates, has_aux)
 
 
 def dbp_gradreg(
@@ -175,7 +179,7 @@ def dbp_gradreg(
         own, _, hessian = exact_product(function, lambda p: (jax.grad(value_fn)(p), None), params, mode)
         return hessian(ascent_direction(function, own if gradient is None else gradient, params, ascent))
 
-    return _penalized(function, product, loss_fn, ("gamma", gamma), interval, reuse_updates, has_aux)
+    return _penalized(function, product, loss_fn, ("gamma", gamma, check_gamma), interval, reuse_updates, has_aux)
 
 
 def flooding(loss_fn: LossFn | None = None, *, level: ScalarOrSchedule, has_aux: bool = False) -> optax.GradientTransformationExtraArgs:
@@ -263,7 +267,7 @@ def sam(
     References:
       Foret et al., *Sharpness-Aware Minimization for Efficiently Improving Generalization*, ICLR 2021.
     """
-    radius = ("rho", rho)
+    radius = ("rho", rho, check_epsilon)
     return _difference("sam", loss_fn, radius, radius, "forward", normalized, interval, reuse_updates, has_aux)
 
 
@@ -301,7 +305,7 @@ def asam(
     References:
       Kwon et al., *ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural Networks*, ICML 2021.
     """
-    radius = ("rho", rho)
+    radius = ("rho", rho, check_epsilon)
     return _difference("asam", loss_fn, radius, radius, "forward", adaptive, interval, reuse_updates, has_aux)
 
 
@@ -349,36 +353,36 @@ def gradient_norm_penalty(
     References:
       Zhao, Zhang, Hu, *Penalizing Gradient Norm for Efficiently Improving Generalization in Deep Learning*, ICML 2022.
     """
-    name = "gradient_norm_penalty"
-    return _difference(name, loss_fn, ("gamma", gamma), ("epsilon", epsilon), scheme, normalized, interval, reuse_updates, has_aux)
+    named = ("gamma", gamma, check_gamma), ("epsilon", epsilon, check_epsilon)
+    return _difference("gradient_norm_penalty", loss_fn, *named, scheme, normalized, interval, reuse_updates, has_aux)
 
 
 def _difference(
     function: str,
     loss_fn: LossFn | None,
-    gamma: tuple[str, ScalarOrSchedule],
-    epsilon: tuple[str, ScalarOrSchedule],
+    gamma: _Named,
+    epsilon: _Named,
     scheme: Scheme,
     ascent: AscentFn | None,
     interval: ArrayLike,
     reuse_updates: bool,
     has_aux: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation that estimates H d by a difference; gamma and epsilon come with the names that the user gave them."""
+    """A transformation that estimates H d by a difference."""
     check_scheme(function, scheme)
     check_ascent(function, ascent)
-    check_schedule(function, *epsilon, check_epsilon)
+    check_schedule(function, *epsilon)
 
     def product(value_fn: ValueFn, params: PyTree, gradient: PyTree | None, step: jax.Array) -> PyTree:
         grad_fn = jax.grad(value_fn)
         if gradient is None:
             gradient = grad_fn(params)
         direction = ascent_direction(function, gradient, params, ascent)
-        return difference_product(grad_fn, params, gradient, direction, at_step(function, *epsilon, check_epsilon, step), scheme)
+        return difference_product(grad_fn, params, gradient, direction, at_step(function, *epsilon, step), scheme)
 
     def ahead(value_fn: ValueFn, params: PyTree, gradient: PyTree, step: jax.Array) -> PyTree:
         direction = ascent_direction(function, gradient, params, ascent)
-        return jax.grad(value_fn)(shift(params, direction, at_step(function, *epsilon, check_epsilon, step)))
+        return jax.grad(value_fn)(shift(params, direction, at_step(function, *epsilon, step)))
 
     # SAM: where gamma is epsilon, g + (gamma / epsilon) (ahead - g) is the gradient ahead, and g need not be kept for it.
     sharp = ahead if gamma is epsilon else None
@@ -389,7 +393,7 @@ def _penalized(
     function: str,
     product: _Product,
     loss_fn: LossFn | None,
-    gamma: tuple[str, ScalarOrSchedule],
+    gamma: _Named,
     interval: ArrayLike,
     reuse_updates: bool,
     has_aux: bool,
@@ -397,7 +401,7 @@ def _penalized(
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation that adds gamma H d on every ``interval``-th update, or puts what is ``ahead`` in the place of every update."""
     check_loss(function, loss_fn)
-    check_schedule(function, *gamma, check_gamma)
+    check_schedule(function, *gamma)
     interval = check_interval(function, interval)
     reuse_by_default = reuse_updates
 
@@ -406,7 +410,7 @@ def _penalized(
     ) -> tuple[PyTree, GradregState]:
         value_fn = bind(function, loss_fn, has_aux, params, extra_args)
         check_like(function, "updates", updates, params)
-        coefficient = at_step(function, *gamma, check_gamma, state.step) * jnp.asarray(interval)
+        coefficient = at_step(function, *gamma, state.step) * jnp.asarray(interval)
 
         def penalize(updates: PyTree) -> PyTree:
             estimate = product(value_fn, params, updates if reuse_updates else None, state.step)
