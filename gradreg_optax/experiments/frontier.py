@@ -7,9 +7,7 @@ search, and once more by rule: the gamma of the full penalty times :func:`gradre
 
 import dataclasses
 import functools
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,8 @@ from tqdm import tqdm
 
 from gradreg_optax import curvature, fd_gradreg
 from gradreg_optax._typing import PyTree
-from gradreg_optax.experiments import data, plots, results, statistics
+from gradreg_optax.experiments import data, plots, statistics
+from gradreg_optax.experiments.parts import Parts
 from gradreg_optax.experiments.statistics import Array
 from gradreg_optax.experiments.training import METHODS, Method, OptimizerName, Problem, Recipe, Settings, Trainer, problem
 
@@ -97,7 +96,7 @@ def run(config: Config) -> dict[str, Any]:
     seeds = config.seed + np.arange(config.report_seeds + config.choose_seeds)
     report, choose = seeds[: config.report_seeds], seeds[config.report_seeds :]
     with tqdm(total=_count(config), unit="part", desc="frontier") as bar:
-        parts = _Parts(config, dataset, bar.update)
+        parts = Parts(config.output, dataset, bar.update)
         optimizers = {name: _Race(config, dataset, parts, name, report, choose).run() for name in config.optimizers}
         warmup = []
         if config.warmup and "adam" in config.optimizers:
@@ -121,40 +120,21 @@ def gradients(fraction: float, interval: int) -> float:
     return 1 + (2 * fraction if fraction < 1 else 1) / interval
 
 
-class _Parts:
-    """Finished parts on disk, each under a digest of everything that its numbers depend on."""
+def _train(parts: Parts, trainer: Trainer, recipe: Recipe, settings: Settings, seeds: Array) -> dict[str, Array]:
+    """The metrics of one call of a trainer."""
+    what = {"recipe": dataclasses.asdict(recipe), "settings": dict(settings), "seeds": seeds}
 
-    def __init__(self, config: Config, dataset: data.Dataset, done: Callable[[], object]) -> None:
-        content = hashlib.sha256(dataset.inputs.tobytes() + dataset.labels.tobytes()).hexdigest()
-        self._common = {"data": content, "versions": results.versions(), "machine": results.machine()}
-        self._config, self._done = config, done
+    def make() -> dict[str, Array]:
+        found = trainer(settings, seeds, progress=True)
+        return {key: found[key].astype(float) for key in _METRICS}
 
-    def train(self, trainer: Trainer, recipe: Recipe, settings: Settings, seeds: Array) -> dict[str, Array]:
-        """The metrics of one call of a trainer."""
-        what = {"method": trainer.method.label, "recipe": dataclasses.asdict(recipe), "settings": dict(settings), "seeds": seeds}
-
-        def make() -> dict[str, Array]:
-            found = trainer(settings, seeds, progress=True)
-            return {key: found[key].astype(float) for key in _METRICS}
-
-        return self.keep(what, make)
-
-    def keep(self, what: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What ``make`` makes, from the disk if it is there; ``what`` is everything that it depends on, beside data and machine."""
-        digest = hashlib.sha256(json.dumps(results.plain(self._common | what), sort_keys=True).encode()).hexdigest()[:20]
-        folder = self._config.output / "parts" / digest
-        if not (folder / results.FILE).exists():
-            results.save(folder, "frontier", self._config, make())
-        self._done()
-        return results.load(folder)
+    return parts.keep(trainer.method.label, what, make)
 
 
 class _Race:
     """All cells of one optimizer."""
 
-    def __init__(
-        self, config: Config, dataset: data.Dataset, parts: _Parts, optimizer: OptimizerName, report: Array, choose: Array
-    ) -> None:
+    def __init__(self, config: Config, dataset: data.Dataset, parts: Parts, optimizer: OptimizerName, report: Array, choose: Array) -> None:
         self.config, self.dataset, self.parts, self.report, self.choose = config, dataset, parts, report, choose
         self.recipe = _recipe(config, optimizer)
         self.plain = self._trainer("SGD")
@@ -186,7 +166,7 @@ class _Race:
         seeds = self.report if seeds is None else seeds
         count = len(next(iter(settings.values()))) if settings else 1
         lanes = {key: np.repeat(value, len(seeds)) for key, value in settings.items()}
-        found = self.parts.train(trainer, recipe, lanes, np.tile(seeds, count))
+        found = _train(self.parts, trainer, recipe, lanes, np.tile(seeds, count))
         return {key: value.reshape(count, len(seeds)) if settings else value for key, value in found.items()}
 
     def _double_backpropagation(self) -> dict[str, Any]:
@@ -205,9 +185,9 @@ class _Race:
     def _probes(self, trainer: Trainer, gamma: float) -> dict[str, Array]:
         """What the rule is made of, measured along the training with the full penalty."""
         seeds, recipe = self.choose[:_PROBE_SEEDS], dataclasses.asdict(self.recipe)
-        what = {"method": "probes", "recipe": recipe, "gamma": gamma, "epsilon": self.config.epsilon, "fractions": self.config.fractions}
+        what = {"recipe": recipe, "gamma": gamma, "epsilon": self.config.epsilon, "fractions": self.config.fractions}
         return self.parts.keep(
-            what | {"seeds": seeds}, lambda: _probe(problem(self.dataset, self.recipe), trainer, gamma, self.config, seeds)
+            "probes", what | {"seeds": seeds}, lambda: _probe(problem(self.dataset, self.recipe), trainer, gamma, self.config, seeds)
         )
 
     def _cells(self, trainer: Trainer, fraction: float, choice: str, gammas: Array) -> list[dict[str, Any]]:
@@ -314,7 +294,7 @@ def _scales(probes: dict[str, Array]) -> Array:
 _STARTS = ("no penalty", "gamma from the start", "gamma rises", "gamma switched on", "epsilon rises")
 
 
-def _warmups(config: Config, dataset: data.Dataset, parts: _Parts, gamma: float, report: Array) -> list[dict[str, Any]]:
+def _warmups(config: Config, dataset: data.Dataset, parts: Parts, gamma: float, report: Array) -> list[dict[str, Any]]:
     """Adam with a learning rate that warms up over a tenth of the steps, and a penalty that starts in several ways."""
     steps = config.steps // 10
     recipe = dataclasses.replace(_recipe(config, "adam"), warmup_steps=steps)
@@ -322,7 +302,7 @@ def _warmups(config: Config, dataset: data.Dataset, parts: _Parts, gamma: float,
     for start in _STARTS:
         settings = {} if start == "no penalty" else {"gamma": gamma, "epsilon": config.epsilon}
         trainer = Trainer(dataset, METHODS["SGD"] if start == "no penalty" else _starting(start, steps), recipe)
-        cells.append({"start": start, "steps": steps, "gamma": gamma, **parts.train(trainer, recipe, settings, report)})
+        cells.append({"start": start, "steps": steps, "gamma": gamma, **_train(parts, trainer, recipe, settings, report)})
     return cells
 
 

@@ -26,12 +26,10 @@ def save(output: Path, command: str, config: Any, results: dict[str, Any]) -> Pa
     Returns:
       The path of the file.
     """
-    output.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "output"}
     document = {"command": f"gradreg {command}", "config": settings, "versions": versions(), "machine": machine(), "results": results}
-    path, partial = output / FILE, output / f".{FILE}.{os.getpid()}"
-    partial.write_text(json.dumps(plain(document), indent=1) + "\n")
-    partial.replace(path)
+    path = output / FILE
+    write(path, document)
     return path
 
 
@@ -44,8 +42,22 @@ def load(path: Path) -> dict[str, Any]:
     path = path / FILE if path.is_dir() else path
     if not path.exists():
         raise FileNotFoundError(f"no results at {path}: run the command without --redraw first.")
-    results: dict[str, Any] = _arrays(json.loads(path.read_text())["results"])
+    results: dict[str, Any] = read(path)["results"]
     return results
+
+
+def write(path: Path, document: dict[str, Any]) -> None:
+    """Writes a file in one move, so that an interrupted run leaves no half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(plain(document), indent=1) + "\n")
+    partial.replace(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Reads a file of :func:`write`, with lists of numbers as arrays."""
+    document: dict[str, Any] = _arrays(json.loads(path.read_text()))
+    return document
 
 
 def versions() -> dict[str, str]:

@@ -5,11 +5,8 @@ depends on, so that a second start continues where the first one ended, and a ch
 """
 
 import dataclasses
-import hashlib
 import itertools
-import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -17,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from gradreg_optax.experiments import data, models, plots, results, statistics
+from gradreg_optax.experiments import data, models, plots, statistics
+from gradreg_optax.experiments.parts import Parts
 from gradreg_optax.experiments.training import METHODS, OptimizerName, Recipe, Trainer
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -97,11 +95,11 @@ def run(config: Config, *, progress: bool = True) -> dict[str, Any]:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}.")
     dataset, recipe = data.load(config.dataset, config.data_dir), _recipe(config)
     seeds, report_seeds = config.seed + np.arange(config.seeds), config.seed + config.seeds + np.arange(config.report_seeds)
-    fingerprint = _fingerprint(dataset)
     methods = []
     with tqdm(total=_units(config), desc="sweep", unit="unit", disable=not progress) as bar:
+        parts = Parts(config.output, dataset, bar.update)
         for label in config.methods:
-            unit = _Unit(config.output / "parts", label, dataset, recipe, fingerprint, progress, bar.update)
+            unit = _Unit(parts, label, dataset, recipe, progress)
             methods.append(_sweep(unit, settings_of(config, label), seeds, report_seeds, config.lanes))
     return {"dataset": dataset.name, "seeds": seeds, "report_seeds": report_seeds, "methods": methods}
 
@@ -144,35 +142,24 @@ def plot(found: dict[str, Any], output: Path) -> list[Path]:
 class _Unit:
     """Trains some lanes of one method, or reads them from disk; the trainer is made when the first lane is missing."""
 
-    folder: Path
+    parts: Parts
     label: str
     dataset: data.Dataset
     recipe: Recipe
-    fingerprint: str
     progress: bool
-    done: Callable[[], Any]
     made: list[Trainer] = dataclasses.field(default_factory=list)
 
     def __call__(self, lanes: list[Lane], width: int) -> dict[str, Array]:
-        path = self.folder / f"{self.label}-{self._digest(lanes, width)}.json"
-        if not path.exists():
-            _write(path, self._train(lanes, width))
-        self.done()
-        return {name: np.array(values, float) for name, values in json.loads(path.read_text()).items()}
+        what = {"lanes": lanes, "width": width, "recipe": dataclasses.asdict(self.recipe)}
+        return self.parts.keep(self.label, what, lambda: self._train(lanes, width))
 
-    def _digest(self, lanes: list[Lane], width: int) -> str:
-        """Everything that the numbers depend on."""
-        versions = {name: version for name, version in results.versions().items() if name != "python"}
-        what = [self.label, lanes, width, dataclasses.asdict(self.recipe), self.fingerprint, versions, results.machine()]
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:20]
-
-    def _train(self, lanes: list[Lane], width: int) -> dict[str, list[float]]:
+    def _train(self, lanes: list[Lane], width: int) -> dict[str, Array]:
         if not self.made:
             self.made.append(Trainer(self.dataset, METHODS[self.label], self.recipe))
         full = lanes + [lanes[-1]] * (width - len(lanes))  # one width, one compilation
         settings = {name: np.array([setting[name] for setting, _ in full]) for name in METHODS[self.label].settings}
         found = self.made[0](settings, np.array([seed for _, seed in full]), progress=self.progress)
-        return {name: [float(value) for value in found[name][: len(lanes)]] for name in METRICS}
+        return {name: found[name][: len(lanes)].astype(float) for name in METRICS}
 
 
 def _sweep(unit: _Unit, settings: list[Setting], seeds: Array, report_seeds: Array, most: int) -> dict[str, Any]:
@@ -226,21 +213,6 @@ def _recipe(config: Config) -> Recipe:
     test_size = 1000 if config.dataset == "digits" and config.test_size is None else config.test_size
     chosen = {name: getattr(config, name) for name in shared} | {"test_size": test_size}
     return Recipe(**chosen, eigenvalue=False)
-
-
-def _fingerprint(dataset: data.Dataset) -> str:
-    digest = hashlib.sha256(f"{dataset.shape} {dataset.classes} {dataset.scale} {dataset.resplit}".encode())
-    for array in (dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y):
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
-def _write(path: Path, found: dict[str, list[float]]) -> None:
-    """Writes a part in one move, so that a killed run leaves no half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(found))
-    partial.replace(path)
 
 
 def _accuracy(found: dict[str, Any], label: str) -> Array | None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradreg_optax.experiments import data, results, sweep, training
+from gradreg_optax.experiments import results, sweep, training
 
 TINY = sweep.Config(
     seeds=3, report_seeds=2, gammas=(1.0, 2.0), epsilons=(0.1, 1.0), train_size=40, test_size=40, steps=20, width=4, batch_size=16, lanes=4
@@ -173,10 +173,3 @@ def test_a_killed_sweep_continues_where_it_ended_and_compiles_once(tmp_path, mon
     assert sweep.table(continued) == sweep.table(uninterrupted)
     assert len(calls) == 2 * sweep._units(config) - len(finished)
     assert [trainer.traces for trainer in trainers] == [1, 1]
-
-
-def test_the_fingerprint_sees_every_label():
-    digits = data.load("digits")
-    labels = digits.train_y.copy()
-    labels[-1] += 1
-    assert sweep._fingerprint(digits) != sweep._fingerprint(dataclasses.replace(digits, train_y=labels))
