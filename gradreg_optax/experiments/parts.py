@@ -37,7 +37,7 @@ class Parts:
         Returns:
           The dict, with numbers to nine significant digits.
         """
-        depends = json.dumps(results.plain(self._common | {"label": label} | what), sort_keys=True)
+        depends = json.dumps(results.plain(self._common | what), sort_keys=True)
         path = self._folder / f"{label}-{hashlib.sha256(depends.encode()).hexdigest()[:20]}.json"
         if not path.exists():
             results.write(path, make())
