@@ -1,4 +1,6 @@
-"""``python -m benchmarks``: measures everything, prints the table, and writes ``benchmarks/results/<cpu|gpu>.json``."""
+"""``python -m benchmarks``: measures everything, prints the table, and writes
+``benchmarks/results/<cpu|gpu>.json``.
+"""
 
 import dataclasses
 import importlib.util
@@ -35,7 +37,8 @@ class Config:
     torch_python: str = sys.executable
     """A Python interpreter with PyTorch; without PyTorch there its rows are left out."""
     torch_threads: int = 0
-    """Threads of PyTorch on the CPU, 0 for its default; on a busy machine its threads wait for each other, and 1 is faster."""
+    """Threads of PyTorch on the CPU, 0 for its default; on a busy machine its threads wait for each
+    other, and 1 is faster."""
 
 
 def main(config: Config) -> None:
@@ -47,7 +50,11 @@ def main(config: Config) -> None:
     peers = measure_torch(config)  # first, so that neither framework waits for the other's threads
     found = {name: measure_jax(name, config) for name in config.networks}
     machine = results.machine()
-    document = {"command": "python -m benchmarks", "rounds": config.rounds, "compiles": config.compiles}
+    document = {
+        "command": "python -m benchmarks",
+        "rounds": config.rounds,
+        "compiles": config.compiles,
+    }
     document |= {"versions": results.versions(), "machine": machine, "jax": found, "torch": peers}
     config.output.mkdir(parents=True, exist_ok=True)
     path = config.output / f"{machine['backend']}.json"
@@ -64,7 +71,8 @@ def measure_jax(name: str, config: Config) -> dict[str, Any]:
       config: how often.
 
     Returns:
-      For each step ``seconds`` (one per round), ``trace`` and ``compile`` (one per repetition), ``flops`` and ``memory``.
+      For each step ``seconds`` (one per round), ``trace`` and ``compile`` (one per repetition),
+      ``flops`` and ``memory``.
     """
     task = problem(name)
     builders = steps(task)
@@ -75,13 +83,19 @@ def measure_jax(name: str, config: Config) -> dict[str, Any]:
             programs[label].append(timing.build(step, state, task.batch))
     rounds = tqdm(range(config.rounds), desc=f"{name}: running", disable=None)
     repeats = {label: INTERVAL for label in builders if "lazy" in label}
-    seconds = timing.interleave({label: found[-1].run for label, found in programs.items()}, rounds, repeats)
+    seconds = timing.interleave(
+        {label: found[-1].run for label, found in programs.items()}, rounds, repeats
+    )
     return {label: _row(found, seconds[label]) for label, found in programs.items()}
 
 
 def _row(programs: list[timing.Program], seconds: Any) -> dict[str, Any]:
     columns = {"trace": [p.trace for p in programs], "compile": [p.compile for p in programs]}
-    return columns | {"seconds": np.asarray(seconds), "flops": programs[-1].flops, "memory": programs[-1].memory}
+    return columns | {
+        "seconds": np.asarray(seconds),
+        "flops": programs[-1].flops,
+        "memory": programs[-1].memory,
+    }
 
 
 def measure_torch(config: Config) -> dict[str, Any] | None:
@@ -96,9 +110,18 @@ def measure_torch(config: Config) -> dict[str, Any] | None:
     if config.torch_python == sys.executable and importlib.util.find_spec("torch") is None:
         print("PyTorch is not installed here: its rows are left out.")
         return None
-    options = ["--rounds", str(config.rounds), "--threads", str(config.torch_threads), "--networks", *config.networks]
+    options = [
+        "--rounds",
+        str(config.rounds),
+        "--threads",
+        str(config.torch_threads),
+        "--networks",
+        *config.networks,
+    ]
     command = [config.torch_python, str(HERE / "torch_steps.py"), *options]
-    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    found: dict[str, Any] = json.loads(
+        subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    )
     return found
 
 

@@ -1,4 +1,6 @@
-"""The steps that are compared in JAX: plain SGD, ours by three ways in, the loop written by hand, and Optax's SAM."""
+"""The steps that are compared in JAX: plain SGD, ours by three ways in, the loop written by hand,
+and Optax's SAM.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +16,15 @@ RATE, GAMMA, EPSILON, RHO = 0.01, 0.01, 0.1, 0.05
 # Optimizer steps in the period of a lazy penalty: its time and FLOPs are averages over as many.
 INTERVAL, FRACTION = 4, 0.25
 
-Step = tuple[Callable[..., Any], Any]  # a jitted step(state, batch) -> (state, loss), and its first state
+Step = tuple[
+    Callable[..., Any], Any
+]  # a jitted step(state, batch) -> (state, loss), and its first state
 
 
 def steps(problem: Problem) -> dict[str, Callable[[], Step]]:
-    """What is compared, in the order of the table; each entry builds its jitted step and its first state."""
+    """What is compared, in the order of the table; each entry builds its jitted step and its first
+    state.
+    """
     function = fd_value_and_grad(problem.loss_fn, gamma=GAMMA, epsilon=EPSILON)
     penalty = fd_gradreg(gamma=GAMMA, epsilon=EPSILON)
     lazy = fd_gradreg(gamma=GAMMA, epsilon=EPSILON, interval=INTERVAL)
@@ -38,17 +44,23 @@ def steps(problem: Problem) -> dict[str, Callable[[], Step]]:
 
 
 def _by_hand(problem: Problem) -> Callable[..., Any]:
-    """The regularized gradient as one writes it without a library, with the difference taken before it is scaled."""
+    """The regularized gradient as one writes it without a library, with the difference taken before
+    it is scaled.
+    """
 
     def value_and_grad(params: Any, batch: Any) -> Any:
         value, gradient = jax.value_and_grad(problem.loss_fn)(params, batch)
-        ahead = jax.grad(problem.loss_fn)(jax.tree.map(lambda p, g: p + EPSILON * g, params, gradient), batch)
+        ahead = jax.grad(problem.loss_fn)(
+            jax.tree.map(lambda p, g: p + EPSILON * g, params, gradient), batch
+        )
         return value, jax.tree.map(lambda g, a: g + GAMMA / EPSILON * (a - g), gradient, ahead)
 
     return value_and_grad
 
 
-def _loop(problem: Problem, value_and_grad: Callable[..., Any], optimizer: optax.GradientTransformation) -> Step:
+def _loop(
+    problem: Problem, value_and_grad: Callable[..., Any], optimizer: optax.GradientTransformation
+) -> Step:
     def step(state: Any, batch: Any) -> Any:
         params, opt_state = state
         value, gradient = value_and_grad(params, batch)
@@ -64,7 +76,9 @@ def _chain(problem: Problem, regularizer: optax.GradientTransformation) -> Step:
     def step(state: Any, batch: Any) -> Any:
         params, opt_state = state
         value, gradient = jax.value_and_grad(problem.loss_fn)(params, batch)
-        updates, opt_state = optimizer.update(gradient, opt_state, params, value_fn=lambda p: problem.loss_fn(p, batch))
+        updates, opt_state = optimizer.update(
+            gradient, opt_state, params, value_fn=lambda p: problem.loss_fn(p, batch)
+        )
         return (optax.apply_updates(params, updates), opt_state), value
 
     return _jitted(problem, step, optimizer)
@@ -84,11 +98,17 @@ def _optax_sam(problem: Problem) -> Step:
     return _jitted(problem, step, optimizer)
 
 
-def _train_step(problem: Problem, regularizer: optax.GradientTransformation | None, fraction: float = 1.0) -> Step:
-    init, step = make_train_step(problem.loss_fn, optax.sgd(RATE), regularizer, penalty_fraction=fraction)
+def _train_step(
+    problem: Problem, regularizer: optax.GradientTransformation | None, fraction: float = 1.0
+) -> Step:
+    init, step = make_train_step(
+        problem.loss_fn, optax.sgd(RATE), regularizer, penalty_fraction=fraction
+    )
     return step, init(problem.params)
 
 
-def _jitted(problem: Problem, step: Callable[..., Any], optimizer: optax.GradientTransformation) -> Step:
+def _jitted(
+    problem: Problem, step: Callable[..., Any], optimizer: optax.GradientTransformation
+) -> Step:
     state = problem.params, optimizer.init(problem.params)
     return jax.jit(step, donate_argnums=0), jax.tree.map(jnp.copy, state)

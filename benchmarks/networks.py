@@ -1,4 +1,6 @@
-"""The networks of the benchmark in JAX: an MLP, a residual convolutional network, a small transformer, and a tiny MLP for overhead."""
+"""The networks of the benchmark in JAX: an MLP, a residual convolutional network, a small
+transformer, and a tiny MLP for overhead.
+"""
 
 import math
 from collections.abc import Callable
@@ -13,7 +15,12 @@ from gradreg_optax.experiments.cost import cross_entropy, residual_network
 from gradreg_optax.experiments.models import Model, build
 
 VOCABULARY = 64
-SHAPES: dict[str, tuple[int, ...]] = {"mlp": (128, 256), "resnet": (32, 16, 16, 3), "transformer": (16, 32), "tiny": (16, 8)}
+SHAPES: dict[str, tuple[int, ...]] = {
+    "mlp": (128, 256),
+    "resnet": (32, 16, 16, 3),
+    "transformer": (16, 32),
+    "tiny": (16, 8),
+}
 
 
 class Problem(NamedTuple):
@@ -30,18 +37,27 @@ def problem(name: str, seed: int = 0) -> Problem:
     if name == "transformer":
         network, loss_fn = _transformer(width=64, layers=2), _next_token_loss
         batch: Any = jnp.asarray(rng.integers(VOCABULARY, size=(shape[0], shape[1] + 1)))
-        return Problem(lambda params, tokens: loss_fn(network, params, tokens), network.init(jax.random.key(seed)), batch)
+        return Problem(
+            lambda params, tokens: loss_fn(network, params, tokens),
+            network.init(jax.random.key(seed)),
+            batch,
+        )
     network = {
         "mlp": lambda: build("mlp", shape[1:], 10, width=256, depth=3),
         "resnet": lambda: residual_network(8),
         "tiny": lambda: build("mlp", shape[1:], 10, width=8, depth=1),
     }[name]()
-    batch = jnp.asarray(rng.normal(size=shape), jnp.float32), jnp.asarray(rng.integers(10, size=shape[0]))
+    batch = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32),
+        jnp.asarray(rng.integers(10, size=shape[0])),
+    )
     return Problem(cross_entropy(network), network.init(jax.random.key(seed)), batch)
 
 
 def _transformer(width: int, layers: int, heads: int = 4) -> Model:
-    """A causal transformer with layer normalization in front of attention and MLP, and a learnt position."""
+    """A causal transformer with layer normalization in front of attention and MLP, and a learnt
+    position.
+    """
 
     def init(key: jax.Array) -> Any:
         embed, position, *keys = jax.random.split(key, 2 + layers)
@@ -54,7 +70,11 @@ def _transformer(width: int, layers: int, heads: int = 4) -> Model:
             }
             for a, b, c, d in (jax.random.split(k, 4) for k in keys)
         ]
-        return {"embed": _normal(embed, VOCABULARY, width), "position": _normal(position, 512, width), "blocks": blocks}
+        return {
+            "embed": _normal(embed, VOCABULARY, width),
+            "position": _normal(position, 512, width),
+            "blocks": blocks,
+        }
 
     def apply(params: Any, tokens: jax.Array) -> jax.Array:
         length = tokens.shape[1]
@@ -69,7 +89,9 @@ def _transformer(width: int, layers: int, heads: int = 4) -> Model:
 
 def _attention(qkv: jax.Array, heads: int) -> jax.Array:
     batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    query, key, value = (part.reshape(batch, length, heads, -1) for part in jnp.split(qkv, 3, axis=-1))
+    query, key, value = (
+        part.reshape(batch, length, heads, -1) for part in jnp.split(qkv, 3, axis=-1)
+    )
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(width // heads)
     causal = jnp.tril(jnp.ones((length, length), bool))
     weights = jax.nn.softmax(jnp.where(causal, scores, -1e9), axis=-1)

@@ -1,4 +1,6 @@
-"""The tables of the README, drawn from the committed results: ``python -m benchmarks.report [results.json]``."""
+"""The tables of the README, drawn from the committed results: ``python -m benchmarks.report
+[results.json]``.
+"""
 
 import json
 import sys
@@ -23,7 +25,8 @@ DUELS = [
 
 
 def table(document: dict[str, Any]) -> str:
-    """Three Markdown tables: time, and what XLA counts, as multiples of plain SGD in the same framework; and ours against peers.
+    """Three Markdown tables: time, and what XLA counts, as multiples of plain SGD in the same
+    framework; and ours against peers.
 
     Args:
       document: the contents of a results file.
@@ -34,19 +37,30 @@ def table(document: dict[str, Any]) -> str:
     networks = list(document["jax"])
     machine, versions = document["machine"], document["versions"]
     lines = [
-        f"{machine['device']} ({machine['processor']}, {machine['cores']} cores), JAX {versions['jax']}, Optax {versions['optax']}"
-        + (f", PyTorch {document['torch']['version']} on {document['torch']['threads']} threads" if document["torch"] else "")
+        f"{machine['device']} ({machine['processor']}, {machine['cores']} cores), JAX"
+        f" {versions['jax']}, Optax {versions['optax']}"
+        + (
+            f", PyTorch {document['torch']['version']} on {document['torch']['threads']} threads"
+            if document["torch"]
+            else ""
+        )
         + f"; medians of {document['rounds']} interleaved rounds with their quartiles.",
         "",
         "Time per step, as a multiple of the same framework's SGD:",
         "",
-        *_markdown(["step", *networks], [*_jax_times(document, networks), *_torch_times(document, networks)]),
+        *_markdown(
+            ["step", *networks],
+            [*_jax_times(document, networks), *_torch_times(document, networks)],
+        ),
         "",
         "FLOPs, temporary memory, tracing with lowering, and compilation, as multiples of SGD:",
         "",
         *_markdown(["step", *networks], _counts(document, networks)),
         "",
-        "Ours beside the loop written by hand and beside Optax's SAM, time (± half the 95% interval of the median):",
+        (
+            "Ours beside the loop written by hand and beside Optax's SAM, time (± half the 95%"
+            " interval of the median):"
+        ),
         "",
         *_markdown(["ratio", *networks], _duels(document, networks)),
     ]
@@ -57,7 +71,15 @@ def _jax_times(document: dict[str, Any], networks: list[str]) -> list[list[str]]
     rows = []
     for label in document["jax"][networks[0]]:
         cells = [document["jax"][name] for name in networks]
-        rows.append([label, *(_time(cell[label]["seconds"], cell[PLAIN]["seconds"], label == PLAIN) for cell in cells)])
+        rows.append(
+            [
+                label,
+                *(
+                    _time(cell[label]["seconds"], cell[PLAIN]["seconds"], label == PLAIN)
+                    for cell in cells
+                ),
+            ]
+        )
     return rows
 
 
@@ -65,18 +87,36 @@ def _torch_times(document: dict[str, Any], networks: list[str]) -> list[list[str
     if not document["torch"]:
         return []
     cells = [document["torch"]["networks"][name]["seconds"] for name in networks]
-    return [[f"{label}, PyTorch eager", *(_time(cell[label], cell[PLAIN], label == PLAIN) for cell in cells)] for label in cells[0]]
+    return [
+        [
+            f"{label}, PyTorch eager",
+            *(_time(cell[label], cell[PLAIN], label == PLAIN) for cell in cells),
+        ]
+        for label in cells[0]
+    ]
 
 
 def _time(seconds: list[float], plain: list[float], absolute: bool) -> str:
-    return f"1 ({1e3 * np.median(seconds):.3g} ms)" if absolute else str(ratio(np.array(seconds), np.array(plain)))
+    return (
+        f"1 ({1e3 * np.median(seconds):.3g} ms)"
+        if absolute
+        else str(ratio(np.array(seconds), np.array(plain)))
+    )
 
 
 def _counts(document: dict[str, Any], networks: list[str]) -> list[list[str]]:
     rows = []
     for label in document["jax"][networks[0]]:
         if label != PLAIN:
-            rows.append([label, *(_count(document["jax"][name][label], document["jax"][name][PLAIN], label) for name in networks)])
+            rows.append(
+                [
+                    label,
+                    *(
+                        _count(document["jax"][name][label], document["jax"][name][PLAIN], label)
+                        for name in networks
+                    ),
+                ]
+            )
     return rows
 
 
@@ -85,7 +125,9 @@ def _count(found: dict[str, Any], plain: dict[str, Any], label: str) -> str:
     if "lazy" in label:  # XLA counts the dearer branch, which is taken once in so many steps
         flops = (flops + INTERVAL - 1) / INTERVAL
     memory = found["memory"] / plain["memory"]
-    trace, compilation = (np.median(found[key]) / np.median(plain[key]) for key in ("trace", "compile"))
+    trace, compilation = (
+        np.median(found[key]) / np.median(plain[key]) for key in ("trace", "compile")
+    )
     return f"{flops:.2f} / {memory:.2f} / {trace:.2f} / {compilation:.2f}"
 
 
@@ -95,7 +137,9 @@ def _duels(document: dict[str, Any], networks: list[str]) -> list[list[str]]:
         value: Ratio = ratio(np.array(found[ours]["seconds"]), np.array(found[peer]["seconds"]))
         return f"{value.median:.3f} ± {value.noise:.3f}"
 
-    return [[f"{ours} / {peer}", *(cell(name, ours, peer) for name in networks)] for ours, peer in DUELS]
+    return [
+        [f"{ours} / {peer}", *(cell(name, ours, peer) for name in networks)] for ours, peer in DUELS
+    ]
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -103,4 +147,8 @@ def _markdown(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1] if len(sys.argv) > 1 else RESULTS / "cpu.json").read_text())))
+    print(
+        table(
+            json.loads(Path(sys.argv[1] if len(sys.argv) > 1 else RESULTS / "cpu.json").read_text())
+        )
+    )

@@ -1,7 +1,9 @@
-"""The same comparison in plain eager PyTorch: SGD, SAM and double backpropagation from their formulas.
+"""The same comparison in plain eager PyTorch: SGD, SAM and double backpropagation from their
+formulas.
 
-Run by ``python -m benchmarks`` in a process of its own, on an interpreter that has PyTorch; it needs nothing else.
-Prints one json document: for each network the seconds per step and round, and the peak memory where PyTorch counts it.
+Run by ``python -m benchmarks`` in a process of its own, on an interpreter that has PyTorch; it
+needs nothing else. Prints one json document: for each network the seconds per step and round, and
+the peak memory where PyTorch counts it.
 """
 
 import argparse
@@ -42,19 +44,34 @@ class Residual(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Two causal blocks of width 64 with four heads; attention written out, since the fused kernels have no second derivative."""
+    """Two causal blocks of width 64 with four heads; attention written out, since the fused kernels
+    have no second derivative.
+    """
 
     def __init__(self, width=64, layers=2, heads=4):
         super().__init__()
         self.heads = heads
-        self.embed, self.position = nn.Embedding(VOCABULARY, width), nn.Parameter(torch.randn(512, width) / math.sqrt(512))
+        self.embed, self.position = (
+            nn.Embedding(VOCABULARY, width),
+            nn.Parameter(torch.randn(512, width) / math.sqrt(512)),
+        )
         nn.init.normal_(self.embed.weight, std=1 / math.sqrt(VOCABULARY))
-        shapes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
-        self.blocks = nn.ModuleList(nn.ModuleDict({k: nn.Linear(*s, bias=False) for k, s in shapes.items()}) for _ in range(layers))
+        shapes = {
+            "qkv": (width, 3 * width),
+            "out": (width, width),
+            "up": (width, 4 * width),
+            "down": (4 * width, width),
+        }
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({k: nn.Linear(*s, bias=False) for k, s in shapes.items()})
+            for _ in range(layers)
+        )
 
     def attention(self, qkv):
         """Causal attention of queries, keys and values that lie side by side."""
-        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1)
+        )
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
         causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         weights = scores.masked_fill(~causal, -1e9).softmax(-1)
@@ -77,12 +94,25 @@ def problem(name, device):
     """A network, and a function that returns its loss on made-up data."""
     torch.manual_seed(0)
     if name == "transformer":
-        network, tokens = Transformer().to(device), torch.randint(VOCABULARY, (16, 33), device=device)
-        return network, lambda: functional.cross_entropy(network(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        network, tokens = (
+            Transformer().to(device),
+            torch.randint(VOCABULARY, (16, 33), device=device),
+        )
+        return network, lambda: functional.cross_entropy(
+            network(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+        )
     if name == "resnet":
         network, x = Residual(), torch.randn(32, 3, 16, 16)
     elif name == "mlp":
-        layers = [nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 10)]
+        layers = [
+            nn.Linear(256, 256),
+            nn.GELU(),
+            nn.Linear(256, 256),
+            nn.GELU(),
+            nn.Linear(256, 256),
+            nn.GELU(),
+            nn.Linear(256, 10),
+        ]
         network, x = nn.Sequential(*layers), torch.randn(128, 256)
     else:
         network, x = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 10)), torch.randn(16, 8)
@@ -112,7 +142,10 @@ def double_backpropagation(parameters, loss):
     """The gradient of L + gamma/2 |grad L|^2, by differentiating twice."""
     value = loss()
     gradient = torch.autograd.grad(value, parameters, create_graph=True)
-    _descend(parameters, torch.autograd.grad(value + GAMMA / 2 * sum((g * g).sum() for g in gradient), parameters))
+    _descend(
+        parameters,
+        torch.autograd.grad(value + GAMMA / 2 * sum((g * g).sum() for g in gradient), parameters),
+    )
 
 
 def _descend(parameters, gradient):
@@ -144,7 +177,12 @@ def measure(name, rounds, device):
     for turn in range(rounds):
         for method in names[turn % len(names) :] + names[: turn % len(names)]:
             seconds[method].append(timed(*runs[method]))
-    return {"seconds": seconds, "memory": {method: _peak(run, timed) for method, run in runs.items()} if device == "cuda" else None}
+    return {
+        "seconds": seconds,
+        "memory": {method: _peak(run, timed) for method, run in runs.items()}
+        if device == "cuda"
+        else None,
+    }
 
 
 def _peak(run, timed):
@@ -159,13 +197,24 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--networks", nargs="+", default=["mlp", "resnet", "transformer", "tiny"])
-    parser.add_argument("--threads", type=int, default=0, help="threads on the CPU; 0 leaves PyTorch its default")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="threads on the CPU; 0 leaves PyTorch its default"
+    )
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = {name: measure(name, arguments.rounds, device) for name in arguments.networks}
-    print(json.dumps({"version": torch.__version__, "device": device, "threads": torch.get_num_threads(), "networks": found}))
+    print(
+        json.dumps(
+            {
+                "version": torch.__version__,
+                "device": device,
+                "threads": torch.get_num_threads(),
+                "networks": found,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

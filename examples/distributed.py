@@ -10,10 +10,12 @@ On a cluster that JAX recognizes (Slurm, Open MPI, TPU pods), once in every proc
 
 Anywhere else, tell every process who it is:
 
-    python distributed.py --distributed --coordinator 10.0.0.1:12355 --processes 2 --process 0 --checkpoints /shared/run
+    python distributed.py --distributed --coordinator 10.0.0.1:12355 --processes 2 --process 0
+    --checkpoints /shared/run
 
-Started again with the same ``--checkpoints`` it resumes, on another number of devices if need be; what it has not seen yet it sees in the
-same order. Needs ``pip install gradreg-optax orbax-checkpoint scikit-learn``. To make it yours, replace the three functions ``load_data``,
+Started again with the same ``--checkpoints`` it resumes, on another number of devices if need be;
+what it has not seen yet it sees in the same order. Needs ``pip install gradreg-optax
+orbax-checkpoint scikit-learn``. To make it yours, replace the three functions ``load_data``,
 ``initial_params`` and ``loss_fn``.
 """
 
@@ -34,7 +36,9 @@ from gradreg_optax import fd_gradreg, make_train_step
 
 
 def load_data():
-    """Images in [0, 1] and labels, on the host. A larger data set would be memory-mapped: every process reads its own rows only."""
+    """Images in [0, 1] and labels, on the host. A larger data set would be memory-mapped: every
+    process reads its own rows only.
+    """
     x, y = load_digits(return_X_y=True)
     return (x / 16).astype(np.float32), y.astype(np.int32)
 
@@ -50,7 +54,9 @@ def initial_params(key):
 
 
 def loss_fn(params, batch, key):
-    """Cross entropy with dropout; the regularizer's second pass sees the same batch and the same key."""
+    """Cross entropy with dropout; the regularizer's second pass sees the same batch and the same
+    key.
+    """
     x, y = batch
     for layer in params[:-1]:
         x = jax.nn.gelu(x @ layer["kernel"] + layer["bias"])
@@ -60,8 +66,12 @@ def loss_fn(params, batch, key):
 
 
 def local_batch(data, sharding, step, args):
-    """This process's rows of batch number ``step``, which depends on the seed and the step alone, as one global array."""
-    rows = np.random.default_rng((args.seed, step)).choice(len(data[1]), args.batch_size, replace=False)
+    """This process's rows of batch number ``step``, which depends on the seed and the step alone,
+    as one global array.
+    """
+    rows = np.random.default_rng((args.seed, step)).choice(
+        len(data[1]), args.batch_size, replace=False
+    )
 
     def place(array):
         shape = (args.batch_size, *array.shape[1:])
@@ -71,7 +81,9 @@ def local_batch(data, sharding, step, args):
 
 
 def parameter_sharding(mesh, fsdp):
-    """Replicated parameters, or parameters sharded along their leading axis where the devices divide it."""
+    """Replicated parameters, or parameters sharded along their leading axis where the devices
+    divide it.
+    """
 
     def place(leaf):
         sharded = fsdp and leaf.ndim > 0 and leaf.shape[0] % mesh.devices.size == 0
@@ -85,11 +97,15 @@ def make_step(args):
     schedule = optax.cosine_decay_schedule(args.learning_rate, args.steps)
     gamma = optax.linear_schedule(0.0, args.gamma, max(1, args.steps // 10))
     regularizer = fd_gradreg(gamma=gamma, epsilon=args.epsilon)
-    return make_train_step(loss_fn, optax.adamw(schedule), regularizer, ascent_groups=args.ascent_groups)
+    return make_train_step(
+        loss_fn, optax.adamw(schedule), regularizer, ascent_groups=args.ascent_groups
+    )
 
 
 def fresh_state(init, args):
-    """What a checkpoint holds: parameters, optimizer state, step counters, and the key that all dropout keys come from."""
+    """What a checkpoint holds: parameters, optimizer state, step counters, and the key that all
+    dropout keys come from.
+    """
     key, first = jax.random.split(jax.random.key(args.seed))
     return {"train": init(initial_params(first)), "key": key}
 
@@ -99,9 +115,14 @@ def resume_or_start(manager, init, mesh, args):
     shapes = jax.eval_shape(lambda: fresh_state(init, args))
     shardings = jax.tree.map(parameter_sharding(mesh, args.fsdp), shapes)
     step = manager.latest_step()
-    if step is None:  # under jit with the shardings said aloud, so that Adam's moments lie where their parameters do
+    if step is None:
+        # jitted with the shardings said aloud, so that Adam's moments lie where their parameters do
         return 0, jax.jit(lambda: fresh_state(init, args), out_shardings=shardings)()
-    target = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings)
+    target = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        shardings,
+    )
     return step, manager.restore(step, args=ocp.args.StandardRestore(target))
 
 
@@ -116,39 +137,92 @@ def train(args):
         start = time.perf_counter()
         for step in range(first, args.steps):
             batch = local_batch(data, data_sharding, step, args)
-            state["train"], info = step_fn(state["train"], batch, jax.random.fold_in(state["key"], step))
+            state["train"], info = step_fn(
+                state["train"], batch, jax.random.fold_in(state["key"], step)
+            )
             last = step + 1 == args.steps
             manager.save(step + 1, args=ocp.args.StandardSave(state), force=last)
             if jax.process_index() == 0 and ((step + 1) % args.log_every == 0 or last):
                 seconds = time.perf_counter() - start
-                print(f"step {step + 1}/{args.steps}  loss {info.loss:.5f}  |g| {info.grad_norm:.5f}  {seconds:.1f} s", flush=True)
+                print(
+                    f"step {step + 1}/{args.steps}  loss {info.loss:.5f}  |g| {info.grad_norm:.5f} "
+                    f" {seconds:.1f} s",
+                    flush=True,
+                )
     return state
 
 
 def parse_arguments(argv=None):
     """The command line; ``--help`` shows it with its defaults."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--distributed", action="store_true", help="start jax.distributed: once in every process")
     add("--coordinator", help="host:port of process 0; left out where JAX recognizes the cluster")
-    add("--processes", type=int, help="number of processes; left out where JAX recognizes the cluster")
-    add("--process", type=int, help="number of this process; left out where JAX recognizes the cluster")
-    add("--checkpoints", type=pathlib.Path, default=pathlib.Path("checkpoints"), help="a folder that all processes see (%(default)s)")
+    add(
+        "--processes",
+        type=int,
+        help="number of processes; left out where JAX recognizes the cluster",
+    )
+    add(
+        "--process",
+        type=int,
+        help="number of this process; left out where JAX recognizes the cluster",
+    )
+    add(
+        "--checkpoints",
+        type=pathlib.Path,
+        default=pathlib.Path("checkpoints"),
+        help="a folder that all processes see (%(default)s)",
+    )
     add("--save-every", type=int, default=100, help="steps between checkpoints (%(default)s)")
     add("--log-every", type=int, default=50, help="steps between lines of output (%(default)s)")
-    add("--steps", type=int, default=500, help="number of steps in all, those before a resume included (%(default)s)")
-    add("--batch-size", type=int, default=128, help="samples in a global batch, a multiple of the devices (%(default)s)")
-    add("--learning-rate", type=float, default=1e-3, help="peak of the cosine schedule (%(default)s)")
-    add("--gamma", type=float, default=0.05, help="regularization coefficient after the warm-up (%(default)s)")
+    add(
+        "--steps",
+        type=int,
+        default=500,
+        help="number of steps in all, those before a resume included (%(default)s)",
+    )
+    add(
+        "--batch-size",
+        type=int,
+        default=128,
+        help="samples in a global batch, a multiple of the devices (%(default)s)",
+    )
+    add(
+        "--learning-rate",
+        type=float,
+        default=1e-3,
+        help="peak of the cosine schedule (%(default)s)",
+    )
+    add(
+        "--gamma",
+        type=float,
+        default=0.05,
+        help="regularization coefficient after the warm-up (%(default)s)",
+    )
     add("--epsilon", type=float, default=0.05, help="ascent step (%(default)s)")
     add(
         "--ascent-groups",
         type=int,
         default=1,
-        help="1 climbs along the common gradient; the number of devices halves the reductions (%(default)s)",
+        help=(
+            "1 climbs along the common gradient; the number of devices halves the reductions"
+            " (%(default)s)"
+        ),
     )
-    add("--fsdp", action="store_true", help="shard parameters and optimizer state over the devices, too")
-    add("--seed", type=int, default=0, help="of parameters, dropout and the order of the data (%(default)s)")
+    add(
+        "--fsdp",
+        action="store_true",
+        help="shard parameters and optimizer state over the devices, too",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of parameters, dropout and the order of the data (%(default)s)",
+    )
     return parser.parse_args(argv)
 
 

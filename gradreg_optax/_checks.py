@@ -1,6 +1,7 @@
 """What is wrong is said at once, in a sentence that names the function, the value and the remedy.
 
-Values are checked where they are concrete; a tracer passes, so that everything can be jitted, vmapped and differentiated.
+Values are checked where they are concrete; a tracer passes, so that everything can be jitted,
+vmapped and differentiated.
 """
 
 import math
@@ -17,22 +18,34 @@ from gradreg_optax._typing import AscentFn, Mode, PyTree, Scheme
 
 Check: TypeAlias = Callable[[str, str, Any], jax.Array]
 
-_EPSILON_REMEDY = 'for a difference on the descent side use scheme="backward"; for the limit epsilon -> 0 use dbp_gradreg'
-_RADIUS_REMEDY = 'for a difference on the descent side use gradient_norm_penalty(..., scheme="backward")'
+_EPSILON_REMEDY = (
+    'for a difference on the descent side use scheme="backward"; for the limit epsilon -> 0 use'
+    " dbp_gradreg"
+)
+_RADIUS_REMEDY = (
+    'for a difference on the descent side use gradient_norm_penalty(..., scheme="backward")'
+)
 
 
 def check_scalar(function: str, name: str, value: ArrayLike) -> jax.Array:
     """Returns ``value`` as a real scalar of the default float width (or its own, if wider).
 
-    A number stays on the host: a transformation may be built before ``jax.distributed.initialize()``, which must come first of all that
-    touches a device.
+    A number stays on the host: a transformation may be built before
+    ``jax.distributed.initialize()``, which must come first of all that touches a device.
     """
     array = _as_array(value)
-    if array is None or not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+    if array is None or not (
+        jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+    ):
         raise TypeError(f"{function}: {name} must be a real number or a schedule, got {value!r}.")
     if array.shape:
-        raise ValueError(f"{function}: {name} must be a scalar, got shape {array.shape}: use jax.vmap for several values.")
-    scalar: jax.Array = array.astype(jnp.promote_types(jnp.result_type(array), jnp.result_type(float)))
+        raise ValueError(
+            f"{function}: {name} must be a scalar, got shape {array.shape}: use jax.vmap for"
+            " several values."
+        )
+    scalar: jax.Array = array.astype(
+        jnp.promote_types(jnp.result_type(array), jnp.result_type(float))
+    )
     return scalar
 
 
@@ -49,7 +62,9 @@ def check_gamma(function: str, name: str, value: ArrayLike) -> jax.Array:
 
 
 def check_epsilon(function: str, name: str, value: ArrayLike) -> jax.Array:
-    """An ascent step: finite and positive; as a JAX array also zero, where a warm-up by ``optax.inject_hyperparams`` starts."""
+    """An ascent step: finite and positive; as a JAX array also zero, where a warm-up by
+    ``optax.inject_hyperparams`` starts.
+    """
     array = check_scalar(function, name, value)
     number = _concrete(value, array.dtype)
     if number == 0 and isinstance(value, jax.Array):
@@ -63,12 +78,17 @@ def check_epsilon(function: str, name: str, value: ArrayLike) -> jax.Array:
 def check_interval(function: str, interval: ArrayLike) -> ArrayLike:
     """A whole number of updates, at least one."""
     if callable(interval):
-        raise TypeError(f"{function}: interval must be a whole number, got a schedule: schedule gamma instead.")
+        raise TypeError(
+            f"{function}: interval must be a whole number, got a schedule: schedule gamma instead."
+        )
     number = _concrete(interval, check_scalar(function, "interval", interval).dtype)
     if number is None:
         return interval
     if not 1 <= number < math.inf or number != int(number):
-        raise ValueError(f"{function}: interval must be a whole number >= 1, got {number:g}: 1 applies the penalty on every update.")
+        raise ValueError(
+            f"{function}: interval must be a whole number >= 1, got {number:g}: 1 applies the"
+            " penalty on every update."
+        )
     return int(number)
 
 
@@ -76,7 +96,9 @@ def check_choice(function: str, name: str, value: Any, choices: Any) -> None:
     """One of the strings of a ``Literal``."""
     allowed = get_args(choices)
     if value not in allowed:
-        raise ValueError(f"{function}: unknown {name} {value!r}, choose one of {', '.join(map(repr, allowed))}.")
+        raise ValueError(
+            f"{function}: unknown {name} {value!r}, choose one of {', '.join(map(repr, allowed))}."
+        )
 
 
 def check_scheme(function: str, scheme: Scheme) -> None:
@@ -93,29 +115,34 @@ def check_ascent(function: str, ascent: AscentFn | None) -> None:
     """An ascent direction is a function."""
     if ascent is not None and not callable(ascent):
         raise TypeError(
-            f"{function}: ascent must be a function (gradient, params) -> direction, got {type(ascent).__name__}: "
-            "for a mask use ascent=masked(mask)."
+            f"{function}: ascent must be a function (gradient, params) -> direction, got"
+            f" {type(ascent).__name__}: for a mask use ascent=masked(mask)."
         )
 
 
 def check_loss(function: str, loss_fn: Any) -> None:
     """A loss is a function, or left to ``update``."""
     if loss_fn is not None and not callable(loss_fn):
-        raise TypeError(f"{function}: the loss must be a function of the parameters, got {type(loss_fn).__name__}.")
+        raise TypeError(
+            f"{function}: the loss must be a function of the parameters, got"
+            f" {type(loss_fn).__name__}."
+        )
 
 
 def check_constant(function: str, name: str, value: Any, check: Check) -> None:
     """A gradient function has no step counter, so it takes no schedules."""
     if callable(value):
         raise TypeError(
-            f"{function}: {name} is a schedule, but a gradient function counts no steps: pass {name}=schedule(step), "
-            "or use the transformation of the same family."
+            f"{function}: {name} is a schedule, but a gradient function counts no steps: pass"
+            f" {name}=schedule(step), or use the transformation of the same family."
         )
     check(function, name, value)
 
 
 def check_schedule(function: str, name: str, value: Any, check: Check) -> None:
-    """A transformation takes a number, checked at once, or a schedule, checked when it is called."""
+    """A transformation takes a number, checked at once, or a schedule, checked when it is
+    called.
+    """
     if not callable(value):
         check(function, name, value)
 
@@ -127,9 +154,10 @@ def check_params(function: str, params: PyTree) -> None:
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
     if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
         raise ValueError(
-            f"{function}: some parameters are hidden (MaskedNode) by optax.masked or optax.partition around it, so the loss "
-            f"cannot be evaluated: put it in front, as in optax.chain({function}(...), optax.masked(tx, mask)), and to climb in some "
-            "parameters only give fd_gradreg or dbp_gradreg ascent=masked(mask)."
+            f"{function}: some parameters are hidden (MaskedNode) by optax.masked or"
+            " optax.partition around it, so the loss cannot be evaluated: put it in front, as in"
+            f" optax.chain({function}(...), optax.masked(tx, mask)), and to climb in some"
+            " parameters only give fd_gradreg or dbp_gradreg ascent=masked(mask)."
         )
 
 
@@ -138,23 +166,37 @@ def check_like(function: str, name: str, tree: PyTree, params: PyTree) -> None:
     found: Any = jax.tree.structure(tree)
     expected: Any = jax.tree.structure(params)
     if found != expected:
-        raise ValueError(f"{function}: {name} and the parameters differ in structure: {found} against {expected}.")
-    for (path, leaf), parameter in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(params), strict=True):
+        raise ValueError(
+            f"{function}: {name} and the parameters differ in structure: {found} against"
+            f" {expected}."
+        )
+    for (path, leaf), parameter in zip(
+        jax.tree.leaves_with_path(tree), jax.tree.leaves(params), strict=True
+    ):
         if jnp.shape(leaf) != jnp.shape(parameter):
             raise ValueError(
-                f"{function}: {name}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, its parameter {jnp.shape(parameter)}."
+                f"{function}: {name}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, its"
+                f" parameter {jnp.shape(parameter)}."
             )
 
 
 def at_step(function: str, name: str, value: Any, check: Check, step: jax.Array) -> jax.Array:
-    """The value of a number or schedule at ``step``, checked; a scheduled ascent step may be zero or negative."""
+    """The value of a number or schedule at ``step``, checked; a scheduled ascent step may be zero
+    or negative.
+    """
     if not callable(value):
         return check(function, name, value)
-    return check_scalar(function, name, value(step)) if check is check_epsilon else check(function, name, value(step))
+    return (
+        check_scalar(function, name, value(step))
+        if check is check_epsilon
+        else check(function, name, value(step))
+    )
 
 
 def _as_array(value: Any) -> Any:
-    """``value`` as an array, JAX's where it is one already and NumPy's otherwise; None where it holds no numbers."""
+    """``value`` as an array, JAX's where it is one already and NumPy's otherwise; None where it
+    holds no numbers.
+    """
     array = value if isinstance(value, jax.Array) else np.asarray(value)
     return array if jnp.issubdtype(array.dtype, jnp.number) else None
 

@@ -1,7 +1,9 @@
-r"""What regularization does to the loss surface: Hessian products, eigenvalue, trace, sharpness, and the error of a difference.
+r"""What regularization does to the loss surface: Hessian products, eigenvalue, trace, sharpness,
+and the error of a difference.
 
-Everywhere ``value_fn(params)`` is a real scalar, with batch and other arguments closed over, and :math:`H = \nabla^2 L` is its Hessian
-with respect to real parameters. Estimates carry their error. All functions can be jitted and vmapped.
+Everywhere ``value_fn(params)`` is a real scalar, with batch and other arguments closed over, and
+:math:`H = \nabla^2 L` is its Hessian with respect to real parameters. Estimates carry their error.
+All functions can be jitted and vmapped.
 """
 
 import importlib
@@ -18,7 +20,14 @@ from gradreg_optax._checks import check_epsilon, check_scheme
 from gradreg_optax._convolutions import canonical_convolutions
 from gradreg_optax._loss import with_aux
 from gradreg_optax._typing import LossFn, PyTree, Scalar, Scheme, ValueFn
-from gradreg_optax.penalty import ascent_direction, difference_product, exact_product, global_norm, normalized, shift
+from gradreg_optax.penalty import (
+    ascent_direction,
+    difference_product,
+    exact_product,
+    global_norm,
+    normalized,
+    shift,
+)
 
 
 class Eigenvalue(NamedTuple):
@@ -26,7 +35,8 @@ class Eigenvalue(NamedTuple):
 
     Attributes:
       value: the Ritz value :math:`\lambda`; shape ().
-      residual: :math:`\|H x - \lambda x\|` at the unit Ritz vector; an eigenvalue of H lies within it of ``value``. Shape ().
+      residual: :math:`\|H x - \lambda x\|` at the unit Ritz vector; an eigenvalue of H lies within
+        it of ``value``. Shape ().
     """
 
     value: jax.Array
@@ -50,8 +60,8 @@ class DifferenceError(NamedTuple):
 
     Attributes:
       relative_error: :math:`\|\text{difference} - Hg\| / \|Hg\|`; shape ().
-      unmoved: share of the parameters that the ascent step does not move, their gradient not being zero, because the sum is rounded
-        back to where it was; shape (), in [0, 1].
+      unmoved: share of the parameters that the ascent step does not move, their gradient not being
+        zero, because the sum is rounded back to where it was; shape (), in [0, 1].
     """
 
     relative_error: jax.Array
@@ -83,7 +93,8 @@ def hessian_vector_product(value_fn: ValueFn, params: PyTree, vector: PyTree) ->
 
 
 def gradient_norm(value_fn: ValueFn, params: PyTree) -> jax.Array:
-    r"""The norm :math:`\|\nabla L(\theta)\|` over all leaves, in float32 or wider; costs one gradient.
+    r"""The norm :math:`\|\nabla L(\theta)\|` over all leaves, in float32 or wider; costs one
+    gradient.
 
     Args:
       value_fn: the loss as a function of the parameters.
@@ -104,12 +115,16 @@ def gradient_norm(value_fn: ValueFn, params: PyTree) -> jax.Array:
     return global_norm(_gradient(value_fn, "gradient_norm")(params))
 
 
-def top_hessian_eigenvalue(value_fn: ValueFn, params: PyTree, key: jax.Array, *, num_matvecs: int = 30) -> Eigenvalue:
-    r"""The largest algebraic eigenvalue of the Hessian, by the Lanczos iteration with full reorthogonalisation.
+def top_hessian_eigenvalue(
+    value_fn: ValueFn, params: PyTree, key: jax.Array, *, num_matvecs: int = 30
+) -> Eigenvalue:
+    r"""The largest algebraic eigenvalue of the Hessian, by the Lanczos iteration with full
+    reorthogonalisation.
 
-    The largest Ritz value approaches it from below, and an eigenvalue of H lies within ``residual`` of it. Where the Krylov space is
-    exhausted (repeated eigenvalues, a Hessian of low rank) the iteration goes on from a random direction. Costs ``num_matvecs`` + 1
-    Hessian-vector products and the memory of ``num_matvecs`` copies of the parameters.
+    The largest Ritz value approaches it from below, and an eigenvalue of H lies within ``residual``
+    of it. Where the Krylov space is exhausted (repeated eigenvalues, a Hessian of low rank) the
+    iteration goes on from a random direction. Costs ``num_matvecs`` + 1 Hessian-vector products and
+    the memory of ``num_matvecs`` copies of the parameters.
 
     Args:
       value_fn: the loss as a function of the parameters.
@@ -135,9 +150,14 @@ def top_hessian_eigenvalue(value_fn: ValueFn, params: PyTree, key: jax.Array, *,
       Lanczos, *An iteration method for the solution of the eigenvalue problem*, 1950.
     """
     if num_matvecs < 1:
-        raise ValueError(f"top_hessian_eigenvalue: num_matvecs must be at least 1, got {num_matvecs}: 30 is the default.")
+        raise ValueError(
+            f"top_hessian_eigenvalue: num_matvecs must be at least 1, got {num_matvecs}: 30 is the"
+            " default."
+        )
     product, size, dtype = _flat_product(value_fn, params, "top_hessian_eigenvalue")
-    basis, projection = _krylov(product, jax.random.normal(key, (min(num_matvecs, size), size), dtype))
+    basis, projection = _krylov(
+        product, jax.random.normal(key, (min(num_matvecs, size), size), dtype)
+    )
     _, vectors = jnp.linalg.eigh(projection, UPLO="U", symmetrize_input=False)
     vector = _unit(_dot(vectors[:, -1], basis))
     image = product(vector)
@@ -145,8 +165,11 @@ def top_hessian_eigenvalue(value_fn: ValueFn, params: PyTree, key: jax.Array, *,
     return Eigenvalue(value, jnp.linalg.norm(image - value * vector))
 
 
-def hessian_trace(value_fn: ValueFn, params: PyTree, key: jax.Array, *, num_samples: int = 30) -> Trace:
-    r"""The trace of the Hessian, by Hutchinson's estimator :math:`\operatorname{tr} H = \mathbb{E}\, z^\top H z` with random signs z.
+def hessian_trace(
+    value_fn: ValueFn, params: PyTree, key: jax.Array, *, num_samples: int = 30
+) -> Trace:
+    r"""The trace of the Hessian, by Hutchinson's estimator
+    :math:`\operatorname{tr} H = \mathbb{E}\, z^\top H z` with random signs z.
 
     Costs ``num_samples`` Hessian-vector products, one after the other.
 
@@ -171,10 +194,14 @@ def hessian_trace(value_fn: ValueFn, params: PyTree, key: jax.Array, *, num_samp
       6.000 True
 
     References:
-      Hutchinson, *A stochastic estimator of the trace of the influence matrix*, 1990. The integrand is matfree's.
+      Hutchinson, *A stochastic estimator of the trace of the influence matrix*, 1990. The integrand
+      is matfree's.
     """
     if num_samples < 2:
-        raise ValueError(f"hessian_trace: num_samples must be at least 2, got {num_samples}: one sample carries no error.")
+        raise ValueError(
+            f"hessian_trace: num_samples must be at least 2, got {num_samples}: one sample carries"
+            " no error."
+        )
     (stochtrace,) = _matfree("stochtrace")
     product, size, dtype = _flat_product(value_fn, params, "hessian_trace")
     sampler = stochtrace.sampler_signs(jnp.zeros(size, dtype), num=1)
@@ -184,7 +211,8 @@ def hessian_trace(value_fn: ValueFn, params: PyTree, key: jax.Array, *, num_samp
 
 
 def perturbed_sharpness(value_fn: ValueFn, params: PyTree, rho: Scalar) -> jax.Array:
-    r"""The sharpness :math:`L(\theta + \rho\, g/\|g\|) - L(\theta)`; zero where the gradient is zero.
+    r"""The sharpness :math:`L(\theta + \rho\, g/\|g\|) - L(\theta)`; zero where the gradient is
+    zero.
 
     Costs one gradient and one evaluation of the loss.
 
@@ -215,12 +243,16 @@ def perturbed_sharpness(value_fn: ValueFn, params: PyTree, rho: Scalar) -> jax.A
     return sharpness
 
 
-def difference_error(value_fn: ValueFn, params: PyTree, epsilon: Scalar, scheme: Scheme = "forward") -> DifferenceError:
-    r"""Tells in one call whether an ascent step is lost in rounding, or too long for the difference to be the product.
+def difference_error(
+    value_fn: ValueFn, params: PyTree, epsilon: Scalar, scheme: Scheme = "forward"
+) -> DifferenceError:
+    r"""Tells in one call whether an ascent step is lost in rounding, or too long for the difference
+    to be the product.
 
-    Compares the difference along :math:`g` with the exact product :math:`Hg` in the precision of ``params``. In float32 the sweet spot is
-    usually :math:`\epsilon` from 1e-3 to 1e-1; in bfloat16 the rounding swamps all but large steps. Beyond the sweet spot a
-    *truncation* error is no defect: F-GR often generalizes best there.
+    Compares the difference along :math:`g` with the exact product :math:`Hg` in the precision of
+    ``params``. In float32 the sweet spot is usually :math:`\epsilon` from 1e-3 to 1e-1; in bfloat16
+    the rounding swamps all but large steps. Beyond the sweet spot a *truncation* error is no
+    defect: F-GR often generalizes best there.
 
     Args:
       value_fn: the loss as a function of the parameters.
@@ -229,7 +261,8 @@ def difference_error(value_fn: ValueFn, params: PyTree, epsilon: Scalar, scheme:
       scheme: "forward", "backward" or "central".
 
     Returns:
-      ``DifferenceError(relative_error, unmoved)``. Where :math:`Hg = 0` the error is not relative but absolute.
+      ``DifferenceError(relative_error, unmoved)``. Where :math:`Hg = 0` the error is not relative
+      but absolute.
 
     Raises:
       ValueError: epsilon <= 0 (where concrete), or an unknown scheme.
@@ -245,7 +278,9 @@ def difference_error(value_fn: ValueFn, params: PyTree, epsilon: Scalar, scheme:
     check_scheme(function, scheme)
     step = check_epsilon(function, "epsilon", epsilon)
     grad_fn = _gradient(value_fn, function)
-    gradient, _, product = exact_product(function, lambda p: (grad_fn(p), None), params, "forward_over_reverse")
+    gradient, _, product = exact_product(
+        function, lambda p: (grad_fn(p), None), params, "forward_over_reverse"
+    )
     direction = ascent_direction(function, gradient, params, None)
     exact = product(direction)
     estimate = difference_product(grad_fn, params, gradient, direction, step, scheme)
@@ -253,7 +288,10 @@ def difference_error(value_fn: ValueFn, params: PyTree, epsilon: Scalar, scheme:
     size = global_norm(exact)
     moved = shift(params, direction, -step if scheme == "backward" else step)
     wanted = sum(jnp.sum(d != 0) for d in jax.tree.leaves(direction))
-    lost = sum(jnp.sum((d != 0) & (m == p)) for d, m, p in zip(*map(jax.tree.leaves, (direction, moved, params)), strict=True))
+    lost = sum(
+        jnp.sum((d != 0) & (m == p))
+        for d, m, p in zip(*map(jax.tree.leaves, (direction, moved, params)), strict=True)
+    )
     return DifferenceError(error / jnp.where(size > 0, size, 1), lost / jnp.maximum(wanted, 1))
 
 
@@ -261,7 +299,8 @@ class PenaltyScale(NamedTuple):
     r"""How gamma shrinks when the penalty moves to a part of the batch.
 
     Attributes:
-      factor: ``whole / part``, the factor on gamma; shape (), in [0, 1]. Where all gradients are zero it is 1.
+      factor: ``whole / part``, the factor on gamma; shape (), in [0, 1]. Where all gradients are
+        zero it is 1.
       whole: :math:`\|g_B\|^2`, the squared norm of the batch's gradient; shape ().
       part: the mean of :math:`\|g_b\|^2` over the batch's disjoint parts; shape ().
     """
@@ -271,21 +310,28 @@ class PenaltyScale(NamedTuple):
     part: jax.Array
 
 
-def penalty_scale(loss_fn: LossFn, params: PyTree, batch: PyTree, *, penalty_fraction: float) -> PenaltyScale:
-    r"""The factor on gamma that keeps the penalty as strong as it was when it is taken on a fraction of the batch.
+def penalty_scale(
+    loss_fn: LossFn, params: PyTree, batch: PyTree, *, penalty_fraction: float
+) -> PenaltyScale:
+    r"""The factor on gamma that keeps the penalty as strong as it was when it is taken on a
+    fraction of the batch.
 
-    On b samples drawn at random, whose gradients have mean :math:`\bar g` and covariance :math:`\Sigma`, the penalty is on average
-    :math:`\tfrac{\gamma}{2} \mathbb{E}\|g_b\|^2 = \tfrac{\gamma}{2} (\|\bar g\|^2 + \operatorname{tr}\Sigma / b)`. Moving from the batch
-    of B samples to fB of them, it stays the same with :math:`\gamma` times
+    On b samples drawn at random, whose gradients have mean :math:`\bar g` and covariance
+    :math:`\Sigma`, the penalty is on average :math:`\tfrac{\gamma}{2} \mathbb{E}\|g_b\|^2 =
+    \tfrac{\gamma}{2} (\|\bar g\|^2 + \operatorname{tr}\Sigma / b)`. Moving from the batch of B
+    samples to fB of them, it stays the same with :math:`\gamma` times
 
     .. math:: \frac{\mathbb{E}\|g_B\|^2}{\mathbb{E}\|g_{fB}\|^2}
-      = \frac{\|\bar g\|^2 + \operatorname{tr}\Sigma / B}{\|\bar g\|^2 + \operatorname{tr}\Sigma / (fB)} \in [f, 1],
+      = \frac{\|\bar g\|^2 + \operatorname{tr}\Sigma / B}{\|\bar g\|^2 + \operatorname{tr}\Sigma /
+      (fB)} \in [f, 1],
 
-    which is f where the noise dominates, and 1 where all samples agree. Here it is estimated from one batch and its 1/f disjoint parts.
-    One batch is noisy: average ``whole`` and ``part`` over a few batches, with ``vmap`` say, and divide the averages. The same factor
-    serves ``ascent_groups`` = 1/f, where every group is penalised.
+    which is f where the noise dominates, and 1 where all samples agree. Here it is estimated from
+    one batch and its 1/f disjoint parts. One batch is noisy: average ``whole`` and ``part`` over a
+    few batches, with ``vmap`` say, and divide the averages. The same factor serves
+    ``ascent_groups`` = 1/f, where every group is penalised.
 
-    Costs one gradient of the batch, part by part; the gradient of the whole is the mean of those of its parts.
+    Costs one gradient of the batch, part by part; the gradient of the whole is the mean of those of
+    its parts.
 
     Args:
       loss_fn: ``loss_fn(params, batch)``, the mean over the batch's samples, a real scalar.
@@ -306,14 +352,20 @@ def penalty_scale(loss_fn: LossFn, params: PyTree, batch: PyTree, *, penalty_fra
       >>> loss_fn = lambda params, batch: jnp.mean(batch @ params)  # its gradient is the batch's mean
       >>> batch = jnp.array([[3.0, 1.0], [3.0, -1.0], [3.0, 1.0], [3.0, -1.0]])
       >>> print(penalty_scale(loss_fn, jnp.zeros(2), batch, penalty_fraction=0.25))  # 9 / (9 + 1)
-      PenaltyScale(factor=Array(0.9, dtype=float32), whole=Array(9., dtype=float32), part=Array(10., dtype=float32))
+      PenaltyScale(factor=Array(0.9, dtype=float32), whole=Array(9., dtype=float32), part=Array(10.,
+      dtype=float32))
     """
     function = "penalty_scale"
     parts = round(1 / penalty_fraction) if 0 < penalty_fraction <= 1 else 0
     if not parts or abs(parts * penalty_fraction - 1) > 1e-6:
-        raise ValueError(f"{function}: penalty_fraction must be one over a whole number, such as 0.25, got {penalty_fraction}.")
+        raise ValueError(
+            f"{function}: penalty_fraction must be one over a whole number, such as 0.25, got"
+            f" {penalty_fraction}."
+        )
     groups = split_batch(function, "1 / penalty_fraction", batch, parts)
-    gradients = jax.vmap(lambda group: _gradient(lambda p: loss_fn(p, group), function)(params))(groups)
+    gradients = jax.vmap(lambda group: _gradient(lambda p: loss_fn(p, group), function)(params))(
+        groups
+    )
     part = jnp.mean(jax.vmap(global_norm)(gradients) ** 2)
     whole = global_norm(jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients)) ** 2
     return PenaltyScale(jnp.where(part > 0, whole / jnp.where(part > 0, part, 1), 1), whole, part)
@@ -324,25 +376,43 @@ def _gradient(value_fn: ValueFn, function: str) -> Callable[[PyTree], PyTree]:
     return jax.grad(lambda params: loss(params)[0])
 
 
-def _flat_product(value_fn: ValueFn, params: PyTree, function: str) -> tuple[Callable[[jax.Array], jax.Array], int, Any]:
-    """The Hessian-vector product on one real vector, in float32 or wider, with its size and dtype."""
+def _flat_product(
+    value_fn: ValueFn, params: PyTree, function: str
+) -> tuple[Callable[[jax.Array], jax.Array], int, Any]:
+    """The Hessian-vector product on one real vector, in float32 or wider, with its size and
+    dtype.
+    """
     params = jax.tree.map(jnp.asarray, params)
     parts = jax.tree.map(lambda p: (p.real, p.imag) if jnp.iscomplexobj(p) else p, params)
-    flat, unravel = ravel_pytree(jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), parts))
+    flat, unravel = ravel_pytree(
+        jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), parts)
+    )
 
     def whole(vector: jax.Array) -> PyTree:
         return jax.tree.map(
-            lambda p, part: (jax.lax.complex(*part) if jnp.iscomplexobj(p) else part).astype(p.dtype), params, unravel(vector)
+            lambda p, part: (jax.lax.complex(*part) if jnp.iscomplexobj(p) else part).astype(
+                p.dtype
+            ),
+            params,
+            unravel(vector),
         )
 
     grad_fn = _gradient(lambda vector: value_fn(whole(vector)), function)
-    return canonical_convolutions(lambda vector: jax.jvp(grad_fn, (flat,), (vector,))[1]), flat.size, flat.dtype
+    return (
+        canonical_convolutions(lambda vector: jax.jvp(grad_fn, (flat,), (vector,))[1]),
+        flat.size,
+        flat.dtype,
+    )
 
 
-def _krylov(product: Callable[[jax.Array], jax.Array], noise: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """An orthonormal basis of a Krylov space, as rows, and the upper triangle of the product projected on it.
+def _krylov(
+    product: Callable[[jax.Array], jax.Array], noise: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """An orthonormal basis of a Krylov space, as rows, and the upper triangle of the product
+    projected on it.
 
-    Row i of ``noise`` takes over where the i-th direction is lost in rounding. (matfree's iteration divides by zero there.)
+    Row i of ``noise`` takes over where the i-th direction is lost in rounding. (matfree's iteration
+    divides by zero there.)
     """
     count, size = noise.shape
     lost = 10 * np.finfo(noise.dtype).eps
@@ -360,7 +430,11 @@ def _krylov(product: Callable[[jax.Array], jax.Array], noise: jax.Array) -> tupl
         image = product(vector)
         return basis, projection.at[:, i].set(_dot(basis, image)), image
 
-    empty = jnp.zeros((count, size), noise.dtype), jnp.zeros((count, count), noise.dtype), jnp.zeros(size, noise.dtype)
+    empty = (
+        jnp.zeros((count, size), noise.dtype),
+        jnp.zeros((count, count), noise.dtype),
+        jnp.zeros(size, noise.dtype),
+    )
     basis, projection, _ = jax.lax.fori_loop(0, count, extend, empty)
     return basis, projection
 
@@ -378,4 +452,6 @@ def _matfree(*modules: str) -> list[Any]:
     try:
         return [importlib.import_module(f"matfree.{name}") for name in modules]
     except ImportError as error:
-        raise ImportError('hessian_trace needs matfree: pip install "gradreg-optax[curvature]".') from error
+        raise ImportError(
+            'hessian_trace needs matfree: pip install "gradreg-optax[curvature]".'
+        ) from error

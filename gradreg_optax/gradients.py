@@ -5,14 +5,27 @@ from typing import Any
 
 import jax
 
-from gradreg_optax._checks import check_ascent, check_constant, check_epsilon, check_gamma, check_mode, check_scheme
+from gradreg_optax._checks import (
+    check_ascent,
+    check_constant,
+    check_epsilon,
+    check_gamma,
+    check_mode,
+    check_scheme,
+)
 from gradreg_optax._loss import with_aux
 from gradreg_optax._typing import AscentFn, LossFn, Mode, PyTree, Scalar, Scheme
 from gradreg_optax.penalty import add_penalty, ascent_direction, difference_product, exact_product
 
 
 def fd_value_and_grad(
-    loss_fn: LossFn, *, gamma: Scalar, epsilon: Scalar, scheme: Scheme = "forward", ascent: AscentFn | None = None, has_aux: bool = False
+    loss_fn: LossFn,
+    *,
+    gamma: Scalar,
+    epsilon: Scalar,
+    scheme: Scheme = "forward",
+    ascent: AscentFn | None = None,
+    has_aux: bool = False,
 ) -> Callable[..., tuple[Any, PyTree]]:
     r"""The loss and its gradient, regularized by a finite difference of gradients.
 
@@ -21,24 +34,28 @@ def fd_value_and_grad(
 
     .. math::
 
-        g + \frac{\gamma}{\epsilon} \big(\nabla L(\theta + \epsilon d) - g\big), \qquad g = \nabla L(\theta), \quad d = g,
+        g + \frac{\gamma}{\epsilon} \big(\nabla L(\theta + \epsilon d) - g\big), \qquad g = \nabla
+        L(\theta), \quad d = g,
 
-    and correspondingly for the other schemes, see :func:`gradreg_optax.fd_gradreg`. Value and aux are those at :math:`\theta`; the
-    loss at the perturbed parameters sees the same arguments (batch, dropout key), and its aux is thrown away.
+    and correspondingly for the other schemes, see :func:`gradreg_optax.fd_gradreg`. Value and aux
+    are those at :math:`\theta`; the loss at the perturbed parameters sees the same arguments
+    (batch, dropout key), and its aux is thrown away.
 
     Cost: two gradients ("forward", "backward") or three ("central").
 
     Args:
-      loss_fn: ``loss_fn(params, *args, **kwargs)``, a real scalar, or ``(scalar, aux)`` with ``has_aux``.
+      loss_fn: ``loss_fn(params, *args, **kwargs)``, a real scalar, or ``(scalar, aux)`` with
+        ``has_aux``.
       gamma: the regularization coefficient :math:`\gamma \ge 0`, in units of 1 / curvature.
       epsilon: the ascent step :math:`\epsilon > 0`, in the same units.
       scheme: "forward", "backward" or "central".
-      ascent: the direction :math:`d` as a function ``(gradient, params) -> direction``; by default the gradient itself.
+      ascent: the direction :math:`d` as a function ``(gradient, params) -> direction``; by default
+        the gradient itself.
       has_aux: whether ``loss_fn`` returns ``(value, aux)``.
 
     Returns:
-      A function ``f(params, *args, **kwargs) -> (value, grad)``, or ``((value, aux), grad)`` with ``has_aux``; ``grad`` has the
-      structure, shapes and dtypes of ``params``.
+      A function ``f(params, *args, **kwargs) -> (value, grad)``, or ``((value, aux), grad)`` with
+      ``has_aux``; ``grad`` has the structure, shapes and dtypes of ``params``.
 
     Raises:
       ValueError: gamma < 0, epsilon <= 0 (where concrete), or an unknown scheme.
@@ -69,35 +86,55 @@ def fd_value_and_grad(
 
         (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(params, *args, **kwargs)
         direction = ascent_direction(function, gradient, params, ascent)
-        product = difference_product(grad_fn, params, gradient, direction, check_epsilon(function, "epsilon", epsilon), scheme)
-        return ((value, aux) if has_aux else value), add_penalty(gradient, check_gamma(function, "gamma", gamma), product)
+        product = difference_product(
+            grad_fn,
+            params,
+            gradient,
+            direction,
+            check_epsilon(function, "epsilon", epsilon),
+            scheme,
+        )
+        return ((value, aux) if has_aux else value), add_penalty(
+            gradient, check_gamma(function, "gamma", gamma), product
+        )
 
     return value_and_grad
 
 
 def dbp_value_and_grad(
-    loss_fn: LossFn, *, gamma: Scalar, mode: Mode = "forward_over_reverse", ascent: AscentFn | None = None, has_aux: bool = False
+    loss_fn: LossFn,
+    *,
+    gamma: Scalar,
+    mode: Mode = "forward_over_reverse",
+    ascent: AscentFn | None = None,
+    has_aux: bool = False,
 ) -> Callable[..., tuple[Any, PyTree]]:
     r"""The loss and its gradient, regularized exactly, by double backpropagation.
 
-    The value is :math:`L(\theta)`, and the gradient that of :math:`L(\theta) + \tfrac{\gamma}{2}\|\nabla L(\theta)\|^2`, which is
-    :math:`g + \gamma H g`; with an ascent direction :math:`d` it is :math:`g + \gamma H d`.
+    The value is :math:`L(\theta)`, and the gradient that of
+    :math:`L(\theta) + \tfrac{\gamma}{2}\|\nabla L(\theta)\|^2`, which is :math:`g + \gamma H g`;
+    with an ascent direction :math:`d` it is :math:`g + \gamma H d`.
 
-    Cost: one gradient and one Hessian-vector product, about three gradients. The loss must have second derivatives.
+    Cost: one gradient and one Hessian-vector product, about three gradients. The loss must have
+      second derivatives.
 
     Args:
-      loss_fn: ``loss_fn(params, *args, **kwargs)``, a real scalar, or ``(scalar, aux)`` with ``has_aux``.
+      loss_fn: ``loss_fn(params, *args, **kwargs)``, a real scalar, or ``(scalar, aux)`` with
+        ``has_aux``.
       gamma: the regularization coefficient :math:`\gamma \ge 0`, in units of 1 / curvature.
       mode: "forward_over_reverse", or "reverse_over_reverse" for a loss without forward-mode rules.
-      ascent: the direction :math:`d` as a function ``(gradient, params) -> direction``; by default the gradient itself.
+      ascent: the direction :math:`d` as a function ``(gradient, params) -> direction``; by default
+        the gradient itself.
       has_aux: whether ``loss_fn`` returns ``(value, aux)``.
 
     Returns:
-      A function ``f(params, *args, **kwargs) -> (value, grad)``, or ``((value, aux), grad)`` with ``has_aux``.
+      A function ``f(params, *args, **kwargs) -> (value, grad)``, or ``((value, aux), grad)`` with
+      ``has_aux``.
 
     Raises:
       ValueError: gamma < 0 (where concrete), or an unknown mode.
-      TypeError: a schedule for gamma, a loss that is no real scalar, or one that has no second derivative.
+      TypeError: a schedule for gamma, a loss that is no real scalar, or one that has no second
+        derivative.
 
     Example:
       >>> import jax.numpy as jnp
@@ -107,7 +144,8 @@ def dbp_value_and_grad(
       4.25 [ 2.5 56. ]
 
     References:
-      Drucker and LeCun, *Improving generalization performance using double backpropagation*, 1992. Karakida et al., ICML 2023.
+      Drucker and LeCun, *Improving generalization performance using double backpropagation*, 1992.
+      Karakida et al., ICML 2023.
     """
     function = "dbp_value_and_grad"
     check_mode(function, mode)
@@ -122,7 +160,9 @@ def dbp_value_and_grad(
 
         gradient, (value, aux), product = exact_product(function, grad_fn, params, mode)
         direction = ascent_direction(function, gradient, params, ascent)
-        regularized = add_penalty(gradient, check_gamma(function, "gamma", gamma), product(direction))
+        regularized = add_penalty(
+            gradient, check_gamma(function, "gamma", gamma), product(direction)
+        )
         return ((value, aux) if has_aux else value), regularized
 
     return value_and_grad

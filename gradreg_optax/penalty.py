@@ -7,8 +7,9 @@ Gradient regularization penalises the squared norm of the gradient :math:`g = \n
     \tilde L(\theta) = L(\theta) + \tfrac{\gamma}{2} \|\nabla L(\theta)\|^2, \qquad
     \nabla \tilde L(\theta) = g + \gamma H g, \qquad H = \nabla^2 L(\theta).
 
-More generally, along a direction :math:`d = M g` with a fixed linear map :math:`M` (a mask, a preconditioner), :math:`H d` is the
-gradient of :math:`\tfrac12 g^\top M g`. Everything here estimates :math:`H d`; gradients and trees have the structure of the parameters.
+More generally, along a direction :math:`d = M g` with a fixed linear map :math:`M` (a mask, a
+preconditioner), :math:`H d` is the gradient of :math:`\tfrac12 g^\top M g`. Everything here
+estimates :math:`H d`; gradients and trees have the structure of the parameters.
 
 Source: Karakida et al., *Understanding Gradient Regularization in Deep Learning*, ICML 2023.
 """
@@ -25,7 +26,14 @@ from gradreg_optax._checks import check_like
 from gradreg_optax._typing import AscentFn, GradFn, Mode, PyTree, Scheme
 
 
-def difference_product(grad_fn: GradFn, params: PyTree, gradient: PyTree, direction: PyTree, epsilon: jax.Array, scheme: Scheme) -> PyTree:
+def difference_product(
+    grad_fn: GradFn,
+    params: PyTree,
+    gradient: PyTree,
+    direction: PyTree,
+    epsilon: jax.Array,
+    scheme: Scheme,
+) -> PyTree:
     r"""Estimates :math:`H d` by a finite difference of gradients.
 
     ==========  ======================================================================  ===============  ===========
@@ -36,8 +44,8 @@ def difference_product(grad_fn: GradFn, params: PyTree, gradient: PyTree, direct
     central     :math:`(\nabla L(\theta+\epsilon d) - \nabla L(\theta-\epsilon d)) / 2\epsilon`  2       O(ε²)
     ==========  ======================================================================  ===============  ===========
 
-    The difference is formed in float32 or wider. At ``epsilon == 0`` (a warm-up schedule that starts there) nothing is climbed, and
-    the estimate is zero.
+    The difference is formed in float32 or wider. At ``epsilon == 0`` (a warm-up schedule that
+    starts there) nothing is climbed, and the estimate is zero.
 
     Args:
       grad_fn: the gradient of the loss as a function of the parameters.
@@ -55,23 +63,33 @@ def difference_product(grad_fn: GradFn, params: PyTree, gradient: PyTree, direct
     elif scheme == "backward":
         ahead, behind, width = gradient, grad_fn(shift(params, direction, -epsilon)), epsilon
     else:
-        ahead, behind, width = grad_fn(shift(params, direction, epsilon)), grad_fn(shift(params, direction, -epsilon)), 2 * epsilon
+        ahead, behind, width = (
+            grad_fn(shift(params, direction, epsilon)),
+            grad_fn(shift(params, direction, -epsilon)),
+            2 * epsilon,
+        )
     climbs = jnp.abs(width) >= np.finfo(width.dtype).tiny  # below it 1 / width overflows
     inverse = jnp.where(climbs, 1 / jnp.where(climbs, width, 1), 0)
     return jax.tree.map(lambda a, b: _scale(inverse, _widen(a) - _widen(b)), ahead, behind)
 
 
 def shift(params: PyTree, direction: PyTree, epsilon: jax.Array) -> PyTree:
-    r"""Returns :math:`\theta + \epsilon d`, formed in float32 or wider and cast to the dtypes of the parameters."""
-    return jax.tree.map(lambda p, d: _cast(_widen(p) + _scale(epsilon, _widen(d)), p), params, direction)
+    r"""Returns :math:`\theta + \epsilon d`, formed in float32 or wider and cast to the dtypes of
+    the parameters.
+    """
+    return jax.tree.map(
+        lambda p, d: _cast(_widen(p) + _scale(epsilon, _widen(d)), p), params, direction
+    )
 
 
-def exact_product(function: str, grad_fn: GradFn, params: PyTree, mode: Mode) -> tuple[PyTree, Any, GradFn]:
+def exact_product(
+    function: str, grad_fn: GradFn, params: PyTree, mode: Mode
+) -> tuple[PyTree, Any, GradFn]:
     r"""Evaluates the gradient once, and returns with it the function :math:`d \mapsto H d`.
 
-    ``forward_over_reverse`` linearizes the gradient; ``reverse_over_reverse`` pulls back through it, which is the double
-    backpropagation of :math:`\tfrac12\|\nabla L\|^2` to the letter and needs no forward-mode rules. Both cost about one further
-    gradient evaluation.
+    ``forward_over_reverse`` linearizes the gradient; ``reverse_over_reverse`` pulls back through
+    it, which is the double backpropagation of :math:`\tfrac12\|\nabla L\|^2` to the letter and
+    needs no forward-mode rules. Both cost about one further gradient evaluation.
 
     Args:
       function: who asks, for the error.
@@ -102,15 +120,22 @@ def exact_product(function: str, grad_fn: GradFn, params: PyTree, mode: Mode) ->
 
 
 def add_penalty(updates: PyTree, gamma: jax.Array, product: PyTree) -> PyTree:
-    r"""Returns :math:`g + \gamma H d`, formed in float32 or wider and cast to the dtypes of ``updates``."""
-    return jax.tree.map(lambda u, p: _cast(_widen(u) + _scale(gamma, _widen(p)), u), updates, product)
+    r"""Returns :math:`g + \gamma H d`, formed in float32 or wider and cast to the dtypes of
+    ``updates``.
+    """
+    return jax.tree.map(
+        lambda u, p: _cast(_widen(u) + _scale(gamma, _widen(p)), u), updates, product
+    )
 
 
-def ascent_direction(function: str, gradient: PyTree, params: PyTree, ascent: AscentFn | None) -> PyTree:
-    """The direction to climb along: the direction of steepest ascent, or what ``ascent`` makes of it.
+def ascent_direction(
+    function: str, gradient: PyTree, params: PyTree, ascent: AscentFn | None
+) -> PyTree:
+    """The direction to climb along: the direction of steepest ascent, or what ``ascent`` makes of
+    it.
 
-    JAX's gradient of a real loss with respect to complex parameters is the conjugate of the direction of steepest ascent, so the
-    conjugate is taken here, before ``ascent`` sees it.
+    JAX's gradient of a real loss with respect to complex parameters is the conjugate of the
+    direction of steepest ascent, so the conjugate is taken here, before ``ascent`` sees it.
     """
     steepest = jax.tree.map(lambda g: jnp.conj(_widen(g)), gradient)
     if ascent is None:
@@ -121,11 +146,14 @@ def ascent_direction(function: str, gradient: PyTree, params: PyTree, ascent: As
 
 
 def normalized(gradient: PyTree, params: PyTree) -> PyTree:
-    r"""The unit direction :math:`g / \|g\|` of SAM and of penalties on the plain norm; zero where the gradient is zero.
+    r"""The unit direction :math:`g / \|g\|` of SAM and of penalties on the plain norm; zero where
+    the gradient is zero.
 
-    Along it, :math:`\gamma H g/\|g\|` is the gradient of :math:`\gamma\|\nabla L\|`. The norm is over all leaves and taken in float32 or
-    wider. Below 1e-19 in float32 (1e-154 in float64), where squares underflow, it counts as that much, so that the direction shrinks
-    to zero with the gradient; beyond 1e19 (1e154), where they overflow, the direction is zero. Costs no gradient evaluation.
+    Along it, :math:`\gamma H g/\|g\|` is the gradient of :math:`\gamma\|\nabla L\|`. The norm is
+    over all leaves and taken in float32 or wider. Below 1e-19 in float32 (1e-154 in float64), where
+    squares underflow, it counts as that much, so that the direction shrinks to zero with the
+    gradient; beyond 1e19 (1e154), where they overflow, the direction is zero. Costs no gradient
+    evaluation.
 
     Args:
       gradient: the direction of steepest ascent.
@@ -141,7 +169,8 @@ def normalized(gradient: PyTree, params: PyTree) -> PyTree:
       [0.6 0.8]
 
     References:
-      Foret et al., *Sharpness-Aware Minimization*, ICLR 2021. Zhao et al., *Penalizing Gradient Norm*, ICML 2022.
+      Foret et al., *Sharpness-Aware Minimization*, ICLR 2021. Zhao et al., *Penalizing Gradient
+      Norm*, ICML 2022.
     """
     del params
     norm = global_norm(gradient)
@@ -150,9 +179,11 @@ def normalized(gradient: PyTree, params: PyTree) -> PyTree:
 
 
 def adaptive(gradient: PyTree, params: PyTree) -> PyTree:
-    r"""ASAM's direction :math:`\theta^2 g \,/\, \| |\theta|\, g \|`, elementwise; zero where :math:`|\theta| g` is zero.
+    r"""ASAM's direction :math:`\theta^2 g \,/\, \| |\theta|\, g \|`, elementwise; zero where
+    :math:`|\theta| g` is zero.
 
-    It does not change when a layer's weights are scaled up and the next layer's down. Costs no gradient evaluation.
+    It does not change when a layer's weights are scaled up and the next layer's down. Costs no
+    gradient evaluation.
 
     Args:
       gradient: the direction of steepest ascent.
@@ -178,13 +209,14 @@ def adaptive(gradient: PyTree, params: PyTree) -> PyTree:
 def masked(mask: PyTree) -> AscentFn:
     r"""An ascent direction that climbs in some of the parameters only.
 
-    With :math:`M` the projection on the masked coordinates, :math:`H M g` is the gradient of :math:`\tfrac12\|\nabla_M L\|^2`:
-    only those coordinates are perturbed, and the correction reaches *all* of them. To leave the others untouched as well, freeze
-    them behind the regularizer, with ``optax.partition`` or ``optax.masked``. Costs no gradient evaluation.
+    With :math:`M` the projection on the masked coordinates, :math:`H M g` is the gradient of
+    :math:`\tfrac12\|\nabla_M L\|^2`: only those coordinates are perturbed, and the correction
+    reaches *all* of them. To leave the others untouched as well, freeze them behind the
+    regularizer, with ``optax.partition`` or ``optax.masked``. Costs no gradient evaluation.
 
     Args:
-      mask: a tree of bools (Python's, or arrays for single coordinates) that is a prefix of the parameters, or a function that
-        makes one from the parameters.
+      mask: a tree of bools (Python's, or arrays for single coordinates) that is a prefix of the
+        parameters, or a function that makes one from the parameters.
 
     Returns:
       A function ``(gradient, params) -> direction``.
@@ -208,9 +240,18 @@ def masked(mask: PyTree) -> AscentFn:
             if not (isinstance(leaf, bool) or getattr(leaf, "dtype", None) == jnp.bool_):
                 raise TypeError(f"masked: the mask must hold bools, got {leaf!r}.")
         try:
-            return jax.tree.map(lambda keep, part: jax.tree.map(lambda g: jnp.where(keep, g, jnp.zeros_like(g)), part), tree, gradient)
+            return jax.tree.map(
+                lambda keep, part: jax.tree.map(
+                    lambda g: jnp.where(keep, g, jnp.zeros_like(g)), part
+                ),
+                tree,
+                gradient,
+            )
         except ValueError as error:
-            raise ValueError(f"masked: the mask must be a tree of bools that is a prefix of the parameters: {error}") from error
+            raise ValueError(
+                "masked: the mask must be a tree of bools that is a prefix of the parameters:"
+                f" {error}"
+            ) from error
 
     return direction
 
@@ -223,15 +264,18 @@ def global_norm(tree: PyTree) -> jax.Array:
 
 
 @contextlib.contextmanager
-def _second_derivative(function: str, grad_fn: GradFn, params: PyTree, mode: Mode) -> Iterator[None]:
+def _second_derivative(
+    function: str, grad_fn: GradFn, params: PyTree, mode: Mode
+) -> Iterator[None]:
     """Says in one sentence that the loss has no second derivative, if that is what went wrong."""
     try:
         yield
     except (TypeError, ValueError, NotImplementedError) as error:
         grad_fn(params)  # a mistake in the loss itself shows here, as it is
         raise TypeError(
-            f"{function}: the gradient of this loss cannot be differentiated {mode.replace('_', ' ')}: try the other mode, "
-            f"or use fd_gradreg or fd_value_and_grad, which need first derivatives only ({error})."
+            f"{function}: the gradient of this loss cannot be differentiated"
+            f" {mode.replace('_', ' ')}: try the other mode, or use fd_gradreg or"
+            f" fd_value_and_grad, which need first derivatives only ({error})."
         ) from error
 
 

@@ -1,8 +1,9 @@
 """Optax transformations: regularization for chains.
 
-Which loss: ``loss_fn`` given at construction, with its further arguments picked by name from ``update``'s extra arguments, or Optax's
-``value_fn=``. Which gradient: the incoming updates are taken for the gradient of that same loss, so these transformations come first in
-a chain; with ``reuse_updates=False`` they evaluate their own gradient and add the penalty to whatever came in.
+Which loss: ``loss_fn`` given at construction, with its further arguments picked by name from
+``update``'s extra arguments, or Optax's ``value_fn=``. Which gradient: the incoming updates are
+taken for the gradient of that same loss, so these transformations come first in a chain; with
+``reuse_updates=False`` they evaluate their own gradient and add the penalty to whatever came in.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,15 @@ from gradreg_optax._checks import (
 from gradreg_optax._convolutions import canonical_convolutions
 from gradreg_optax._loss import bind
 from gradreg_optax._typing import AscentFn, LossFn, Mode, PyTree, ScalarOrSchedule, Scheme, ValueFn
-from gradreg_optax.penalty import adaptive, add_penalty, ascent_direction, difference_product, exact_product, normalized, shift
+from gradreg_optax.penalty import (
+    adaptive,
+    add_penalty,
+    ascent_direction,
+    difference_product,
+    exact_product,
+    normalized,
+    shift,
+)
 
 # A number or schedule with the name that the user knows it by, and what it must satisfy
 _Named: TypeAlias = tuple[str, ScalarOrSchedule, Check]
@@ -45,7 +54,8 @@ class GradregState(NamedTuple):
     """State of every transformation here.
 
     Attributes:
-      step: number of updates so far, skipped ones included; shape (), int32. Schedules and ``interval`` go by it.
+      step: number of updates so far, skipped ones included; shape (), int32. Schedules and
+        ``interval`` go by it.
     """
 
     step: jax.Array
@@ -65,7 +75,8 @@ def fd_gradreg(
     r"""Gradient regularization by a finite difference (F-GR, B-GR, C-GR).
 
     Turns the gradient :math:`g = \nabla L(\theta)` into an estimate of the gradient of
-    :math:`L(\theta) + \tfrac{\gamma}{2}\|\nabla L(\theta)\|^2`, with :math:`d = g` or the direction that ``ascent`` makes of it:
+    :math:`L(\theta) + \tfrac{\gamma}{2}\|\nabla L(\theta)\|^2`, with :math:`d = g` or the direction
+    that ``ascent`` makes of it:
 
     ==========  ==================================================================================================  =====  =====
     scheme      result                                                                                              cost   error
@@ -75,34 +86,40 @@ def fd_gradreg(
     central     :math:`g + \frac{\gamma}{2\epsilon}(\nabla L(\theta+\epsilon d) - \nabla L(\theta-\epsilon d))`     2      O(ε²)
     ==========  ==================================================================================================  =====  =====
 
-    The cost is in gradient evaluations beyond :math:`g` itself; one more with ``reuse_updates=False``, and none on the updates that
-    ``interval`` skips (a ``lax.cond``, which a ``vmap`` over the step counter turns into a select that computes both).
+    The cost is in gradient evaluations beyond :math:`g` itself; one more with
+    ``reuse_updates=False``, and none on the updates that ``interval`` skips (a ``lax.cond``, which
+    a ``vmap`` over the step counter turns into a select that computes both).
 
     Args:
-      loss_fn: ``loss_fn(params, ...)``, a real scalar (or ``(scalar, aux)`` with ``has_aux``); its further arguments are picked by
-        name from ``update``'s extra arguments. Without it ``update`` needs ``value_fn=``, the loss as a function of the parameters.
-      gamma: the regularization coefficient :math:`\gamma \ge 0`, in units of 1 / curvature; a number or a schedule of the
-        transformation's own step counter.
-      epsilon: the ascent step :math:`\epsilon > 0`, in the same units; a number or a schedule. A traced or scheduled negative one is
-        the backward difference; at zero there is no correction.
+      loss_fn: ``loss_fn(params, ...)``, a real scalar (or ``(scalar, aux)`` with ``has_aux``); its
+        further arguments are picked by name from ``update``'s extra arguments. Without it
+        ``update`` needs ``value_fn=``, the loss as a function of the parameters.
+      gamma: the regularization coefficient :math:`\gamma \ge 0`, in units of 1 / curvature; a
+        number or a schedule of the transformation's own step counter.
+      epsilon: the ascent step :math:`\epsilon > 0`, in the same units; a number or a schedule. A
+        traced or scheduled negative one is the backward difference; at zero there is no correction.
       scheme: "forward" (the paper's choice), "backward" or "central".
-      ascent: the direction :math:`d` as a function ``(gradient, params) -> direction``, such as ``normalized``, ``adaptive`` or
-        ``masked(mask)``; by default the gradient itself. Of complex parameters it receives the direction of steepest ascent, the
-        conjugate of JAX's gradient.
-      interval: apply the penalty on every ``interval``-th update, the first included, with ``gamma * interval``.
-      reuse_updates: take the incoming updates for :math:`g`. With False :math:`g` is evaluated here, and the penalty is added to
-        whatever comes in: after clipping, on another batch, with accumulated gradients. A keyword ``reuse_updates=`` of ``update``
-        overrides this for one call.
-      has_aux: whether ``loss_fn`` returns ``(value, aux)``; ``value_fn`` always returns the value alone.
+      ascent: the direction :math:`d` as a function ``(gradient, params) -> direction``, such as
+        ``normalized``, ``adaptive`` or ``masked(mask)``; by default the gradient itself. Of complex
+        parameters it receives the direction of steepest ascent, the conjugate of JAX's gradient.
+      interval: apply the penalty on every ``interval``-th update, the first included, with ``gamma
+        * interval``.
+      reuse_updates: take the incoming updates for :math:`g`. With False :math:`g` is evaluated
+        here, and the penalty is added to whatever comes in: after clipping, on another batch, with
+        accumulated gradients. A keyword ``reuse_updates=`` of ``update`` overrides this for one
+        call.
+      has_aux: whether ``loss_fn`` returns ``(value, aux)``; ``value_fn`` always returns the value
+        alone.
 
     Returns:
-      A transformation with state :class:`GradregState`. Updates keep their structure, shapes and dtypes; the difference is formed in
-      float32 or wider.
+      A transformation with state :class:`GradregState`. Updates keep their structure, shapes and
+      dtypes; the difference is formed in float32 or wider.
 
     Raises:
-      ValueError: gamma < 0, epsilon <= 0, interval < 1 (where concrete), an unknown scheme; at ``update`` no parameters, no loss, or
-        parameters hidden by ``optax.masked``.
-      TypeError: a loss that is no real scalar, a required argument of the loss that was not passed, a wrong ``has_aux``.
+      ValueError: gamma < 0, epsilon <= 0, interval < 1 (where concrete), an unknown scheme; at
+        ``update`` no parameters, no loss, or parameters hidden by ``optax.masked``.
+      TypeError: a loss that is no real scalar, a required argument of the loss that was not passed,
+        a wrong ``has_aux``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -120,7 +137,9 @@ def fd_gradreg(
       Karakida et al., *Understanding Gradient Regularization in Deep Learning*, ICML 2023.
     """
     named = ("gamma", gamma, check_gamma), ("epsilon", epsilon, check_epsilon)
-    return _difference("fd_gradreg", loss_fn, *named, scheme, ascent, interval, reuse_updates, has_aux)
+    return _difference(
+        "fd_gradreg", loss_fn, *named, scheme, ascent, interval, reuse_updates, has_aux
+    )
 
 
 def dbp_gradreg(
@@ -133,30 +152,35 @@ def dbp_gradreg(
     reuse_updates: bool = True,
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Gradient regularization by double backpropagation (DB): exact, for losses that have second derivatives.
+    r"""Gradient regularization by double backpropagation (DB): exact, for losses that have second
+    derivatives.
 
-    Turns :math:`g = \nabla L(\theta)` into :math:`g + \gamma H d` with :math:`d = g` or what ``ascent`` makes of it; for the
-    default this is the gradient of :math:`L(\theta) + \tfrac{\gamma}{2}\|\nabla L(\theta)\|^2`.
+    Turns :math:`g = \nabla L(\theta)` into :math:`g + \gamma H d` with :math:`d = g` or what
+    ``ascent`` makes of it; for the default this is the gradient of
+    :math:`L(\theta) + \tfrac{\gamma}{2}\|\nabla L(\theta)\|^2`.
 
-    Cost: one Hessian-vector product, about two gradients beyond :math:`g`; its primal half is shared with :math:`g` where both
-    stand under one ``jit``.
+    Cost: one Hessian-vector product, about two gradients beyond :math:`g`; its primal half is
+    shared with :math:`g` where both stand under one ``jit``.
 
     Args:
       loss_fn: as for :func:`fd_gradreg`.
       gamma: the regularization coefficient :math:`\gamma \ge 0`, a number or a schedule.
-      mode: "forward_over_reverse" (``jvp`` of ``grad``), or "reverse_over_reverse", the literal double backpropagation, for functions
-        without a forward-mode rule.
+      mode: "forward_over_reverse" (``jvp`` of ``grad``), or "reverse_over_reverse", the literal
+        double backpropagation, for functions without a forward-mode rule.
       ascent: as for :func:`fd_gradreg`.
       interval: as for :func:`fd_gradreg`.
-      reuse_updates: as for :func:`fd_gradreg`. The product is linear in :math:`d`, so after clipping it stays sane either way.
+      reuse_updates: as for :func:`fd_gradreg`. The product is linear in :math:`d`, so after
+        clipping it stays sane either way.
       has_aux: as for :func:`fd_gradreg`.
 
     Returns:
       A transformation with state :class:`GradregState`.
 
     Raises:
-      ValueError: gamma < 0, interval < 1 (where concrete), an unknown mode; at ``update`` as for :func:`fd_gradreg`.
-      TypeError: a loss whose gradient JAX cannot differentiate; otherwise as for :func:`fd_gradreg`.
+      ValueError: gamma < 0, interval < 1 (where concrete), an unknown mode; at ``update`` as for
+        :func:`fd_gradreg`.
+      TypeError: a loss whose gradient JAX cannot differentiate; otherwise as for
+        :func:`fd_gradreg`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -168,33 +192,49 @@ def dbp_gradreg(
       [ 2.5 56. ]
 
     References:
-      Drucker and LeCun, *Improving generalization performance using double backpropagation*, 1992. Karakida et al., ICML 2023.
+      Drucker and LeCun, *Improving generalization performance using double backpropagation*, 1992.
+      Karakida et al., ICML 2023.
     """
     function = "dbp_gradreg"
     check_mode(function, mode)
     check_ascent(function, ascent)
 
-    def product(value_fn: ValueFn, params: PyTree, gradient: PyTree | None, step: jax.Array) -> PyTree:
+    def product(
+        value_fn: ValueFn, params: PyTree, gradient: PyTree | None, step: jax.Array
+    ) -> PyTree:
         del step
-        own, _, hessian = exact_product(function, lambda p: (jax.grad(value_fn)(p), None), params, mode)
-        return hessian(ascent_direction(function, own if gradient is None else gradient, params, ascent))
+        own, _, hessian = exact_product(
+            function, lambda p: (jax.grad(value_fn)(p), None), params, mode
+        )
+        return hessian(
+            ascent_direction(function, own if gradient is None else gradient, params, ascent)
+        )
 
-    return _penalized(function, product, loss_fn, ("gamma", gamma, check_gamma), interval, reuse_updates, has_aux)
+    return _penalized(
+        function, product, loss_fn, ("gamma", gamma, check_gamma), interval, reuse_updates, has_aux
+    )
 
 
-def flooding(loss_fn: LossFn | None = None, *, level: ScalarOrSchedule, has_aux: bool = False) -> optax.GradientTransformationExtraArgs:
+def flooding(
+    loss_fn: LossFn | None = None, *, level: ScalarOrSchedule, has_aux: bool = False
+) -> optax.GradientTransformationExtraArgs:
     r"""Flooding: descends above the flood level and ascends below it.
 
-    Multiplies the updates by :math:`\operatorname{sign}(L(\theta) - b)`, which makes them the gradient of :math:`|L(\theta) - b| + b`.
-    One ascent step followed by one descent step of plain SGD on the same batch is a regularized step: with step size :math:`\eta` they
-    move :math:`\theta` by :math:`-\eta^2 (\nabla L(\theta + \eta g) - g)/\eta`, F-GR's correction with :math:`\epsilon = \eta`; descent
-    followed by ascent is B-GR's. That does not hold for different batches, or with momentum.
+    Multiplies the updates by :math:`\operatorname{sign}(L(\theta) - b)`, which makes them the
+    gradient of :math:`|L(\theta) - b| + b`. One ascent step followed by one descent step of plain
+    SGD on the same batch is a regularized step: with step size :math:`\eta` they move
+    :math:`\theta` by :math:`-\eta^2 (\nabla L(\theta + \eta g) - g)/\eta`, F-GR's correction with
+    :math:`\epsilon = \eta`; descent followed by ascent is B-GR's. That does not hold for different
+    batches, or with momentum.
 
-    Cost: no gradient; one evaluation of the loss if ``update`` is not given ``value=``, none otherwise.
+    Cost: no gradient; one evaluation of the loss if ``update`` is not given ``value=``, none
+      otherwise.
 
     Args:
-      loss_fn: as for :func:`fd_gradreg`; not needed where ``update`` is given ``value=``, the loss at the parameters.
-      level: the flood level :math:`b`, in units of the loss; a number or a schedule of the transformation's own step counter.
+      loss_fn: as for :func:`fd_gradreg`; not needed where ``update`` is given ``value=``, the loss
+        at the parameters.
+      level: the flood level :math:`b`, in units of the loss; a number or a schedule of the
+        transformation's own step counter.
       has_aux: whether ``loss_fn`` returns ``(value, aux)``.
 
     Returns:
@@ -213,18 +253,31 @@ def flooding(loss_fn: LossFn | None = None, *, level: ScalarOrSchedule, has_aux:
       [-0.5  0.5]
 
     References:
-      Ishida et al., *Do We Need Zero Training Loss After Achieving Zero Training Error?*, ICML 2020. Karakida et al., ICML 2023.
+      Ishida et al., *Do We Need Zero Training Loss After Achieving Zero Training Error?*, ICML
+      2020. Karakida et al., ICML 2023.
     """
     function = "flooding"
     check_loss(function, loss_fn)
     check_schedule(function, "level", level, check_scalar)
 
     def update(
-        updates: PyTree, state: optax.OptState, params: PyTree | None = None, *, value: Any = None, **extra_args: Any
+        updates: PyTree,
+        state: optax.OptState,
+        params: PyTree | None = None,
+        *,
+        value: Any = None,
+        **extra_args: Any,
     ) -> tuple[PyTree, GradregState]:
         if value is None and loss_fn is None and extra_args.get("value_fn") is None:
-            raise ValueError("flooding: has no loss: pass update(grads, state, params, value=loss), value_fn=, or flooding(loss_fn, ...).")
-        loss = bind(function, loss_fn, has_aux, params, extra_args)(params) if value is None else check_scalar(function, "value", value)
+            raise ValueError(
+                "flooding: has no loss: pass update(grads, state, params, value=loss), value_fn=,"
+                " or flooding(loss_fn, ...)."
+            )
+        loss = (
+            bind(function, loss_fn, has_aux, params, extra_args)(params)
+            if value is None
+            else check_scalar(function, "value", value)
+        )
         sign = jnp.sign(loss - at_step(function, "level", level, check_scalar, state.step))
         return jax.tree.map(lambda u: sign.astype(jnp.result_type(u)) * u, updates), _advance(state)
 
@@ -233,12 +286,19 @@ def flooding(loss_fn: LossFn | None = None, *, level: ScalarOrSchedule, has_aux:
 
 
 def sam(
-    loss_fn: LossFn | None = None, *, rho: ScalarOrSchedule, interval: ArrayLike = 1, reuse_updates: bool = True, has_aux: bool = False
+    loss_fn: LossFn | None = None,
+    *,
+    rho: ScalarOrSchedule,
+    interval: ArrayLike = 1,
+    reuse_updates: bool = True,
+    has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Sharpness-aware minimization: the gradient at the worst point nearby, :math:`\nabla L(\theta + \rho\, g/\|g\|)`.
+    r"""Sharpness-aware minimization: the gradient at the worst point nearby,
+    :math:`\nabla L(\theta + \rho\, g/\|g\|)`.
 
-    It is :func:`fd_gradreg` along :func:`normalized` with :math:`\gamma = \epsilon = \rho`, where :math:`g` drops out of the result. A zero
-    gradient stays zero. With ``interval`` = k the difference to :math:`g` is taken on every k-th update and weighted by k.
+    It is :func:`fd_gradreg` along :func:`normalized` with :math:`\gamma = \epsilon = \rho`, where
+    :math:`g` drops out of the result. A zero gradient stays zero. With ``interval`` = k the
+    difference to :math:`g` is taken on every k-th update and weighted by k.
 
     Cost: one gradient beyond :math:`g`; the memory of one.
 
@@ -265,16 +325,25 @@ def sam(
       [3.3 4.4]
 
     References:
-      Foret et al., *Sharpness-Aware Minimization for Efficiently Improving Generalization*, ICLR 2021.
+      Foret et al., *Sharpness-Aware Minimization for Efficiently Improving Generalization*, ICLR
+      2021.
     """
     radius = ("rho", rho, check_epsilon)
-    return _difference("sam", loss_fn, radius, radius, "forward", normalized, interval, reuse_updates, has_aux)
+    return _difference(
+        "sam", loss_fn, radius, radius, "forward", normalized, interval, reuse_updates, has_aux
+    )
 
 
 def asam(
-    loss_fn: LossFn | None = None, *, rho: ScalarOrSchedule, interval: ArrayLike = 1, reuse_updates: bool = True, has_aux: bool = False
+    loss_fn: LossFn | None = None,
+    *,
+    rho: ScalarOrSchedule,
+    interval: ArrayLike = 1,
+    reuse_updates: bool = True,
+    has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adaptive SAM: :math:`\nabla L(\theta + \rho\, \theta^2 g / \||\theta| g\|)`, which does not depend on how layers are scaled.
+    r"""Adaptive SAM: :math:`\nabla L(\theta + \rho\, \theta^2 g / \||\theta| g\|)`, which does not
+    depend on how layers are scaled.
 
     It is :func:`fd_gradreg` along :func:`adaptive` with :math:`\gamma = \epsilon = \rho`.
 
@@ -303,10 +372,13 @@ def asam(
       [4.5 0. ]
 
     References:
-      Kwon et al., *ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural Networks*, ICML 2021.
+      Kwon et al., *ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep
+      Neural Networks*, ICML 2021.
     """
     radius = ("rho", rho, check_epsilon)
-    return _difference("asam", loss_fn, radius, radius, "forward", adaptive, interval, reuse_updates, has_aux)
+    return _difference(
+        "asam", loss_fn, radius, radius, "forward", adaptive, interval, reuse_updates, has_aux
+    )
 
 
 def gradient_norm_penalty(
@@ -319,17 +391,21 @@ def gradient_norm_penalty(
     reuse_updates: bool = True,
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Penalty on the plain norm (GNP): the gradient of :math:`L(\theta) + \gamma \|\nabla L(\theta)\|`, by a finite difference.
+    r"""Penalty on the plain norm (GNP): the gradient of
+    :math:`L(\theta) + \gamma \|\nabla L(\theta)\|`, by a finite difference.
 
-    It is :func:`fd_gradreg` along :func:`normalized`, :math:`g + \frac{\gamma}{\epsilon}(\nabla L(\theta + \epsilon g/\|g\|) - g)` for the
-    forward scheme; with :math:`\gamma = \epsilon` it is :func:`sam`.
+    It is :func:`fd_gradreg` along :func:`normalized`, :math:`g + \frac{\gamma}{\epsilon}(\nabla
+    L(\theta + \epsilon g/\|g\|) - g)` for the forward scheme; with :math:`\gamma =
+    \epsilon` it is :func:`sam`.
 
     Cost: as for :func:`fd_gradreg`.
 
     Args:
       loss_fn: as for :func:`fd_gradreg`.
-      gamma: the weight of the norm :math:`\gamma \ge 0`, in units of the parameters; a number or a schedule.
-      epsilon: the length of the ascent step :math:`\epsilon > 0`, in units of the parameters; a number or a schedule.
+      gamma: the weight of the norm :math:`\gamma \ge 0`, in units of the parameters; a number or a
+        schedule.
+      epsilon: the length of the ascent step :math:`\epsilon > 0`, in units of the parameters; a
+        number or a schedule.
       scheme: "forward", "backward" or "central".
       interval: as for :func:`fd_gradreg`.
       reuse_updates: as for :func:`fd_gradreg`.
@@ -351,10 +427,20 @@ def gradient_norm_penalty(
       [3.6 4.8]
 
     References:
-      Zhao, Zhang, Hu, *Penalizing Gradient Norm for Efficiently Improving Generalization in Deep Learning*, ICML 2022.
+      Zhao, Zhang, Hu, *Penalizing Gradient Norm for Efficiently Improving Generalization in Deep
+      Learning*, ICML 2022.
     """
     named = ("gamma", gamma, check_gamma), ("epsilon", epsilon, check_epsilon)
-    return _difference("gradient_norm_penalty", loss_fn, *named, scheme, normalized, interval, reuse_updates, has_aux)
+    return _difference(
+        "gradient_norm_penalty",
+        loss_fn,
+        *named,
+        scheme,
+        normalized,
+        interval,
+        reuse_updates,
+        has_aux,
+    )
 
 
 def _difference(
@@ -373,18 +459,23 @@ def _difference(
     check_ascent(function, ascent)
     check_schedule(function, *epsilon)
 
-    def product(value_fn: ValueFn, params: PyTree, gradient: PyTree | None, step: jax.Array) -> PyTree:
+    def product(
+        value_fn: ValueFn, params: PyTree, gradient: PyTree | None, step: jax.Array
+    ) -> PyTree:
         grad_fn = jax.grad(value_fn)
         if gradient is None:
             gradient = grad_fn(params)
         direction = ascent_direction(function, gradient, params, ascent)
-        return difference_product(grad_fn, params, gradient, direction, at_step(function, *epsilon, step), scheme)
+        return difference_product(
+            grad_fn, params, gradient, direction, at_step(function, *epsilon, step), scheme
+        )
 
     def ahead(value_fn: ValueFn, params: PyTree, gradient: PyTree, step: jax.Array) -> PyTree:
         direction = ascent_direction(function, gradient, params, ascent)
         return jax.grad(value_fn)(shift(params, direction, at_step(function, *epsilon, step)))
 
-    # SAM: where gamma is epsilon, g + (gamma / epsilon) (ahead - g) is the gradient ahead, and g need not be kept for it.
+    # SAM: where gamma is epsilon, g + (gamma / epsilon) (ahead - g) is the gradient ahead, and g
+    # need not be kept for it.
     sharp = ahead if gamma is epsilon else None
     return _penalized(function, product, loss_fn, gamma, interval, reuse_updates, has_aux, sharp)
 
@@ -399,14 +490,21 @@ def _penalized(
     has_aux: bool,
     ahead: _Ahead | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation that adds gamma H d on every ``interval``-th update, or puts what is ``ahead`` in the place of every update."""
+    """A transformation that adds gamma H d on every ``interval``-th update, or puts what is
+    ``ahead`` in the place of every update.
+    """
     check_loss(function, loss_fn)
     check_schedule(function, *gamma)
     interval = check_interval(function, interval)
     reuse_by_default = reuse_updates
 
     def update(
-        updates: PyTree, state: optax.OptState, params: PyTree | None = None, *, reuse_updates: bool = reuse_by_default, **extra_args: Any
+        updates: PyTree,
+        state: optax.OptState,
+        params: PyTree | None = None,
+        *,
+        reuse_updates: bool = reuse_by_default,
+        **extra_args: Any,
     ) -> tuple[PyTree, GradregState]:
         value_fn = bind(function, loss_fn, has_aux, params, extra_args)
         check_like(function, "updates", updates, params)
@@ -419,10 +517,14 @@ def _penalized(
         if isinstance(interval, int) and interval == 1:
             if ahead is not None and reuse_updates:
                 gradient = ahead(value_fn, params, updates, state.step)
-                return jax.tree.map(lambda g, u: g.astype(jnp.result_type(u)), gradient, updates), _advance(state)
+                return jax.tree.map(
+                    lambda g, u: g.astype(jnp.result_type(u)), gradient, updates
+                ), _advance(state)
             return penalize(updates), _advance(state)
         due = state.step % jnp.asarray(interval).astype(state.step.dtype) == 0
-        return jax.lax.cond(due, canonical_convolutions(penalize), lambda updates: updates, updates), _advance(state)
+        return jax.lax.cond(
+            due, canonical_convolutions(penalize), lambda updates: updates, updates
+        ), _advance(state)
 
     return optax.GradientTransformationExtraArgs(lambda params: _init(function, params), update)
 

@@ -1,4 +1,5 @@
-"""The strict environment of the tests: nothing broadcasts by accident, nothing depends on chance, nothing opens a window."""
+"""The strict environment of the tests: nothing broadcasts by accident, nothing depends on chance,
+nothing opens a window."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 matplotlib.use("Agg")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_x64", False)
-hypothesis.settings.register_profile("strict", derandomize=True, deadline=None, database=None, max_examples=25)
+hypothesis.settings.register_profile(
+    "strict", derandomize=True, deadline=None, database=None, max_examples=25
+)
 hypothesis.settings.load_profile("strict")
 
 
@@ -23,7 +26,8 @@ def x64() -> Iterator[None]:
 
 
 class Counter:
-    """Counts at run time, whatever the compiler shares, how often a loss is evaluated and how often its gradient is."""
+    """Counts at run time, whatever the compiler shares, how often a loss is evaluated and how often
+    its gradient is."""
 
     def __init__(self) -> None:
         self.values = self.gradients = 0

@@ -45,14 +45,18 @@ def test_product_and_norm_are_those_of_the_dense_derivatives(x64):
     expected = dense_hessian(value_fn, params) @ ravel_pytree(vector)[0]
     np.testing.assert_allclose(ravel_pytree(product)[0], expected, rtol=1e-12, atol=1e-14)
     gradient = ravel_pytree(jax.grad(value_fn)(params))[0]
-    np.testing.assert_allclose(gradient_norm(value_fn, params), np.linalg.norm(gradient), rtol=1e-14)
+    np.testing.assert_allclose(
+        gradient_norm(value_fn, params), np.linalg.norm(gradient), rtol=1e-14
+    )
 
 
 def test_the_top_eigenvalue_is_that_of_the_dense_hessian(x64):
     top = jax.jit(lambda p: top_hessian_eigenvalue(value_fn, p, KEY))
     for seed in range(3):
         value, residual = top(params_of(seed))
-        np.testing.assert_allclose(value, np.linalg.eigvalsh(dense_hessian(value_fn, params_of(seed)))[-1], rtol=1e-12)
+        np.testing.assert_allclose(
+            value, np.linalg.eigvalsh(dense_hessian(value_fn, params_of(seed)))[-1], rtol=1e-12
+        )
         assert residual < 1e-11  # rounding of the iteration over the whole space
 
 
@@ -83,9 +87,13 @@ def test_the_iteration_survives_spectra_that_exhaust_the_krylov_space(name, wide
     basis = np.linalg.qr(ROTATION[:size, :size])[0] if rotated else np.eye(size)
     with jax.enable_x64(wide):
         hessian = jnp.asarray(basis * spectrum @ basis.T)
-        value, residual = jax.jit(lambda h, k: top_hessian_eigenvalue(quadratic(h), jnp.ones(size), k))(hessian, KEY)
+        value, residual = jax.jit(
+            lambda h, k: top_hessian_eigenvalue(quadratic(h), jnp.ones(size), k)
+        )(hessian, KEY)
         scale = np.abs(spectrum).max()
-        rounding = 50 * float(jnp.finfo(value.dtype).eps) * scale  # of a product of 40 terms, and of the rotation
+        rounding = (
+            50 * float(jnp.finfo(value.dtype).eps) * scale
+        )  # of a product of 40 terms, and of the rotation
         np.testing.assert_allclose(value, spectrum.max(), rtol=0, atol=rounding)
         assert residual <= rounding
 
@@ -99,7 +107,9 @@ def test_an_eigenvalue_lies_within_the_residual_and_none_is_overestimated(seed):
         value, residual = few_steps(jnp.asarray(root + root.T), jax.random.key(seed))
         assert np.abs(spectrum - float(value)).min() <= residual + 1e-12
         assert value <= spectrum[-1] + 1e-12
-        assert residual > 1e-6  # six steps in forty dimensions cannot be exact, and the residual says so
+        assert (
+            residual > 1e-6
+        )  # six steps in forty dimensions cannot be exact, and the residual says so
 
 
 @jax.jit
@@ -128,8 +138,14 @@ def test_complex_parameters_count_as_pairs_of_real_ones(x64):
     product = hessian_vector_product(complex_loss, params, vector)
     expected = hessian @ np.concatenate([vector["w"], vector["z"].real, vector["z"].imag])
     np.testing.assert_allclose(product["w"], expected[:2], rtol=1e-12)
-    np.testing.assert_allclose(product["z"], expected[2:4] - 1j * expected[4:], rtol=1e-12)  # JAX's convention for gradients
-    np.testing.assert_allclose(gradient_norm(complex_loss, params), np.linalg.norm(ravel_pytree(jax.grad(real_loss)(parts))[0]), rtol=1e-13)
+    np.testing.assert_allclose(
+        product["z"], expected[2:4] - 1j * expected[4:], rtol=1e-12
+    )  # JAX's convention for gradients
+    np.testing.assert_allclose(
+        gradient_norm(complex_loss, params),
+        np.linalg.norm(ravel_pytree(jax.grad(real_loss)(parts))[0]),
+        rtol=1e-13,
+    )
     assert perturbed_sharpness(complex_loss, params, 1e-3) > 0
 
 
@@ -142,11 +158,15 @@ def test_the_trace_lies_within_its_standard_error(x64):
         mean, error = estimate(jax.random.key(seed))
         scores.append((mean - exact) / error)
     assert np.abs(scores).max() < 4  # ten draws of a standard normal
-    assert 0.4 < np.sqrt(np.mean(np.square(scores))) < 1.8  # chi-square with ten degrees of freedom, at 1e-3 on either side
+    assert (
+        0.4 < np.sqrt(np.mean(np.square(scores))) < 1.8
+    )  # chi-square with ten degrees of freedom, at 1e-3 on either side
 
 
 def test_the_trace_of_a_diagonal_hessian_is_exact(x64):
-    mean, error = hessian_trace(lambda p: jnp.sum(jnp.asarray([1.0, -2.0, 5.0]) * p**2), jnp.ones(3), KEY, num_samples=2)
+    mean, error = hessian_trace(
+        lambda p: jnp.sum(jnp.asarray([1.0, -2.0, 5.0]) * p**2), jnp.ones(3), KEY, num_samples=2
+    )
     assert (mean, error) == (8, 0)
 
 
@@ -162,7 +182,10 @@ def test_narrow_parameters_get_estimates_in_float32():
     def value_fn(p):
         return loss(p.astype(jnp.float32))
 
-    estimates = [top_hessian_eigenvalue(value_fn, params, KEY).value, hessian_trace(value_fn, params, KEY).mean]
+    estimates = [
+        top_hessian_eigenvalue(value_fn, params, KEY).value,
+        hessian_trace(value_fn, params, KEY).mean,
+    ]
     assert {e.dtype for e in estimates} == {jnp.dtype(jnp.float32)}
     np.testing.assert_allclose(estimates, [4.0, 6.0], rtol=2e-2)  # a few eps(bfloat16)
     assert gradient_norm(value_fn, params).dtype == jnp.float32
@@ -182,7 +205,9 @@ def test_everything_can_be_jitted_and_vmapped(x64):
         together = jax.jit(jax.vmap(function))(members)
         alone = jax.jit(function)(params_of(2))
         for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
-            np.testing.assert_allclose(a[1], b, rtol=1e-9, atol=1e-10, err_msg=name)  # residuals are rounding themselves
+            np.testing.assert_allclose(
+                a[1], b, rtol=1e-9, atol=1e-10, err_msg=name
+            )  # residuals are rounding themselves
 
 
 def test_sharpness_is_the_rise_along_the_unit_gradient(x64):
@@ -191,16 +216,27 @@ def test_sharpness_is_the_rise_along_the_unit_gradient(x64):
     norm = np.linalg.norm(ravel_pytree(gradient)[0])
     for rho in (0.3, 1, -0.2):
         shifted = jax.tree.map(lambda p, g, rho=rho: p + rho * g / norm, params, gradient)
-        np.testing.assert_allclose(perturbed_sharpness(value_fn, params, rho), value_fn(shifted) - value_fn(params), rtol=1e-12)
+        np.testing.assert_allclose(
+            perturbed_sharpness(value_fn, params, rho),
+            value_fn(shifted) - value_fn(params),
+            rtol=1e-12,
+        )
     assert perturbed_sharpness(lambda p: jnp.sum(p**2), jnp.zeros(3), 0.1) == 0
 
 
 @pytest.mark.parametrize(("scheme", "order"), [("forward", 1), ("backward", 1), ("central", 2)])
 def test_the_difference_error_falls_with_the_order_of_the_scheme(x64, scheme, order):
-    errors = [difference_error(value_fn, params_of(), epsilon, scheme).relative_error for epsilon in (1e-2, 1e-3)]
-    np.testing.assert_allclose(errors[0] / errors[1], 10**order, rtol=0.1)  # up to the next order, O(epsilon)
+    errors = [
+        difference_error(value_fn, params_of(), epsilon, scheme).relative_error
+        for epsilon in (1e-2, 1e-3)
+    ]
+    np.testing.assert_allclose(
+        errors[0] / errors[1], 10**order, rtol=0.1
+    )  # up to the next order, O(epsilon)
     # L = x^3 / 3 at 1: the difference along g is 2 + epsilon, the product 2
-    np.testing.assert_allclose(difference_error(lambda x: x**3 / 3, jnp.asarray(1.0), 0.5).relative_error, 0.25, rtol=1e-14)
+    np.testing.assert_allclose(
+        difference_error(lambda x: x**3 / 3, jnp.asarray(1.0), 0.5).relative_error, 0.25, rtol=1e-14
+    )
 
 
 def test_the_difference_error_sees_steps_lost_in_rounding():
@@ -209,8 +245,12 @@ def test_the_difference_error_sees_steps_lost_in_rounding():
     def loss(p):
         return jnp.sum(jnp.asarray([1.0, 1e-9, 0.0, -1e-9]) * p)
 
-    assert difference_error(loss, params, 0.1).unmoved == np.float32(2 / 3)  # of the three with a gradient
-    narrow = difference_error(lambda p: jnp.sum(p.astype(jnp.float32) ** 2), params.astype(jnp.bfloat16), 1e-4)
+    assert difference_error(loss, params, 0.1).unmoved == np.float32(
+        2 / 3
+    )  # of the three with a gradient
+    narrow = difference_error(
+        lambda p: jnp.sum(p.astype(jnp.float32) ** 2), params.astype(jnp.bfloat16), 1e-4
+    )
     assert narrow.unmoved == 1
     assert narrow.relative_error == 1  # a difference of nothing
     moved = jnp.asarray([1.0 - 2**-24])  # backward: a step up would be lost, one down is not
@@ -223,6 +263,10 @@ def test_the_difference_error_is_finite_at_a_zero_gradient():
 
 
 def test_the_unmoved_share_is_that_of_the_step_that_the_scheme_takes():
-    # Below one float32 numbers lie twice as dense as above: a step of 4e-8 is lost upwards (spacing 1.2e-7) and not downwards (6e-8).
-    unmoved = {s: float(difference_error(lambda p: jnp.sum(p**2) / 2, jnp.ones(3), 4e-8, s).unmoved) for s in ("forward", "backward")}
+    # Below one float32 numbers lie twice as dense as above: a step of 4e-8 is lost upwards (spacing
+    # 1.2e-7) and not downwards (6e-8).
+    unmoved = {
+        s: float(difference_error(lambda p: jnp.sum(p**2) / 2, jnp.ones(3), 4e-8, s).unmoved)
+        for s in ("forward", "backward")
+    }
     assert unmoved == {"forward": 1.0, "backward": 0.0}

@@ -16,7 +16,10 @@ def loss_fn(params, x, y=0.0, *, scale=1.0):
 
 def arguments():
     rng = np.random.default_rng(0)
-    return {"kernel": jnp.asarray(rng.normal(size=(3, 4))), "out": jnp.asarray(rng.normal(size=4))}, jnp.asarray(rng.normal(size=(5, 3)))
+    return {
+        "kernel": jnp.asarray(rng.normal(size=(3, 4))),
+        "out": jnp.asarray(rng.normal(size=4)),
+    }, jnp.asarray(rng.normal(size=(5, 3)))
 
 
 def flat(tree):
@@ -28,7 +31,9 @@ FAMILIES = {
     "backward": functools.partial(fd_value_and_grad, gamma=0.3, epsilon=0.2, scheme="backward"),
     "central": functools.partial(fd_value_and_grad, gamma=0.3, epsilon=0.2, scheme="central"),
     "product": functools.partial(dbp_value_and_grad, gamma=0.3),
-    "product, reverse": functools.partial(dbp_value_and_grad, gamma=0.3, mode="reverse_over_reverse"),
+    "product, reverse": functools.partial(
+        dbp_value_and_grad, gamma=0.3, mode="reverse_over_reverse"
+    ),
     "sam": functools.partial(fd_value_and_grad, gamma=0.3, epsilon=0.3, ascent=normalized),
 }
 
@@ -56,7 +61,9 @@ def test_arguments_value_and_aux_are_those_of_the_clean_pass(x64, name):
 def test_evaluations_are_those_of_the_table(counter, name):
     params, x = arguments()
     jax.jit(FAMILIES[name](counter.wrap(loss_fn)))(params, x)
-    gradients = {"product": 1, "product, reverse": 1, "central": 3}.get(name, 2)  # the product differentiates its one gradient
+    gradients = {"product": 1, "product, reverse": 1, "central": 3}.get(
+        name, 2
+    )  # the product differentiates its one gradient
     assert counter.read() == (gradients, gradients)
 
 
@@ -76,7 +83,10 @@ def test_without_a_penalty_the_gradient_is_the_plain_one(gamma):
 def test_gradients_have_the_dtypes_of_the_parameters(name, dtype):
     params, x = jax.tree.map(lambda a: a.astype(dtype), arguments())
     with jax.enable_x64(True):  # where a strong float64 scalar would widen everything
-        make = functools.partial(FAMILIES[name], **{k: np.float64(0.3) for k in ("gamma", "epsilon") if k in FAMILIES[name].keywords})
+        make = functools.partial(
+            FAMILIES[name],
+            **{k: np.float64(0.3) for k in ("gamma", "epsilon") if k in FAMILIES[name].keywords},
+        )
         value, grad = make(loss_fn)(params, x)
     assert {g.dtype for g in jax.tree.leaves(grad)} == {jnp.dtype(dtype)}
     assert value.dtype == dtype
@@ -90,10 +100,14 @@ def test_gamma_and_epsilon_are_traced_vmapped_and_differentiated(x64):
 
     row = jax.jit(jax.vmap(correction, in_axes=(0, None)))(jnp.asarray([0.0, 1.0]), 0.1)
     unit = jax.tree.map(lambda g: g[1] - g[0], row)
-    np.testing.assert_allclose(flat(jax.jacobian(correction)(0.7, 0.1)), flat(unit), rtol=1e-10, atol=1e-12)  # rounding over epsilon
+    np.testing.assert_allclose(
+        flat(jax.jacobian(correction)(0.7, 0.1)), flat(unit), rtol=1e-10, atol=1e-12
+    )  # rounding over epsilon
     exact = jax.jacobian(lambda g: dbp_value_and_grad(loss_fn, gamma=g)(params, x)[1])(0.7)
     product = dbp_value_and_grad(loss_fn, gamma=1.0)(params, x)[1]
-    np.testing.assert_allclose(flat(exact), flat(product) - flat(jax.grad(loss_fn)(params, x)), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(
+        flat(exact), flat(product) - flat(jax.grad(loss_fn)(params, x)), rtol=1e-12, atol=1e-14
+    )
 
 
 def test_both_passes_see_the_same_key_and_the_aux_of_the_second_is_thrown_away(x64):
@@ -104,8 +118,14 @@ def test_both_passes_see_the_same_key_and_the_aux_of_the_second_is_thrown_away(x
         return loss_fn(params, x * kept), 0.9 * statistics + 0.1 * params["out"].sum()
 
     key = jax.random.key(3)
-    (value, statistics), grad = fd_value_and_grad(dropout, gamma=0.3, epsilon=1e-4, has_aux=True)(params, x, key, 1.0)
-    exact = dbp_value_and_grad(loss_fn, gamma=0.3)(params, x * jax.random.bernoulli(key, 0.5, x.shape))
-    np.testing.assert_allclose(flat(grad), flat(exact[1]), atol=1e-3)  # O(epsilon); another mask would differ by 1 / epsilon
+    (value, statistics), grad = fd_value_and_grad(dropout, gamma=0.3, epsilon=1e-4, has_aux=True)(
+        params, x, key, 1.0
+    )
+    exact = dbp_value_and_grad(loss_fn, gamma=0.3)(
+        params, x * jax.random.bernoulli(key, 0.5, x.shape)
+    )
+    np.testing.assert_allclose(
+        flat(grad), flat(exact[1]), atol=1e-3
+    )  # O(epsilon); another mask would differ by 1 / epsilon
     np.testing.assert_allclose(statistics, 0.9 + 0.1 * params["out"].sum(), rtol=1e-15)
     np.testing.assert_allclose(value, exact[0], rtol=1e-14)

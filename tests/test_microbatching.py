@@ -31,7 +31,10 @@ def batch_of(seed=0, size=8):
 
 def params_of(seed=1, dtype=None):
     rng = np.random.default_rng(seed)
-    return {"kernel": jnp.asarray(rng.normal(size=(3, 4)), dtype), "out": jnp.asarray(rng.normal(size=4), dtype)}
+    return {
+        "kernel": jnp.asarray(rng.normal(size=(3, 4)), dtype),
+        "out": jnp.asarray(rng.normal(size=4), dtype),
+    }
 
 
 def flat(tree):
@@ -43,7 +46,9 @@ FUNCTIONS = {
     "difference": lambda loss: fd_value_and_grad(loss, gamma=0.3, epsilon=0.2, scheme="central"),
     "sam": lambda loss: fd_value_and_grad(loss, gamma=0.2, epsilon=0.2, ascent=normalized),
     "product": lambda loss: dbp_value_and_grad(loss, gamma=0.3),
-    "product, reverse": lambda loss: dbp_value_and_grad(loss, gamma=0.3, mode="reverse_over_reverse"),
+    "product, reverse": lambda loss: dbp_value_and_grad(
+        loss, gamma=0.3, mode="reverse_over_reverse"
+    ),
 }
 
 
@@ -51,11 +56,23 @@ FUNCTIONS = {
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_micro_batches_equal_one_batch(x64, name, count):
     params, batch = params_of(), batch_of()
-    ours, whole = (jax.jit(FUNCTIONS[name](loss))(params, batch, scale=0.5) for loss in (microbatched(loss_fn, count), loss_fn))
-    np.testing.assert_allclose(flat(ours), flat(whole), rtol=1e-12, atol=1e-13)  # another order of summation
+    ours, whole = (
+        jax.jit(FUNCTIONS[name](loss))(params, batch, scale=0.5)
+        for loss in (microbatched(loss_fn, count), loss_fn)
+    )
+    np.testing.assert_allclose(
+        flat(ours), flat(whole), rtol=1e-12, atol=1e-13
+    )  # another order of summation
 
 
-@pytest.mark.parametrize("make", [lambda: fd_gradreg(gamma=0.3, epsilon=0.2), lambda: dbp_gradreg(gamma=0.3), lambda: sam(rho=0.2)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fd_gradreg(gamma=0.3, epsilon=0.2),
+        lambda: dbp_gradreg(gamma=0.3),
+        lambda: sam(rho=0.2),
+    ],
+)
 def test_train_steps_take_micro_batches(x64, make):
     ends = []
     for loss in (microbatched(loss_fn, 4), loss_fn):
@@ -71,14 +88,18 @@ def test_micro_batches_under_vmap(x64):
     batches = jax.tree.map(lambda *x: jnp.stack(x), batch_of(0), batch_of(1))
     members = jax.tree.map(lambda *x: jnp.stack(x), params_of(1), params_of(2))
     for name in ("difference", "product"):
-        ours, whole = (jax.vmap(FUNCTIONS[name](loss))(members, batches) for loss in (microbatched(loss_fn, 4), loss_fn))
+        ours, whole = (
+            jax.vmap(FUNCTIONS[name](loss))(members, batches)
+            for loss in (microbatched(loss_fn, 4), loss_fn)
+        )
         np.testing.assert_allclose(flat(ours), flat(whole), rtol=1e-12, atol=1e-13)
 
 
 def test_the_hessian_of_micro_batches_is_that_of_the_whole(x64):
     params, batch, vector = params_of(), batch_of(), params_of(3)
     ours, whole = (
-        hessian_vector_product(lambda p, loss=loss: loss(p, batch), params, vector) for loss in (microbatched(loss_fn, 2), loss_fn)
+        hessian_vector_product(lambda p, loss=loss: loss(p, batch), params, vector)
+        for loss in (microbatched(loss_fn, 2), loss_fn)
     )
     np.testing.assert_allclose(flat(ours), flat(whole), rtol=1e-12, atol=1e-13)
 
@@ -89,21 +110,30 @@ def test_aux_comes_back_stacked_and_values_without_a_gradient_agree(x64):
 
     params, batch = params_of(), batch_of()
     loss = microbatched(with_aux, 4, has_aux=True)
-    for value, aux in (loss(params, batch), jax.value_and_grad(loss, has_aux=True)(params, batch)[0]):
+    for value, aux in (
+        loss(params, batch),
+        jax.value_and_grad(loss, has_aux=True)(params, batch)[0],
+    ):
         np.testing.assert_allclose(value, loss_fn(params, batch), rtol=1e-14)
-        np.testing.assert_allclose(aux, batch["y"].reshape(2, 4).mean(axis=0), rtol=1e-14)  # every fourth sample
+        np.testing.assert_allclose(
+            aux, batch["y"].reshape(2, 4).mean(axis=0), rtol=1e-14
+        )  # every fourth sample
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.complex64])
 def test_gradients_keep_the_dtype_and_accumulate_in_float32(dtype):
-    batch = jnp.ones(256, jnp.float32).at[0].set(256.0)  # in bfloat16 the sum 257, 258, ... would stay at 256
+    batch = (
+        jnp.ones(256, jnp.float32).at[0].set(256.0)
+    )  # in bfloat16 the sum 257, 258, ... would stay at 256
 
     def loss(params, batch):
         return jnp.mean(batch) * jnp.sum(jnp.real(params)).astype(jnp.float32)
 
     gradient = jax.grad(microbatched(loss, 256))(jnp.ones(2, dtype), batch)
     assert gradient.dtype == dtype
-    np.testing.assert_allclose(np.asarray(gradient, np.complex64), 511 / 256, rtol=2**-8)  # one rounding to bfloat16
+    np.testing.assert_allclose(
+        np.asarray(gradient, np.complex64), 511 / 256, rtol=2**-8
+    )  # one rounding to bfloat16
 
 
 @pytest.mark.parametrize("name", list(FUNCTIONS))
@@ -114,9 +144,17 @@ def test_temporary_memory_is_that_of_one_micro_batch(name):
     params, batch, count = jnp.ones((16, 16)), jnp.ones((4096, 16)), 16
 
     def temporary(loss, batch):
-        return jax.jit(FUNCTIONS[name](loss)).lower(params, batch).compile().memory_analysis().temp_size_in_bytes
+        return (
+            jax.jit(FUNCTIONS[name](loss))
+            .lower(params, batch)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
-    accumulators = 4 * params.nbytes + batch.nbytes // count  # and a copy of the samples of a micro-batch
+    accumulators = (
+        4 * params.nbytes + batch.nbytes // count
+    )  # and a copy of the samples of a micro-batch
     piece = temporary(wide, batch[: len(batch) // count])
     assert temporary(microbatched(wide, count), batch) <= 1.15 * piece + accumulators
     assert temporary(wide, batch) > 8 * piece  # so that the bound above says something

@@ -8,7 +8,17 @@ import numpy as np
 import optax
 import pytest
 
-from gradreg_optax import StepInfo, TrainState, TrainStep, asam, dbp_gradreg, fd_gradreg, flooding, make_train_step, sam
+from gradreg_optax import (
+    StepInfo,
+    TrainState,
+    TrainStep,
+    asam,
+    dbp_gradreg,
+    fd_gradreg,
+    flooding,
+    make_train_step,
+    sam,
+)
 
 
 def loss_fn(params, batch, shift=0.0):
@@ -23,7 +33,11 @@ def batch_of(seed=0, size=8):
 
 def params_of(seed=1):
     rng = np.random.default_rng(seed)
-    return {"kernel": jnp.asarray(rng.normal(size=(3, 4))), "out": jnp.asarray(rng.normal(size=4)), "none": None}
+    return {
+        "kernel": jnp.asarray(rng.normal(size=(3, 4))),
+        "out": jnp.asarray(rng.normal(size=4)),
+        "none": None,
+    }
 
 
 def flat(tree):
@@ -32,13 +46,19 @@ def flat(tree):
 
 def shifted_gradient(params, batch, epsilon, **kwargs):
     gradient = jax.grad(loss_fn)(params, batch, **kwargs)
-    return jax.grad(loss_fn)(jax.tree.map(lambda p, g: p + epsilon * g, params, gradient), batch, **kwargs)
+    return jax.grad(loss_fn)(
+        jax.tree.map(lambda p, g: p + epsilon * g, params, gradient), batch, **kwargs
+    )
 
 
 def correction(params, batch, gamma=0.3, epsilon=0.2, **kwargs):
     """gamma / epsilon (g' - g), by hand."""
     gradient = jax.grad(loss_fn)(params, batch, **kwargs)
-    return jax.tree.map(lambda a, g: gamma / epsilon * (a - g), shifted_gradient(params, batch, epsilon, **kwargs), gradient)
+    return jax.tree.map(
+        lambda a, g: gamma / epsilon * (a - g),
+        shifted_gradient(params, batch, epsilon, **kwargs),
+        gradient,
+    )
 
 
 def add(a, b, scale=1.0):
@@ -51,9 +71,15 @@ def hand_loop(optimizer, batches, penalty, **kwargs):
     state = optimizer.init(params)
     for i, batch in enumerate(batches):
         value, gradient = jax.value_and_grad(loss_fn)(params, batch, **kwargs)
-        extra = {"value": value, "grad": gradient, "value_fn": lambda p, b=batch: loss_fn(p, b, **kwargs)}
+        extra = {
+            "value": value,
+            "grad": gradient,
+            "value_fn": lambda p, b=batch: loss_fn(p, b, **kwargs),
+        }
         optimizer = optax.with_extra_args_support(optimizer)
-        updates, state = optimizer.update(add(gradient, penalty(params, batch, i)), state, params, **extra)
+        updates, state = optimizer.update(
+            add(gradient, penalty(params, batch, i)), state, params, **extra
+        )
         params = optax.apply_updates(params, updates)
         trace.append((value, optax.tree.norm(gradient), params))
     return trace
@@ -72,7 +98,9 @@ def train(init_and_step, batches, *args, **kwargs):
 def assert_same(trace, expected):
     for ours, theirs in zip(trace, expected, strict=True):
         for a, b in zip(ours, theirs, strict=True):
-            np.testing.assert_allclose(flat(a), flat(b), rtol=1e-10, atol=1e-12)  # a few steps of eps(float64) gamma / epsilon
+            np.testing.assert_allclose(
+                flat(a), flat(b), rtol=1e-10, atol=1e-12
+            )  # a few steps of eps(float64) gamma / epsilon
 
 
 BATCHES = range(5)
@@ -106,26 +134,38 @@ def test_without_a_regularizer_it_is_the_plain_step(x64):
 def test_interval_and_schedules_go_by_the_step(x64):
     batches = [batch_of(i) for i in BATCHES]
     regularizer = fd_gradreg(gamma=lambda step: 0.1 * (step + 1), epsilon=0.2, interval=2)
-    expected = hand_loop(optax.sgd(0.1), batches, lambda p, b, i: correction(p, b, gamma=0.2 * (i + 1) if i % 2 == 0 else 0.0))
+    expected = hand_loop(
+        optax.sgd(0.1),
+        batches,
+        lambda p, b, i: correction(p, b, gamma=0.2 * (i + 1) if i % 2 == 0 else 0.0),
+    )
     assert_same(train(make_train_step(loss_fn, optax.sgd(0.1), regularizer), batches), expected)
 
 
-@pytest.mark.parametrize(("size", "fraction"), [(8, 0.25), (10, 0.7), (7, 0.5), (3, 0.1), (4, 1e-12), (5, 1.0)])
+@pytest.mark.parametrize(
+    ("size", "fraction"), [(8, 0.25), (10, 0.7), (7, 0.5), (3, 0.1), (4, 1e-12), (5, 1.0)]
+)
 @pytest.mark.parametrize("interval", [1, 2])
 def test_penalty_fraction_takes_the_first_samples_rounded_up(x64, size, fraction, interval):
     batches = [batch_of(i, size) for i in range(3)]
-    kept = {(8, 0.25): 2, (10, 0.7): 7, (7, 0.5): 4, (3, 0.1): 1, (4, 1e-12): 1, (5, 1.0): 5}[size, fraction]
+    kept = {(8, 0.25): 2, (10, 0.7): 7, (7, 0.5): 4, (3, 0.1): 1, (4, 1e-12): 1, (5, 1.0): 5}[
+        size, fraction
+    ]
 
     def penalty(params, batch, i):
         part = jax.tree.map(lambda x: x[:kept], batch)
         return correction(params, part, gamma=0.3 * interval if i % interval == 0 else 0.0)
 
     expected = hand_loop(optax.sgd(0.1), batches, penalty)
-    steps = make_train_step(loss_fn, optax.sgd(0.1), fd_gradreg(**FD, interval=interval), penalty_fraction=fraction)
+    steps = make_train_step(
+        loss_fn, optax.sgd(0.1), fd_gradreg(**FD, interval=interval), penalty_fraction=fraction
+    )
     assert_same(train(steps, batches), expected)
 
 
-@pytest.mark.parametrize("make", [lambda: dbp_gradreg(gamma=0.3), lambda: sam(rho=0.2), lambda: asam(rho=0.2)])
+@pytest.mark.parametrize(
+    "make", [lambda: dbp_gradreg(gamma=0.3), lambda: sam(rho=0.2), lambda: asam(rho=0.2)]
+)
 def test_penalty_fraction_is_that_of_the_sub_batch_for_every_family(x64, make):
     batch, params = batch_of(), params_of()
     part, tx = jax.tree.map(lambda x: x[:2], batch), make()
@@ -133,18 +173,32 @@ def test_penalty_fraction_is_that_of_the_sub_batch_for_every_family(x64, make):
     regularized, _ = tx.update(own, tx.init(params), params, value_fn=lambda p: loss_fn(p, part))
     expected = flat(params) - 0.1 * (flat(gradient) + flat(regularized) - flat(own))
     init, step = make_train_step(loss_fn, optax.sgd(0.1), make(), penalty_fraction=0.25)
-    np.testing.assert_allclose(flat(step(init(params), batch)[0].params), expected, rtol=1e-11, atol=1e-12)  # rounding over epsilon
+    np.testing.assert_allclose(
+        flat(step(init(params), batch)[0].params), expected, rtol=1e-11, atol=1e-12
+    )  # rounding over epsilon
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 8])
 def test_ascent_groups_average_the_updates_of_the_groups(x64, groups):
     batch, params = batch_of(), params_of()
-    parts = [jax.tree.map(lambda x, i=i: x.reshape(groups, 8 // groups, *x.shape[1:])[i], batch) for i in range(groups)]
-    mean = jax.tree.map(lambda *x: sum(x) / groups, *[add(jax.grad(loss_fn)(params, b), correction(params, b)) for b in parts])
-    init, step = make_train_step(loss_fn, optax.sgd(0.1), fd_gradreg(**FD, interval=3), ascent_groups=groups)
-    first = add(jax.grad(loss_fn)(params, batch), add(mean, jax.grad(loss_fn)(params, batch), -1.0), 3.0)
+    parts = [
+        jax.tree.map(lambda x, i=i: x.reshape(groups, 8 // groups, *x.shape[1:])[i], batch)
+        for i in range(groups)
+    ]
+    mean = jax.tree.map(
+        lambda *x: sum(x) / groups,
+        *[add(jax.grad(loss_fn)(params, b), correction(params, b)) for b in parts],
+    )
+    init, step = make_train_step(
+        loss_fn, optax.sgd(0.1), fd_gradreg(**FD, interval=3), ascent_groups=groups
+    )
+    first = add(
+        jax.grad(loss_fn)(params, batch), add(mean, jax.grad(loss_fn)(params, batch), -1.0), 3.0
+    )
     state, info = step(init(params), batch)
-    np.testing.assert_allclose(flat(state.params), flat(add(params, first, -0.1)), rtol=1e-11, atol=1e-12)  # rounding over epsilon
+    np.testing.assert_allclose(
+        flat(state.params), flat(add(params, first, -0.1)), rtol=1e-11, atol=1e-12
+    )  # rounding over epsilon
     np.testing.assert_allclose(info.loss, loss_fn(params, batch), rtol=1e-13)
     squares = [optax.tree.norm(jax.grad(loss_fn)(params, b)) ** 2 for b in parts]
     np.testing.assert_allclose(info.grad_norm, np.sqrt(np.mean(squares)), rtol=1e-13)
@@ -154,40 +208,60 @@ def test_fraction_and_groups_together_take_the_first_samples_of_each_group(x64):
     batch, params = batch_of(), params_of()
     halves = [jax.tree.map(lambda x, i=i: x[4 * i : 4 * i + 1], batch) for i in range(2)]
     penalty = jax.tree.map(lambda *x: sum(x) / 2, *[correction(params, b) for b in halves])
-    init, step = make_train_step(loss_fn, optax.sgd(0.1), fd_gradreg(**FD), ascent_groups=2, penalty_fraction=0.25)
+    init, step = make_train_step(
+        loss_fn, optax.sgd(0.1), fd_gradreg(**FD), ascent_groups=2, penalty_fraction=0.25
+    )
     expected = add(params, add(jax.grad(loss_fn)(params, batch), penalty), -0.1)
-    np.testing.assert_allclose(flat(step(init(params), batch)[0].params), flat(expected), rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(
+        flat(step(init(params), batch)[0].params), flat(expected), rtol=1e-11, atol=1e-12
+    )
 
 
 def test_aux_is_that_of_the_clean_pass():
     def with_aux(params, batch, scale):
-        return scale * loss_fn(params, batch), {"mean": jnp.mean(params["out"]), "batch": batch["y"]}
+        return scale * loss_fn(params, batch), {
+            "mean": jnp.mean(params["out"]),
+            "batch": batch["y"],
+        }
 
     batch, params = batch_of(), params_of()
     for split in ({}, {"penalty_fraction": 0.5}):
-        init, step = make_train_step(with_aux, optax.sgd(0.1), fd_gradreg(**FD), has_aux=True, **split)
+        init, step = make_train_step(
+            with_aux, optax.sgd(0.1), fd_gradreg(**FD), has_aux=True, **split
+        )
         _, info = step(init(params), batch, scale=2.0)
         assert isinstance(info, StepInfo)
         np.testing.assert_array_equal(info.aux["mean"], jnp.mean(params["out"]))
         np.testing.assert_array_equal(info.aux["batch"], batch["y"])
-        np.testing.assert_allclose(info.loss, 2 * loss_fn(params, batch), rtol=1e-6)  # a few eps(float32)
-    init, step = make_train_step(with_aux, optax.sgd(0.1), fd_gradreg(**FD), has_aux=True, ascent_groups=2)
+        np.testing.assert_allclose(
+            info.loss, 2 * loss_fn(params, batch), rtol=1e-6
+        )  # a few eps(float32)
+    init, step = make_train_step(
+        with_aux, optax.sgd(0.1), fd_gradreg(**FD), has_aux=True, ascent_groups=2
+    )
     assert step(init(params), batch, 2.0)[1].aux["batch"].shape == (2, 4)
     assert make_train_step(loss_fn, optax.sgd(0.1)).step(init(params), batch)[1].aux is None
 
 
 def test_further_arguments_reach_both_passes(x64):
     batches = [batch_of(i) for i in range(2)]
-    expected = hand_loop(optax.sgd(0.1), batches, lambda p, b, i: correction(p, b, shift=0.7), shift=0.7)
+    expected = hand_loop(
+        optax.sgd(0.1), batches, lambda p, b, i: correction(p, b, shift=0.7), shift=0.7
+    )
     steps = make_train_step(loss_fn, optax.sgd(0.1), fd_gradreg(**FD))
     assert_same(train(steps, batches, 0.7), expected)
-    assert_same(train(make_train_step(loss_fn, optax.sgd(0.1), fd_gradreg(**FD)), batches, shift=0.7), expected)
+    assert_same(
+        train(make_train_step(loss_fn, optax.sgd(0.1), fd_gradreg(**FD)), batches, shift=0.7),
+        expected,
+    )
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_a_regularizer_with_its_own_loss_gets_its_arguments_by_name(x64, fraction):
     def other_loss(params, shift, batch):
-        return jnp.sum(params["out"] ** 4) / 4 * shift + jnp.mean(batch["y"]) * jnp.sum(params["out"])
+        return jnp.sum(params["out"] ** 4) / 4 * shift + jnp.mean(batch["y"]) * jnp.sum(
+            params["out"]
+        )
 
     batch, params = batch_of(), params_of()
     regularizer = fd_gradreg(other_loss, **FD, reuse_updates=False)
@@ -195,18 +269,26 @@ def test_a_regularizer_with_its_own_loss_gets_its_arguments_by_name(x64, fractio
     part = jax.tree.map(lambda x: x[: math.ceil(8 * fraction)], batch)
     own = jax.grad(other_loss)(params, 0.5, part)
     ahead = jax.grad(other_loss)(add(params, own, 0.2), 0.5, part)
-    expected = add(params, add(jax.grad(loss_fn)(params, batch, 0.5), add(ahead, own, -1.0), 1.5), -0.1)
-    np.testing.assert_allclose(flat(step(init(params), batch, 0.5)[0].params), flat(expected), rtol=1e-11, atol=1e-12)
+    expected = add(
+        params, add(jax.grad(loss_fn)(params, batch, 0.5), add(ahead, own, -1.0), 1.5), -0.1
+    )
+    np.testing.assert_allclose(
+        flat(step(init(params), batch, 0.5)[0].params), flat(expected), rtol=1e-11, atol=1e-12
+    )
 
 
 def test_flooding_and_chains_of_regularizers_take_the_value_of_the_step(counter):
     batch, params = batch_of(), params_of()
     level = 2 * float(loss_fn(params, batch))
-    init, step = make_train_step(counter.wrap(loss_fn), optax.sgd(0.1), optax.chain(fd_gradreg(**FD), flooding(level=level)))
+    init, step = make_train_step(
+        counter.wrap(loss_fn), optax.sgd(0.1), optax.chain(fd_gradreg(**FD), flooding(level=level))
+    )
     state, _ = step(init(params), batch)
     assert counter.read() == (2, 2)
     gradient = add(jax.grad(loss_fn)(params, batch), correction(params, batch))
-    np.testing.assert_allclose(flat(state.params), flat(add(params, gradient, 0.1)), rtol=1e-5)  # eps(float32) gamma / epsilon
+    np.testing.assert_allclose(
+        flat(state.params), flat(add(params, gradient, 0.1)), rtol=1e-5
+    )  # eps(float32) gamma / epsilon
 
 
 COUNTS = {  # (gradients on a step that takes the penalty, on one that skips it) for interval 3
@@ -218,7 +300,11 @@ COUNTS = {  # (gradients on a step that takes the penalty, on one that skips it)
     "flooding": (flooding(level=0.1), {}, (1, 1)),
     "forward, fraction": (fd_gradreg(**FD, interval=3), {"penalty_fraction": 0.25}, (3, 1)),
     "dbp, fraction": (dbp_gradreg(gamma=0.1, interval=3), {"penalty_fraction": 0.25}, (2, 1)),
-    "forward, groups": (fd_gradreg(**FD, interval=3), {"ascent_groups": 2}, (2, 1)),  # each over both groups at once
+    "forward, groups": (
+        fd_gradreg(**FD, interval=3),
+        {"ascent_groups": 2},
+        (2, 1),
+    ),  # each over both groups at once
 }
 
 
@@ -256,7 +342,9 @@ ALIASING = {
     "schedule_free": optax.contrib.schedule_free(optax.sgd(0.1), learning_rate=0.1),
     "trace": optax.sgd(0.1, momentum=0.9, nesterov=True),
     "ema": optax.chain(optax.sgd(0.1), optax.ema(0.9)),
-    "keeps the parameters": optax.GradientTransformation(lambda params: (params, params), lambda u, s, p: (u, (p, s[0]))),
+    "keeps the parameters": optax.GradientTransformation(
+        lambda params: (params, params), lambda u, s, p: (u, (p, s[0]))
+    ),
 }
 
 
@@ -264,7 +352,12 @@ ALIASING = {
 def test_donation_neither_eats_the_callers_parameters_nor_breaks_aliases(name):
     params, batch = params_of(), batch_of()
     before = jax.tree.map(np.array, params)
-    traces = [train(make_train_step(loss_fn, ALIASING[name], fd_gradreg(**FD), donate=donate), [batch] * 4) for donate in (True, False)]
+    traces = [
+        train(
+            make_train_step(loss_fn, ALIASING[name], fd_gradreg(**FD), donate=donate), [batch] * 4
+        )
+        for donate in (True, False)
+    ]
     assert_same(*traces)
     init, step = make_train_step(loss_fn, ALIASING[name], fd_gradreg(**FD))
     state = init(params)
@@ -302,11 +395,15 @@ def test_gamma_can_be_traced_through_a_step(x64):
     batch, params = batch_of(), params_of()
 
     def after(gamma):
-        init, step = make_train_step(loss_fn, optax.sgd(0.1), fd_gradreg(gamma=gamma, epsilon=0.2), donate=False)
+        init, step = make_train_step(
+            loss_fn, optax.sgd(0.1), fd_gradreg(gamma=gamma, epsilon=0.2), donate=False
+        )
         return step(init(params), batch)[0].params
 
     slope = jax.jacobian(after)(0.3)
-    np.testing.assert_allclose(flat(slope), -0.1 * flat(correction(params, batch, gamma=1.0)), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(
+        flat(slope), -0.1 * flat(correction(params, batch, gamma=1.0)), rtol=1e-10, atol=1e-12
+    )
 
 
 def test_line_searches_find_what_they_need():

@@ -1,4 +1,6 @@
-"""Every regularizer on digits with wrong labels: what it does to test accuracy, training loss and curvature, and what it costs."""
+"""Every regularizer on digits with wrong labels: what it does to test accuracy, training loss and
+curvature, and what it costs.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -56,15 +58,21 @@ def run(config: Config) -> dict[str, Any]:
       config: the settings.
 
     Returns:
-      "seeds"; "methods", a list of dicts with label, settings, gradients and FLOPs per step (relative to SGD), and arrays of the metrics
-      over the seeds; "signed_epsilon", the same metrics at one gamma against the signed ascent step, shape (epsilons, seeds).
+      "seeds"; "methods", a list of dicts with label, settings, gradients and FLOPs per step
+      (relative to SGD), and arrays of the metrics over the seeds; "signed_epsilon", the same
+      metrics at one gamma against the signed ascent step, shape (epsilons, seeds).
 
     Raises:
       ValueError: settings that do not fit the data.
     """
     if config.seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {config.seeds}.")
-    recipe = Recipe(train_size=config.train_size, test_size=config.test_size, label_noise=config.label_noise, steps=config.steps)
+    recipe = Recipe(
+        train_size=config.train_size,
+        test_size=config.test_size,
+        label_noise=config.label_noise,
+        steps=config.steps,
+    )
     dataset, seeds = data.load("digits"), config.seed + np.arange(config.seeds)
     methods: list[dict[str, Any]] = []
     signed: dict[float, dict[str, Any]] = {}
@@ -79,28 +87,50 @@ def run(config: Config) -> dict[str, Any]:
         cost = {"gradients": METHODS[label].gradients, "flops": flops / plain_flops}
         methods.append({"label": label, "settings": settings, **cost, **best})
     common = {name: np.stack([signed[step][name] for step in SIGNED_EPSILON]) for name in METRICS}
-    return {"seeds": seeds, "methods": methods, "signed_epsilon": {"gamma": COMMON_GAMMA, "epsilon": np.array(SIGNED_EPSILON), **common}}
+    return {
+        "seeds": seeds,
+        "methods": methods,
+        "signed_epsilon": {"gamma": COMMON_GAMMA, "epsilon": np.array(SIGNED_EPSILON), **common},
+    }
 
 
 def table(results: dict[str, Any]) -> str:
-    """The comparison as text: accuracies with standard errors over seeds, paired differences to SGD with p-values, curvature and cost."""
+    """The comparison as text: accuracies with standard errors over seeds, paired differences to SGD
+    with p-values, curvature and cost.
+    """
     plain = _method(results, "SGD")["accuracy"]
-    head = f"{'method':<9} {'setting':<13} {'test accuracy %':>15} {'minus SGD':>14} {'p':>8} {'train loss':>10} {'top eigenvalue':>14} "
+    head = (
+        f"{'method':<9} {'setting':<13} {'test accuracy %':>15} {'minus SGD':>14} {'p':>8}"
+        f" {'train loss':>10} {'top eigenvalue':>14} "
+    )
     lines = [head + f"{'gradients':>9} {'FLOPs':>6}"]
     for method in results["methods"]:
         lines.append(_row(method, plain))
-    gain = statistics.paired(100 * _method(results, "F-GR")["accuracy"], 100 * _method(results, "DB")["accuracy"])
+    gain = statistics.paired(
+        100 * _method(results, "F-GR")["accuracy"], 100 * _method(results, "DB")["accuracy"]
+    )
     lines += ["", f"F-GR minus DB: {gain:+.1f} (p = {gain.p:.1g})"]
     common = results["signed_epsilon"]
-    lines += ["", f"test accuracy % at gamma = {common['gamma']:g} against the signed ascent step (B-GR < 0, DB = 0, F-GR > 0):"]
+    lines += [
+        "",
+        (
+            f"test accuracy % at gamma = {common['gamma']:g} against the signed ascent step (B-GR <"
+            " 0, DB = 0, F-GR > 0):"
+        ),
+    ]
     for step, accuracy in zip(common["epsilon"], common["accuracy"], strict=True):
         lines.append(f"{_label(step):<9} epsilon {step:<5g} {_percent(accuracy):>15}")
-    lines.append(f"\nmeans over {len(results['seeds'])} seeds ± standard error; p: paired t-test; cost per step relative to SGD.")
+    lines.append(
+        f"\nmeans over {len(results['seeds'])} seeds ± standard error; p: paired t-test; cost per"
+        " step relative to SGD."
+    )
     return "\n".join(lines)
 
 
 def plot(results: dict[str, Any], output: Path) -> list[Path]:
-    """Draws compare.png: accuracy of each method, accuracy against curvature, and accuracy against the signed ascent step."""
+    """Draws compare.png: accuracy of each method, accuracy against curvature, and accuracy against
+    the signed ascent step.
+    """
     made, (left, middle, right) = plots.figure(3, width=4.4, height=3.8)
     labels = [method["label"] for method in results["methods"]]
     for position, method in enumerate(results["methods"]):
@@ -109,10 +139,22 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
         left.plot(np.full(len(accuracy), position), accuracy, ".", color=color, alpha=0.35)
         left.errorbar(position, mean, error, fmt="_", ms=22, mew=2.5, color=color)
         sharpness = statistics.estimate(method["eigenvalue"])
-        middle.errorbar(sharpness.mean, mean, error, sharpness.error, fmt="o", color=color, label=method["label"])
+        middle.errorbar(
+            sharpness.mean,
+            mean,
+            error,
+            sharpness.error,
+            fmt="o",
+            color=color,
+            label=method["label"],
+        )
     left.set_xticks(range(len(labels)), labels, rotation=35)
     left.set(ylabel="test accuracy %", title="each method at its own setting")
-    middle.set(xscale="log", xlabel="top Hessian eigenvalue of the training loss", title="flatter minima test better")
+    middle.set(
+        xscale="log",
+        xlabel="top Hessian eigenvalue of the training loss",
+        title="flatter minima test better",
+    )
     middle.xaxis.set_major_locator(LogLocator(subs=(1, 2, 4)))
     middle.xaxis.set_major_formatter("{x:g}")
     middle.xaxis.set_minor_formatter(NullFormatter())
@@ -123,21 +165,40 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
 
 def _draw_signed(axis: Any, results: dict[str, Any]) -> None:
     common = results["signed_epsilon"]
-    for position, (step, values) in enumerate(zip(common["epsilon"], common["accuracy"], strict=True)):
+    for position, (step, values) in enumerate(
+        zip(common["epsilon"], common["accuracy"], strict=True)
+    ):
         mean, error, _ = statistics.estimate(100 * values)
         axis.errorbar(position, mean, error, fmt="o", color=plots.COLORS[_label(step)])
-        axis.annotate(_label(step), (position, mean), (6, -11), textcoords="offset points", color=plots.COLORS[_label(step)], fontsize=9)
+        axis.annotate(
+            _label(step),
+            (position, mean),
+            (6, -11),
+            textcoords="offset points",
+            color=plots.COLORS[_label(step)],
+            fontsize=9,
+        )
     plain = statistics.estimate(100 * _method(results, "SGD")["accuracy"]).mean
     axis.axhline(plain, color=plots.COLORS["SGD"], ls="--", lw=1)
-    axis.annotate("SGD", (0, plain), (0, 3), textcoords="offset points", color=plots.COLORS["SGD"], fontsize=9)
+    axis.annotate(
+        "SGD", (0, plain), (0, 3), textcoords="offset points", color=plots.COLORS["SGD"], fontsize=9
+    )
     axis.set_xticks(range(len(common["epsilon"])), [f"{step:g}" for step in common["epsilon"]])
     axis.set_xlim(-0.4, len(common["epsilon"]) - 0.3)
-    axis.set(xlabel="signed ascent step $\\epsilon$", ylabel="test accuracy %", title=f"at one $\\gamma$ = {common['gamma']:g}")
+    axis.set(
+        xlabel="signed ascent step $\\epsilon$",
+        ylabel="test accuracy %",
+        title=f"at one $\\gamma$ = {common['gamma']:g}",
+    )
 
 
-def _train(trainer: Trainer, settings: list[Mapping[str, float]], seeds: Any) -> list[dict[str, Any]]:
+def _train(
+    trainer: Trainer, settings: list[Mapping[str, float]], seeds: Any
+) -> list[dict[str, Any]]:
     """All settings of a method side by side; the metrics of each over the seeds."""
-    lanes = {name: np.repeat([setting[name] for setting in settings], len(seeds)) for name in settings[0]}
+    lanes = {
+        name: np.repeat([setting[name] for setting in settings], len(seeds)) for name in settings[0]
+    }
     found = trainer(lanes, np.tile(seeds, len(settings)), progress=True)
     shaped = {name: found[name].reshape(len(settings), len(seeds)) for name in METRICS}
     return [{name: values[i] for name, values in shaped.items()} for i in range(len(settings))]
@@ -152,7 +213,9 @@ def _common(step: float) -> dict[str, float]:
 
 
 def _method(results: dict[str, Any], label: str) -> dict[str, Any]:
-    found: dict[str, Any] = next(method for method in results["methods"] if method["label"] == label)
+    found: dict[str, Any] = next(
+        method for method in results["methods"] if method["label"] == label
+    )
     return found
 
 
@@ -166,9 +229,18 @@ def _row(method: dict[str, Any], plain: Any) -> str:
     setting = " ".join(f"{_SYMBOLS[name]}={value:g}" for name, value in method["settings"].items())
     gain = statistics.paired(100 * method["accuracy"], 100 * plain)
     minus = ("", "") if method["label"] == "SGD" else (f"{gain:+.1f}", f"{gain.p:.1g}")
-    loss, sharpness = statistics.estimate(method["train_loss"]), statistics.estimate(method["eigenvalue"])
-    start = f"{method['label']:<9} {setting:<13} {_percent(method['accuracy']):>15} {minus[0]:>14} {minus[1]:>8}"
-    return f"{start} {loss.mean:>10.3f} {f'{sharpness:.2f}':>14} {method['gradients']:>9g} {method['flops']:>6.2f}"
+    loss, sharpness = (
+        statistics.estimate(method["train_loss"]),
+        statistics.estimate(method["eigenvalue"]),
+    )
+    start = (
+        f"{method['label']:<9} {setting:<13} {_percent(method['accuracy']):>15} {minus[0]:>14}"
+        f" {minus[1]:>8}"
+    )
+    return (
+        f"{start} {loss.mean:>10.3f} {f'{sharpness:.2f}':>14} {method['gradients']:>9g}"
+        f" {method['flops']:>6.2f}"
+    )
 
 
 _SYMBOLS = {"gamma": "γ", "epsilon": "ε", "rho": "ρ", "level": "b"}

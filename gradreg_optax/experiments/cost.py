@@ -1,8 +1,9 @@
 r"""Cost: what a regularized step takes beside a plain one, in time, FLOPs, memory and compilation.
 
-For a network of :math:`L` layers a gradient takes about :math:`3L` matrix products (forward, and backward to inputs and to weights),
-F-GR with its two gradients about :math:`6L`, double backpropagation about :math:`9L`. FLOPs are XLA's own count; times are measured in
-turn within one process, and given as ratios to plain SGD. Source: Karakida et al., ICML 2023.
+For a network of :math:`L` layers a gradient takes about :math:`3L` matrix products (forward, and
+backward to inputs and to weights), F-GR with its two gradients about :math:`6L`, double
+backpropagation about :math:`9L`. FLOPs are XLA's own count; times are measured in turn within one
+process, and given as ratios to plain SGD. Source: Karakida et al., ICML 2023.
 """
 
 import dataclasses
@@ -73,48 +74,72 @@ def run(config: Config) -> dict[str, Any]:
       config: the networks and the number of rounds.
 
     Returns:
-      For "mlp" and "resnet" a dict of ``sizes``, ``products`` (FLOPs of one matrix product, averaged over the layers; NaN for the
-      residual network), and arrays over (size, method): ``flops``, ``memory``, ``trace``, ``compile``, ``seconds`` (with a last axis
-      over rounds). ``methods`` names them.
+      For "mlp" and "resnet" a dict of ``sizes``, ``products`` (FLOPs of one matrix product,
+      averaged over the layers; NaN for the residual network), and arrays over (size, method):
+      ``flops``, ``memory``, ``trace``, ``compile``, ``seconds`` (with a last axis over rounds).
+      ``methods`` names them.
     """
     inputs = {"mlp": (config.hidden,), "resnet": (config.image, config.image, 3)}
     networks = {
-        "mlp": {depth: build("mlp", inputs["mlp"], CLASSES, width=config.hidden, depth=depth - 1) for depth in config.depths},
+        "mlp": {
+            depth: build("mlp", inputs["mlp"], CLASSES, width=config.hidden, depth=depth - 1)
+            for depth in config.depths
+        },
         "resnet": {width: residual_network(width) for width in config.widths},
     }
-    with tqdm(total=len(METHODS) * (len(config.depths) + len(config.widths)), unit="program", disable=None) as progress:
+    with tqdm(
+        total=len(METHODS) * (len(config.depths) + len(config.widths)), unit="program", disable=None
+    ) as progress:
         found: dict[str, Any] = {"methods": list(METHODS)}
         for family, members in networks.items():
             found[family] = _measure(config, family, members, inputs[family], progress)
     return found
 
 
-def _measure(config: Config, family: str, networks: Mapping[int, Model], shape: tuple[int, ...], progress: Any) -> dict[str, Any]:
+def _measure(
+    config: Config,
+    family: str,
+    networks: Mapping[int, Model],
+    shape: tuple[int, ...],
+    progress: Any,
+) -> dict[str, Any]:
     rows = []
     for size, network in networks.items():
         progress.set_description(f"{family}, size {size}")
         batch = made_up_batch(config.seed, config.batch, shape)
         params = jax.jit(network.init)(jax.random.key(config.seed))
         products = _matrix_product(params, config.batch) if family == "mlp" else math.nan
-        rows.append({"products": products} | _measure_one(cross_entropy(network), params, batch, config.rounds, progress))
-    return {"sizes": list(networks)} | {key: np.array([row[key] for row in rows]) for key in rows[0]}
+        rows.append(
+            {"products": products}
+            | _measure_one(cross_entropy(network), params, batch, config.rounds, progress)
+        )
+    return {"sizes": list(networks)} | {
+        key: np.array([row[key] for row in rows]) for key in rows[0]
+    }
 
 
-def _measure_one(loss_fn: Callable[..., jax.Array], params: PyTree, batch: Batch, rounds: int, progress: Any) -> dict[str, Any]:
+def _measure_one(
+    loss_fn: Callable[..., jax.Array], params: PyTree, batch: Batch, rounds: int, progress: Any
+) -> dict[str, Any]:
     programs: dict[str, Program] = {}
     for name, regularizer in METHODS.items():
         init, step = make_train_step(loss_fn, optax.sgd(0.01), regularizer)
         programs[name] = compile_step(step, init(params), batch)
         progress.update()
     seconds = interleave({name: program.run for name, program in programs.items()}, range(rounds))
-    columns: Any = {key: [getattr(p, key) for p in programs.values()] for key in ("flops", "memory", "trace", "compile")}
+    columns: Any = {
+        key: [getattr(p, key) for p in programs.values()]
+        for key in ("flops", "memory", "trace", "compile")
+    }
     return {**columns, "seconds": list(seconds.values())}
 
 
 def made_up_batch(seed: int, size: int, shape: Sequence[int]) -> Batch:
     """Normal inputs and random labels, on the device."""
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.normal(size=(size, *shape)), jnp.float32), jnp.asarray(rng.integers(CLASSES, size=size))
+    return jnp.asarray(rng.normal(size=(size, *shape)), jnp.float32), jnp.asarray(
+        rng.integers(CLASSES, size=size)
+    )
 
 
 def cross_entropy(network: Model) -> Callable[[PyTree, Batch], jax.Array]:
@@ -122,7 +147,9 @@ def cross_entropy(network: Model) -> Callable[[PyTree, Batch], jax.Array]:
 
     def loss_fn(params: PyTree, batch: Batch) -> jax.Array:
         logits = network.apply(params, batch[0])
-        loss: jax.Array = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]))
+        loss: jax.Array = jnp.mean(
+            optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
+        )
         return loss
 
     return loss_fn
@@ -145,14 +172,20 @@ def residual_network(width: int, channels: int = 3) -> Model:
             }
             for i, (size, out) in enumerate(zip([width, *stages[:-1]], stages, strict=True))
         ]
-        return {"stem": _normal(stem, 3, 3, channels, width), "blocks": blocks, "head": _normal(head, stages[-1], CLASSES)}
+        return {
+            "stem": _normal(stem, 3, 3, channels, width),
+            "blocks": blocks,
+            "head": _normal(head, stages[-1], CLASSES),
+        }
 
     def apply(params: PyTree, x: jax.Array) -> jax.Array:
         x = _convolve(x, params["stem"], 1)
         for i, block in enumerate(params["blocks"]):
             stride = 1 if i == 0 else 2
             hidden = _convolve(jax.nn.gelu(x), block["first"], stride)
-            x = _convolve(x, block["skip"], stride) + _convolve(jax.nn.gelu(hidden), block["second"], 1)
+            x = _convolve(x, block["skip"], stride) + _convolve(
+                jax.nn.gelu(hidden), block["second"], 1
+            )
         logits: jax.Array = jnp.mean(jax.nn.gelu(x), axis=(1, 2)) @ params["head"]
         return logits
 
@@ -164,7 +197,9 @@ def _normal(key: jax.Array, *shape: int) -> jax.Array:
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 def _matrix_product(params: PyTree, batch: int) -> float:
@@ -174,7 +209,8 @@ def _matrix_product(params: PyTree, batch: int) -> float:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The costs as ratios to plain SGD, for the largest network of each family, and the ratios that the paper speaks of for all.
+    """The costs as ratios to plain SGD, for the largest network of each family, and the ratios that
+    the paper speaks of for all.
 
     Args:
       results: what :func:`run` returned.
@@ -185,10 +221,23 @@ def table(results: dict[str, Any]) -> str:
     lines = []
     for family, axis in AXES.items():
         found = results[family]
-        lines += [f"{family}, {axis} = {found['sizes'][-1]:g}; as multiples of {PLAIN}:", _row("", "FLOPs", "time", "memory", "compile")]
+        lines += [
+            f"{family}, {axis} = {found['sizes'][-1]:g}; as multiples of {PLAIN}:",
+            _row("", "FLOPs", "time", "memory", "compile"),
+        ]
         for i, name in enumerate(results["methods"]):
-            numbers = [f"{float(found[key][-1][i] / found[key][-1][0]):.2f}" for key in ("flops", "memory", "compile")]
-            lines.append(_row(name, numbers[0], str(ratio(found["seconds"][-1][i], found["seconds"][-1][0])), *numbers[1:]))
+            numbers = [
+                f"{float(found[key][-1][i] / found[key][-1][0]):.2f}"
+                for key in ("flops", "memory", "compile")
+            ]
+            lines.append(
+                _row(
+                    name,
+                    numbers[0],
+                    str(ratio(found["seconds"][-1][i], found["seconds"][-1][0])),
+                    *numbers[1:],
+                )
+            )
         lines.append("")
     return "\n".join([*lines, *_headlines(results)])
 
@@ -199,12 +248,19 @@ def _row(name: str, flops: str, seconds: str, memory: str, compilation: str) -> 
 
 def _headlines(results: dict[str, Any]) -> list[str]:
     names = list(results["methods"])
-    pairs = [("F-GR", PLAIN), ("DB forward-over-reverse", "F-GR"), ("DB reverse-over-reverse", "F-GR")]
+    pairs = [
+        ("F-GR", PLAIN),
+        ("DB forward-over-reverse", "F-GR"),
+        ("DB reverse-over-reverse", "F-GR"),
+    ]
     lines = []
     for above, below in pairs:
         for family in AXES:
             found = zip(results[family]["sizes"], results[family]["seconds"], strict=True)
-            spread = "; ".join(f"{size:g}: {ratio(rows[names.index(above)], rows[names.index(below)])}" for size, rows in found)
+            spread = "; ".join(
+                f"{size:g}: {ratio(rows[names.index(above)], rows[names.index(below)])}"
+                for size, rows in found
+            )
             lines.append(f"time {above} / {below}, {family}: {spread}")
     return lines
 
@@ -229,7 +285,14 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
     axes[2].set_yscale("log")
     axes[2].set_yticks([1, 2, 3, 5, 10], ["1", "2", "3", "5", "10"])
     handles, labels = axes[1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize="small")
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=len(labels),
+        frameon=False,
+        fontsize="small",
+    )
     output.mkdir(parents=True, exist_ok=True)
     path = output / "cost.png"
     figure.savefig(path, dpi=150)
@@ -240,11 +303,24 @@ def _plot_products(axes: Any, results: dict[str, Any]) -> None:
     found = results["mlp"]
     depths = np.asarray(found["sizes"])
     for i in range(len(results["methods"])):
-        axes.plot(depths, np.asarray(found["flops"])[:, i] / found["products"], _marker(i), color=f"C{i}")
+        axes.plot(
+            depths, np.asarray(found["flops"])[:, i] / found["products"], _marker(i), color=f"C{i}"
+        )
     for count in THEORY.values():
         axes.plot(depths, count * depths, ":", color="black", linewidth=1)
-        axes.annotate(f"{count}L", (depths[-1], count * depths[-1]), xytext=(4, 0), textcoords="offset points", va="center")
-    axes.set(title="MLP: XLA's FLOPs", xlabel=AXES["mlp"], ylabel="FLOPs, in matrix products", xticks=depths)
+        axes.annotate(
+            f"{count}L",
+            (depths[-1], count * depths[-1]),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+        )
+    axes.set(
+        title="MLP: XLA's FLOPs",
+        xlabel=AXES["mlp"],
+        ylabel="FLOPs, in matrix products",
+        xticks=depths,
+    )
 
 
 def _plot_times(axes: Any, results: dict[str, Any], family: str) -> None:
@@ -255,7 +331,16 @@ def _plot_times(axes: Any, results: dict[str, Any], family: str) -> None:
         middle = [r.median for r in ratios]
         spread = [[r.median - r.lower for r in ratios], [r.upper - r.median for r in ratios]]
         place = sizes + 0.04 * (i - len(results["methods"]) / 2)
-        axes.errorbar(place, middle, spread, fmt=f"{_marker(i)}-", color=f"C{i}", label=name, linewidth=1, markersize=5)
+        axes.errorbar(
+            place,
+            middle,
+            spread,
+            fmt=f"{_marker(i)}-",
+            color=f"C{i}",
+            label=name,
+            linewidth=1,
+            markersize=5,
+        )
     for count in THEORY.values():
         axes.axhline(count / THEORY[PLAIN], color="black", linestyle=":", linewidth=1)
     title = {"mlp": "MLP", "resnet": "residual network"}[family]

@@ -1,4 +1,6 @@
-"""Real data sets in their original formats, and what a seed makes of them: a subset, wrong labels, a test set."""
+"""Real data sets in their original formats, and what a seed makes of them: a subset, wrong labels,
+a test set.
+"""
 
 import dataclasses
 import functools
@@ -18,7 +20,12 @@ import numpy.typing as npt
 Name: TypeAlias = Literal["digits", "fashion-mnist", "mnist", "cifar10"]
 Array: TypeAlias = npt.NDArray[Any]
 
-_IDX = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
+_IDX = (
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
+)
 _DEBIAN = Path("/usr/share/datasets")
 _CIFAR = "cifar-10-python.tar.gz"
 _CIFAR_FOLDER = "cifar-10-batches-py"
@@ -56,7 +63,9 @@ class Dataset:
 
     @functools.cached_property
     def mean(self) -> float:
-        """The mean over all training inputs and their entries, divided by ``scale``: models see ``x / scale - mean``."""
+        """The mean over all training inputs and their entries, divided by ``scale``: models see ``x
+        / scale - mean``.
+        """
         return float(np.mean(self.train_x, dtype=np.float64) / self.scale)
 
     @property
@@ -76,7 +85,8 @@ class Split(NamedTuple):
     Attributes:
       train: positions of the training samples in ``Dataset.inputs``; shape (train_size,).
       train_labels: their labels, some of them wrong.
-      test: positions of the test samples; shape (test_size,). Their labels are those of the data set.
+      test: positions of the test samples; shape (test_size,). Their labels are those of the data
+        set.
     """
 
     train: Any
@@ -132,17 +142,23 @@ _MNIST = _Source(
         "27ae3e4e09519cfbb04c329615203637",
     ),
 )
-_CIFAR10 = _Source("https://www.cs.toronto.edu/~kriz/", {_CIFAR: "c58f30108f718f92721af3b95e74349a"}, ("cifar10", "CIFAR10"), ())
+_CIFAR10 = _Source(
+    "https://www.cs.toronto.edu/~kriz/",
+    {_CIFAR: "c58f30108f718f92721af3b95e74349a"},
+    ("cifar10", "CIFAR10"),
+    (),
+)
 _SOURCES = {"fashion-mnist": _FASHION_MNIST, "mnist": _MNIST, "cifar10": _CIFAR10}
 
 
 def load(name: str, root: Path | str | None = None) -> Dataset:
     """Reads a data set.
 
-    ``digits`` comes with scikit-learn. The others are looked for, in their publishers' files, in ``root`` if it is given; otherwise in
-    ``$GRADREG_DATA``, in the folder of the Debian package ``dataset-fashion-mnist``, in the cache ``~/.cache/gradreg_optax``, and are
-    then fetched into that cache once, with a checksum. A path that ends in ``.npz`` is a file of the user's, with the arrays
-    ``x_train``, ``y_train``, ``x_test`` and ``y_test``.
+    ``digits`` comes with scikit-learn. The others are looked for, in their publishers' files, in
+    ``root`` if it is given; otherwise in ``$GRADREG_DATA``, in the folder of the Debian package
+    ``dataset-fashion-mnist``, in the cache ``~/.cache/gradreg_optax``, and are then fetched into
+    that cache once, with a checksum. A path that ends in ``.npz`` is a file of the user's, with the
+    arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test``.
 
     Args:
       name: "digits", "fashion-mnist", "mnist", "cifar10", or the path of an ``.npz`` file.
@@ -160,19 +176,30 @@ def load(name: str, root: Path | str | None = None) -> Dataset:
     if name.endswith(".npz"):
         return _npz(Path(name))
     if name not in _SOURCES:
-        raise ValueError(f"unknown data set {name!r}: choose one of 'digits', {', '.join(map(repr, _SOURCES))}, or a path to an .npz file.")
+        raise ValueError(
+            f"unknown data set {name!r}: choose one of 'digits', {', '.join(map(repr, _SOURCES))},"
+            " or a path to an .npz file."
+        )
     return _cifar(root) if name == "cifar10" else _idx(name, root)
 
 
-def draw(dataset: Dataset, seed: int, train_size: int | None = None, test_size: int | None = None, label_noise: float = 0.0) -> Split:
+def draw(
+    dataset: Dataset,
+    seed: int,
+    train_size: int | None = None,
+    test_size: int | None = None,
+    label_noise: float = 0.0,
+) -> Split:
     """Draws a training set, wrong labels and a test set; the same seed draws the same.
 
     Args:
       dataset: the data set.
       seed: a whole number.
       train_size: number of training samples, by default all of them.
-      test_size: number of test samples, by default all of them (all that are left, where the data set has no official test set).
-      label_noise: the share of the training samples that get a label other than their own, rounded to whole samples.
+      test_size: number of test samples, by default all of them (all that are left, where the data
+        set has no official test set).
+      label_noise: the share of the training samples that get a label other than their own, rounded
+        to whole samples.
 
     Returns:
       The split.
@@ -181,7 +208,10 @@ def draw(dataset: Dataset, seed: int, train_size: int | None = None, test_size: 
       ValueError: more samples than there are, or a share outside [0, 1].
     """
     if not 0 <= label_noise <= 1:
-        raise ValueError(f"label_noise must lie in [0, 1], got {label_noise}: it is the share of wrong training labels.")
+        raise ValueError(
+            f"label_noise must lie in [0, 1], got {label_noise}: it is the share of wrong training"
+            " labels."
+        )
     rng = np.random.default_rng([seed, 2023])
     known, held = len(dataset.train_x), len(dataset.test_x)
     if dataset.resplit:
@@ -205,7 +235,9 @@ def cache() -> Path:
 def _first(name: str, order: Array, size: int | None) -> Array:
     size = len(order) if size is None else size
     if not 0 < size <= len(order):
-        raise ValueError(f"{name} must lie between 1 and {len(order)}, the samples there are, got {size}.")
+        raise ValueError(
+            f"{name} must lie between 1 and {len(order)}, the samples there are, got {size}."
+        )
     return order[:size]
 
 
@@ -213,19 +245,28 @@ def _digits() -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError('digits come with scikit-learn: pip install "gradreg-optax[experiments]".') from error
+        raise ImportError(
+            'digits come with scikit-learn: pip install "gradreg-optax[experiments]".'
+        ) from error
     found = load_digits()
     x, y = found.images.astype(np.uint8)[..., None], found.target.astype(np.int32)
-    return Dataset("digits", x[:-1000], y[:-1000], x[-1000:], y[-1000:], classes=10, scale=16.0, resplit=True)
+    return Dataset(
+        "digits", x[:-1000], y[:-1000], x[-1000:], y[-1000:], classes=10, scale=16.0, resplit=True
+    )
 
 
 def _npz(path: Path) -> Dataset:
     if not path.exists():
-        raise FileNotFoundError(f"no file {path}: --dataset takes a name or the path of an .npz file.")
+        raise FileNotFoundError(
+            f"no file {path}: --dataset takes a name or the path of an .npz file."
+        )
     with np.load(path, allow_pickle=False) as file:
         missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in file]
         if missing:
-            raise ValueError(f"{path} has no {', '.join(missing)}: it must hold x_train, y_train, x_test and y_test.")
+            raise ValueError(
+                f"{path} has no {', '.join(missing)}: it must hold x_train, y_train, x_test and"
+                " y_test."
+            )
         arrays = [file[name] for name in ("x_train", "y_train", "x_test", "y_test")]
     x_train, y_train, x_test, y_test = arrays
     if x_train.ndim == 3:  # grey images without a channel
@@ -235,7 +276,9 @@ def _npz(path: Path) -> Dataset:
 
 
 def _idx(name: str, root: Path | str | None) -> Dataset:
-    x_train, y_train, x_test, y_test = (_parse_idx(name, file, _read(name, file, root)) for file in _IDX)
+    x_train, y_train, x_test, y_test = (
+        _parse_idx(name, file, _read(name, file, root)) for file in _IDX
+    )
     return _checked(name, x_train[..., None], y_train, x_test[..., None], y_test, 255.0, classes=10)
 
 
@@ -247,7 +290,9 @@ def _cifar(root: Path | str | None) -> Dataset:
 
 
 def _cifar_contents(root: Path | str | None) -> list[bytes]:
-    """The six batches, from the unpacked folder or from the archive, which is read in memory and never unpacked."""
+    """The six batches, from the unpacked folder or from the archive, which is read in memory and
+    never unpacked.
+    """
     for folder in _folders("cifar10", root):
         if all((folder / _CIFAR_FOLDER / batch).exists() for batch in _CIFAR_BATCHES):
             return [(folder / _CIFAR_FOLDER / batch).read_bytes() for batch in _CIFAR_BATCHES]
@@ -264,7 +309,9 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
     except KeyError:
         file = None
     if file is None:
-        raise ValueError(f"{_CIFAR} holds no {name}: it is not the archive of the python version of CIFAR-10.")
+        raise ValueError(
+            f"{_CIFAR} holds no {name}: it is not the archive of the python version of CIFAR-10."
+        )
     return file.read()
 
 
@@ -278,10 +325,18 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """The three names that an array's pickle refers to."""
-        allowed: dict[tuple[str, str], Any] = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
-        allowed["numpy.core.multiarray", "_reconstruct"] = np.ndarray(0).__reduce__()[0]  # NumPy has moved it since
+        allowed: dict[tuple[str, str], Any] = {
+            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "dtype"): np.dtype,
+        }
+        allowed["numpy.core.multiarray", "_reconstruct"] = np.ndarray(0).__reduce__()[
+            0
+        ]  # NumPy has moved it since
         if (module, name) not in allowed:
-            raise ValueError(f"a pickled batch may hold arrays only, and this one refers to {module}.{name}: it was not read.")
+            raise ValueError(
+                f"a pickled batch may hold arrays only, and this one refers to {module}.{name}: it"
+                " was not read."
+            )
         return allowed[module, name]
 
 
@@ -293,7 +348,10 @@ def _read(name: str, file: str, root: Path | str | None) -> bytes:
                 return path.read_bytes()
     if root is not None:
         looked = ", ".join(str(folder) for folder in _folders(name, root))
-        raise FileNotFoundError(f"{name}: no {file} in {looked}: put the publisher's files there, or leave --data-dir away.")
+        raise FileNotFoundError(
+            f"{name}: no {file} in {looked}: put the publisher's files there, or leave --data-dir"
+            " away."
+        )
     return _fetch(name, file).read_bytes()
 
 
@@ -309,30 +367,49 @@ def _check_not_another(name: str, file: str, content: bytes) -> None:
     digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
     for other, source in _SOURCES.items():
         if other != name and digest in source.contents:
-            raise ValueError(f"{name}: {file} is a file of {other}: use --dataset {other}, or give each data set a folder of its own.")
+            raise ValueError(
+                f"{name}: {file} is a file of {other}: use --dataset {other}, or give each data set"
+                " a folder of its own."
+            )
 
 
 def _fetch(name: str, file: str) -> Path:
     """Fetches a file into the cache, once, and checks it."""
     source = _SOURCES[name]
-    debian = " or install the Debian package dataset-fashion-mnist" if name == "fashion-mnist" else ""
-    remedy = f"put {', '.join(source.md5)} into a folder and pass it as --data-dir (or set $GRADREG_DATA){debian}"
+    debian = (
+        " or install the Debian package dataset-fashion-mnist" if name == "fashion-mnist" else ""
+    )
+    remedy = (
+        f"put {', '.join(source.md5)} into a folder and pass it as --data-dir (or set"
+        f" $GRADREG_DATA){debian}"
+    )
     try:
         import pooch
     except ImportError as error:
         raise ImportError(
-            f'{name} is not on this machine, and pooch is not there to fetch it: pip install "gradreg-optax[experiments]", or {remedy}.'
+            f"{name} is not on this machine, and pooch is not there to fetch it: pip install"
+            f' "gradreg-optax[experiments]", or {remedy}.'
         ) from error
     try:
         downloader = pooch.HTTPDownloader(timeout=(5, 30))
-        found = pooch.retrieve(source.url + file, f"md5:{source.md5[file]}", file, cache() / name, downloader=downloader)
+        found = pooch.retrieve(
+            source.url + file,
+            f"md5:{source.md5[file]}",
+            file,
+            cache() / name,
+            downloader=downloader,
+        )
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{name}: {source.url}{file} could not be fetched ({type(error).__name__}): {remedy}.") from error
+        raise FileNotFoundError(
+            f"{name}: {source.url}{file} could not be fetched ({type(error).__name__}): {remedy}."
+        ) from error
     return Path(found)
 
 
 def _parse_idx(name: str, file: str, content: bytes) -> Array:
-    """Unsigned bytes in the idx format: 0, 0, 8, number of dimensions, the dimensions in big endian, the data."""
+    """Unsigned bytes in the idx format: 0, 0, 8, number of dimensions, the dimensions in big
+    endian, the data.
+    """
     if content[:2] == b"\x1f\x8b":
         content = _gunzip(name, file, content)
     _check_not_another(name, file, content)
@@ -351,14 +428,36 @@ def _gunzip(name: str, file: str, content: bytes) -> bytes:
         raise ValueError(f"{name}: {file} cannot be unpacked ({error}).") from error
 
 
-def _checked(name: str, x_train: Array, y_train: Array, x_test: Array, y_test: Array, scale: float, classes: int | None = None) -> Dataset:
+def _checked(
+    name: str,
+    x_train: Array,
+    y_train: Array,
+    x_test: Array,
+    y_test: Array,
+    scale: float,
+    classes: int | None = None,
+) -> Dataset:
     """The data set, once its shapes and labels fit together."""
     for part, x, y in (("training", x_train, y_train), ("test", x_test, y_test)):
         if y.ndim != 1 or len(x) != len(y) or x.ndim < 2:
-            raise ValueError(f"{name}: {part} inputs of shape {x.shape} and labels of shape {y.shape} do not fit together.")
+            raise ValueError(
+                f"{name}: {part} inputs of shape {x.shape} and labels of shape {y.shape} do not fit"
+                " together."
+            )
         if not np.issubdtype(y.dtype, np.integer) or y.min(initial=0) < 0:
             raise ValueError(f"{name}: {part} labels must be whole numbers from 0.")
     if x_train.shape[1:] != x_test.shape[1:]:
-        raise ValueError(f"{name}: training inputs have shape {x_train.shape[1:]}, test inputs {x_test.shape[1:]}.")
+        raise ValueError(
+            f"{name}: training inputs have shape {x_train.shape[1:]}, test inputs"
+            f" {x_test.shape[1:]}."
+        )
     largest = int(max(y_train.max(), y_test.max())) + 1
-    return Dataset(name, x_train, y_train.astype(np.int32), x_test, y_test.astype(np.int32), classes or largest, scale)
+    return Dataset(
+        name,
+        x_train,
+        y_train.astype(np.int32),
+        x_test,
+        y_test.astype(np.int32),
+        classes or largest,
+        scale,
+    )

@@ -1,7 +1,7 @@
 r"""Flooding is finite-difference gradient regularization in disguise, and where it is not.
 
-Flooding at level :math:`b` descends where the loss is above :math:`b` and ascends where it is below. With plain SGD of step
-:math:`\eta`, and the same batch in both steps,
+Flooding at level :math:`b` descends where the loss is above :math:`b` and ascends where it is
+below. With plain SGD of step :math:`\eta`, and the same batch in both steps,
 
 .. math::
 
@@ -9,12 +9,14 @@ Flooding at level :math:`b` descends where the loss is above :math:`b` and ascen
     \text{descent, then ascent:}\quad \theta \to \theta - \eta^2 \Delta R_B(\eta),
 
 where :math:`\Delta R_F(\epsilon) = (\nabla L(\theta + \epsilon g) - g)/\epsilon` and
-:math:`\Delta R_B(\epsilon) = (g - \nabla L(\theta - \epsilon g))/\epsilon` are the corrections of F-GR and B-GR. So a network that floats
-at the flood level drifts to where the gradient is small, at a speed of :math:`\eta/2` per unit of time. With momentum, or with
-different batches, the two steps leave a rest of order :math:`\eta`, which swamps the correction; with small steps the drift is slow.
+:math:`\Delta R_B(\epsilon) = (g - \nabla L(\theta - \epsilon g))/\epsilon` are the corrections of
+F-GR and B-GR. So a network that floats at the flood level drifts to where the gradient is small, at
+a speed of :math:`\eta/2` per unit of time. With momentum, or with different batches, the two steps
+leave a rest of order :math:`\eta`, which swamps the correction; with small steps the drift is slow.
 
-On a quadratic with eigenvalue :math:`\lambda` the two steps multiply the parameter by :math:`1 - \eta^2\lambda^2`. So flooding is stable
-for :math:`\eta\lambda < \sqrt 2`, where plain descent needs :math:`\eta\lambda < 2`: with large steps it leaves sharper regions.
+On a quadratic with eigenvalue :math:`\lambda` the two steps multiply the parameter by
+:math:`1 - \eta^2\lambda^2`. So flooding is stable for :math:`\eta\lambda < \sqrt 2`, where plain
+descent needs :math:`\eta\lambda < 2`: with large steps it leaves sharper regions.
 
 Source: Karakida et al., ICML 2023; flooding: Ishida et al., ICML 2020.
 """
@@ -42,7 +44,8 @@ from gradreg_optax.transforms import flooding
 Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 Order: TypeAlias = Literal["ascent, descent", "descent, ascent"]
 
-# The signs of the two steps as flood levels that force them, and the difference that they amount to (in units of the step).
+# The signs of the two steps as flood levels that force them, and the difference that they amount to
+# (in units of the step).
 ORDERS: dict[Order, tuple[tuple[float, float], int]] = {
     "ascent, descent": ((np.inf, -np.inf), 1),
     "descent, ascent": ((-np.inf, np.inf), -1),
@@ -52,7 +55,9 @@ _APPLY = models.build("mlp", (8, 8, 1), classes=10).apply  # whatever the width 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A small network on scikit-learn's digits with some wrong labels, trained to a flood level and kept there."""
+    """A small network on scikit-learn's digits with some wrong labels, trained to a flood level and
+    kept there.
+    """
 
     output: Path = Path("results/flooding")
     """Folder for results.json and the figure."""
@@ -118,8 +123,12 @@ def variants(config: Config) -> dict[str, Variant]:
     return {
         "plain descent": Variant(-np.inf, step, 0.0, n, 1),
         "flooding": Variant(config.level, step, 0.0, n, 1),
-        "flooding, small steps": Variant(config.level, step / config.smaller, 0.0, n, config.smaller),
-        "flooding, momentum": Variant(config.level, step * (1 - config.momentum), config.momentum, n, 1),
+        "flooding, small steps": Variant(
+            config.level, step / config.smaller, 0.0, n, config.smaller
+        ),
+        "flooding, momentum": Variant(
+            config.level, step * (1 - config.momentum), config.momentum, n, 1
+        ),
         "flooding, different batches": Variant(config.level, step, 0.0, config.batch_size, 1),
     }
 
@@ -129,13 +138,23 @@ def problem(config: Config, seed: int) -> Problem:
     digits = data.load("digits")
     split = data.draw(digits, seed, config.train_size, label_noise=config.label_noise)
     inputs = digits.inputs / np.float32(digits.scale) - np.float32(digits.mean)
-    params = models.build("mlp", digits.shape, digits.classes, width=config.width).init(jax.random.key(seed))
-    return Problem(inputs[split.train], split.train_labels, inputs[split.test], digits.labels[split.test], params)
+    params = models.build("mlp", digits.shape, digits.classes, width=config.width).init(
+        jax.random.key(seed)
+    )
+    return Problem(
+        inputs[split.train],
+        split.train_labels,
+        inputs[split.test],
+        digits.labels[split.test],
+        params,
+    )
 
 
 def wide(problem: Problem) -> Problem:
     """The problem in float64."""
-    made: Problem = jax.tree.map(lambda a: np.asarray(a, np.float64) if np.issubdtype(a.dtype, np.floating) else a, problem)
+    made: Problem = jax.tree.map(
+        lambda a: np.asarray(a, np.float64) if np.issubdtype(a.dtype, np.floating) else a, problem
+    )
     return made
 
 
@@ -149,28 +168,50 @@ def run(config: Config) -> dict[str, Any]:
     """Measures the two-step identities, and trains every variant.
 
     Returns:
-      ``identity``, see :func:`measure_identity`; ``training``, by variant, see :func:`train`; ``level`` and ``learning_rate``.
+      ``identity``, see :func:`measure_identity`; ``training``, by variant, see :func:`train`;
+      ``level`` and ``learning_rate``.
 
     Raises:
       ValueError: more records than steps, or two batches that do not fit into the training set.
     """
     if config.records > config.steps:
-        raise ValueError(f"flooding: records must be at most steps = {config.steps}, got {config.records}: take more steps.")
+        raise ValueError(
+            f"flooding: records must be at most steps = {config.steps}, got {config.records}: take"
+            " more steps."
+        )
     if 2 * config.batch_size > config.train_size:
-        raise ValueError(f"flooding: two batches of {config.batch_size} do not fit into {config.train_size} samples: take smaller ones.")
+        raise ValueError(
+            f"flooding: two batches of {config.batch_size} do not fit into {config.train_size}"
+            " samples: take smaller ones."
+        )
     problems = [problem(config, config.seed + i) for i in range(config.seeds)]
     with jax.enable_x64(True):
         identity = measure_identity(wide(problems[0]), config.batch_size, config.momentum)
     stacked: Problem = jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
     ways = variants(config)
-    with tqdm(total=len(ways) * config.records, desc="training", unit="record", disable=None) as progress:
-        training = {name: train(config, variant, stacked, progress) for name, variant in ways.items()}
-    return {"identity": identity, "training": training, "level": config.level, "learning_rate": config.learning_rate}
+    with tqdm(
+        total=len(ways) * config.records, desc="training", unit="record", disable=None
+    ) as progress:
+        training = {
+            name: train(config, variant, stacked, progress) for name, variant in ways.items()
+        }
+    return {
+        "identity": identity,
+        "training": training,
+        "level": config.level,
+        "learning_rate": config.learning_rate,
+    }
 
 
-def two_steps(params: PyTree, batches: Any, levels: Any, learning_rate: Any, momentum: Any) -> PyTree:
-    """How far two steps of flooding with SGD move the parameters: one with each batch and flood level."""
-    tx = optax.chain(flooding(level=lambda step: levels[step]), optax.sgd(learning_rate, momentum=momentum))
+def two_steps(
+    params: PyTree, batches: Any, levels: Any, learning_rate: Any, momentum: Any
+) -> PyTree:
+    """How far two steps of flooding with SGD move the parameters: one with each batch and flood
+    level.
+    """
+    tx = optax.chain(
+        flooding(level=lambda step: levels[step]), optax.sgd(learning_rate, momentum=momentum)
+    )
     state, point = tx.init(params), params
     for batch in batches:
         value, gradient = jax.value_and_grad(loss_fn)(point, batch)
@@ -180,15 +221,23 @@ def two_steps(params: PyTree, batches: Any, levels: Any, learning_rate: Any, mom
 
 
 def regularization(params: PyTree, batch: Any, learning_rate: Any, sign: Any) -> PyTree:
-    r"""The prediction :math:`-\eta^2 \Delta R(\eta)`, with F-GR's difference for sign 1 and B-GR's for -1."""
+    r"""The prediction :math:`-\eta^2 \Delta R(\eta)`, with F-GR's difference for sign 1 and B-GR's
+    for -1.
+    """
     _, gradient = jax.value_and_grad(loss_fn)(params, batch)
-    _, regularized = fd_value_and_grad(loss_fn, gamma=1.0, epsilon=sign * learning_rate)(params, batch)
+    _, regularized = fd_value_and_grad(loss_fn, gamma=1.0, epsilon=sign * learning_rate)(
+        params, batch
+    )
     return jax.tree.map(lambda r, g: -(learning_rate**2) * (r - g), regularized, gradient)
 
 
 @jax.jit
-def deviation(params: PyTree, batches: Any, levels: Any, learning_rate: Any, momentum: Any, sign: Any) -> tuple[jax.Array, ...]:
-    """The largest and the relative deviation of two steps from the prediction, and the prediction's norm."""
+def deviation(
+    params: PyTree, batches: Any, levels: Any, learning_rate: Any, momentum: Any, sign: Any
+) -> tuple[jax.Array, ...]:
+    """The largest and the relative deviation of two steps from the prediction, and the prediction's
+    norm.
+    """
     moved = two_steps(params, batches, levels, learning_rate, momentum)
     predicted = regularization(params, batches[0], learning_rate, sign)
     rest = jax.tree.map(jnp.subtract, moved, predicted)
@@ -200,18 +249,27 @@ def measure_identity(problem: Problem, batch_size: int, momentum: float) -> dict
     """How far two steps of flooding are from one step of the penalty alone, in float64.
 
     Returns:
-      ``eta``, the steps; ``drift``, by order of the steps the norm of the prediction; by case ("same batch", "momentum",
-      "different batches") and order ``largest``, the largest deviation of a parameter, and ``relative``, the norm of the
-      deviation over that of the prediction.
+      ``eta``, the steps; ``drift``, by order of the steps the norm of the prediction; by case
+      ("same batch", "momentum", "different batches") and order ``largest``, the largest deviation
+      of a parameter, and ``relative``, the norm of the deviation over that of the prediction.
     """
     eta = np.logspace(-3, 0, 7)
     whole = (problem.x, problem.y)
-    halves = tuple((problem.x[i : i + batch_size], problem.y[i : i + batch_size]) for i in (0, batch_size))
-    cases = {"same batch": ((whole, whole), 0.0), "momentum": ((whole, whole), momentum), "different batches": (halves, 0.0)}
+    halves = tuple(
+        (problem.x[i : i + batch_size], problem.y[i : i + batch_size]) for i in (0, batch_size)
+    )
+    cases = {
+        "same batch": ((whole, whole), 0.0),
+        "momentum": ((whole, whole), momentum),
+        "different batches": (halves, 0.0),
+    }
     found: dict[str, Any] = {"eta": eta, "drift": {}, "largest": {}, "relative": {}}
     for order, (levels, sign) in ORDERS.items():
         for case, (batches, inertia) in cases.items():
-            rows = [deviation(problem.params, batches, jnp.array(levels), step, inertia, sign) for step in eta]
+            rows = [
+                deviation(problem.params, batches, jnp.array(levels), step, inertia, sign)
+                for step in eta
+            ]
             largest, relative, drift = np.array(rows).T
             found["largest"].setdefault(case, {})[order] = largest
             found["relative"].setdefault(case, {})[order] = relative
@@ -220,13 +278,17 @@ def measure_identity(problem: Problem, batch_size: int, momentum: float) -> dict
     return found
 
 
-def train(config: Config, variant: Variant, problems: Problem, progress: "tqdm[Any]") -> dict[str, Any]:
+def train(
+    config: Config, variant: Variant, problems: Problem, progress: "tqdm[Any]"
+) -> dict[str, Any]:
     """Trains one variant on all seeds at once.
 
     Returns:
-      Arrays of shape (seeds, records): ``loss`` and ``grad_norm`` (mean over the steps since the last record, on their batches), ``sign``
-      (mean of the sign of L - b), ``alternation`` (share of steps whose sign differs from that of the step before), ``eigenvalue`` and its
-      ``residual``, and ``accuracy`` on the test samples; ``time``, learning rate times steps, of shape (records,).
+      Arrays of shape (seeds, records): ``loss`` and ``grad_norm`` (mean over the steps since the
+      last record, on their batches), ``sign`` (mean of the sign of L - b), ``alternation`` (share
+      of steps whose sign differs from that of the step before), ``eigenvalue`` and its
+      ``residual``, and ``accuracy`` on the test samples; ``time``, learning rate times steps, of
+      shape (records,).
     """
     trainer = _trainer(variant.level, variant.learning_rate, variant.momentum)
     state = jax.vmap(trainer.init)(problems.params)
@@ -236,9 +298,14 @@ def train(config: Config, variant: Variant, problems: Problem, progress: "tqdm[A
     for _ in range(config.records):
         pieces = []
         for _ in range(variant.repeat):
-            state, keys, piece = advance(state, keys, problems, variant[:3], variant.batch_size, steps)
+            state, keys, piece = advance(
+                state, keys, problems, variant[:3], variant.batch_size, steps
+            )
             pieces.append(np.asarray(piece))
-        records.append(_record(variant.level, *np.concatenate(pieces, axis=2)) | measure(state.params, problems, keys))
+        records.append(
+            _record(variant.level, *np.concatenate(pieces, axis=2))
+            | measure(state.params, problems, keys)
+        )
         progress.update()
     found = {key: np.stack([record[key] for record in records], axis=1) for key in records[0]}
     speed = variant.learning_rate / (1 - variant.momentum)
@@ -248,12 +315,22 @@ def train(config: Config, variant: Variant, problems: Problem, progress: "tqdm[A
 def _record(level: float, losses: Floats, norms: Floats) -> dict[str, Any]:
     sign = np.sign(losses - level)
     alternation = np.mean(sign[:, 1:] != sign[:, :-1], axis=1)
-    return {"loss": losses.mean(axis=1), "grad_norm": norms.mean(axis=1), "sign": sign.mean(axis=1), "alternation": alternation}
+    return {
+        "loss": losses.mean(axis=1),
+        "grad_norm": norms.mean(axis=1),
+        "sign": sign.mean(axis=1),
+        "alternation": alternation,
+    }
 
 
 @partial(jax.jit, static_argnames=("batch_size", "steps"))
 def advance(
-    state: TrainState, keys: jax.Array, problems: Problem, settings: tuple[Any, Any, Any], batch_size: int, steps: int
+    state: TrainState,
+    keys: jax.Array,
+    problems: Problem,
+    settings: tuple[Any, Any, Any],
+    batch_size: int,
+    steps: int,
 ) -> tuple[TrainState, jax.Array, jax.Array]:
     """Takes some steps on every seed; ``settings`` are level, learning rate and momentum.
 
@@ -262,12 +339,20 @@ def advance(
     """
     trainer = _trainer(*settings)
 
-    def one(state: TrainState, key: jax.Array, problem: Problem) -> tuple[TrainState, jax.Array, jax.Array]:
-        def step(carry: tuple[TrainState, jax.Array], _: None) -> tuple[tuple[TrainState, jax.Array], jax.Array]:
+    def one(
+        state: TrainState, key: jax.Array, problem: Problem
+    ) -> tuple[TrainState, jax.Array, jax.Array]:
+        def step(
+            carry: tuple[TrainState, jax.Array], _: None
+        ) -> tuple[tuple[TrainState, jax.Array], jax.Array]:
             state, key = carry
             key, draw = jax.random.split(key)
             whole = batch_size == len(problem.y)
-            chosen = jnp.arange(batch_size) if whole else jax.random.choice(draw, len(problem.y), (batch_size,), replace=False)
+            chosen = (
+                jnp.arange(batch_size)
+                if whole
+                else jax.random.choice(draw, len(problem.y), (batch_size,), replace=False)
+            )
             state, info = trainer.step(state, (problem.x[chosen], problem.y[chosen]))
             return (state, key), jnp.stack([info.loss, info.grad_norm])
 
@@ -280,7 +365,9 @@ def advance(
 
 @jax.jit
 def measure(params: PyTree, problems: Problem, keys: jax.Array) -> dict[str, jax.Array]:
-    """The top Hessian eigenvalue of the training loss with its residual, and the test accuracy, of every seed."""
+    """The top Hessian eigenvalue of the training loss with its residual, and the test accuracy, of
+    every seed.
+    """
 
     def one(params: PyTree, problem: Problem, key: jax.Array) -> dict[str, jax.Array]:
         eigenvalue, residual = curvature.top_hessian_eigenvalue(
@@ -294,27 +381,41 @@ def measure(params: PyTree, problems: Problem, keys: jax.Array) -> dict[str, jax
 
 
 def _trainer(level: Any, learning_rate: Any, momentum: Any) -> TrainStep:
-    return make_train_step(loss_fn, optax.sgd(learning_rate, momentum=momentum), flooding(level=level), donate=False)
+    return make_train_step(
+        loss_fn, optax.sgd(learning_rate, momentum=momentum), flooding(level=level), donate=False
+    )
 
 
 def table(results: dict[str, Any]) -> str:
-    """The deviations from the identities, and the last quarter of every training run: mean and standard error over seeds."""
+    """The deviations from the identities, and the last quarter of every training run: mean and
+    standard error over seeds.
+    """
     return f"{_identity_table(results['identity'])}\n\n{_training_table(results)}"
 
 
 def _identity_table(identity: dict[str, Any]) -> str:
-    rows = ["two steps of flooding against one step of F-GR's (ascent, descent) or B-GR's (descent, ascent) penalty, float64"]
+    rows = [
+        "two steps of flooding against one step of F-GR's (ascent, descent) or B-GR's (descent,"
+        " ascent) penalty, float64"
+    ]
     eta = identity["eta"]
     ends = [f"eta = {eta[0]:g}", f"eta = {eta[-1]:g}"]
-    rows.append(f"{'two steps':<18}{'case':<20}{'largest deviation':>20}" + "".join(f"{'relative, ' + end:>24}" for end in ends))
+    rows.append(
+        f"{'two steps':<18}{'case':<20}{'largest deviation':>20}"
+        + "".join(f"{'relative, ' + end:>24}" for end in ends)
+    )
     for case in identity["largest"]:
         for order in ORDERS:
             relative = identity["relative"][case][order]
             rows.append(
-                f"{order:<18}{case:<20}{identity['largest'][case][order].max():>20.1e}" + "".join(f"{relative[i]:>24.1e}" for i in (0, -1))
+                f"{order:<18}{case:<20}{identity['largest'][case][order].max():>20.1e}"
+                + "".join(f"{relative[i]:>24.1e}" for i in (0, -1))
             )
     for order, drift in identity["drift"].items():
-        rows.append(f"{order:<18}the penalty itself moves by {drift[0]:.1e} at {ends[0]} and by {drift[-1]:.1e} at {ends[-1]}")
+        rows.append(
+            f"{order:<18}the penalty itself moves by {drift[0]:.1e} at {ends[0]} and by"
+            f" {drift[-1]:.1e} at {ends[-1]}"
+        )
     return "\n".join(rows)
 
 
@@ -326,10 +427,18 @@ def _training_table(results: dict[str, Any]) -> str:
         "eigenvalue": "eigenvalue",
         "accuracy": "test acc.",
     }
-    rows = [f"training at flood level {results['level']:g}, step {results['learning_rate']:g}: means over the last quarter"]
+    rows = [
+        f"training at flood level {results['level']:g}, step {results['learning_rate']:g}: means"
+        " over the last quarter"
+    ]
     rows.append(f"{'':<30}" + "".join(f"{head:>18}" for head in columns.values()))
     for name, part in results["training"].items():
-        rows.append(f"{name:<30}" + "".join(f"{f'{statistics.estimate(_late(part[column])):.4f}':>18}" for column in columns))
+        rows.append(
+            f"{name:<30}"
+            + "".join(
+                f"{f'{statistics.estimate(_late(part[column])):.4f}':>18}" for column in columns
+            )
+        )
     return "\n".join(rows)
 
 
@@ -339,7 +448,8 @@ def _late(values: Floats) -> Floats:
 
 
 def plot(results: dict[str, Any], output: Path) -> list[Path]:
-    """Draws the deviations from the identities against the step, and loss, sign, gradient norm and eigenvalue over time.
+    """Draws the deviations from the identities against the step, and loss, sign, gradient norm and
+    eigenvalue over time.
 
     Returns:
       The path of the figure, ``flooding.png``.

@@ -1,8 +1,10 @@
-r"""The penalty at the price of SGD: accuracy against the cost of a step, with lazy and sub-batch penalties.
+r"""The penalty at the price of SGD: accuracy against the cost of a step, with lazy and sub-batch
+penalties.
 
-F-GR costs two gradients a step. Applied on every k-th step with gamma times k, and on a fraction f of the batch with that part's own
-gradient, it costs 1 + 2f/k (1 + 1/k for f = 1). Gamma is chosen on one set of seeds and reported on another, for each cell (f, k) by
-search, and once more by rule: the gamma of the full penalty times :func:`gradreg_optax.curvature.penalty_scale`.
+F-GR costs two gradients a step. Applied on every k-th step with gamma times k, and on a fraction f
+of the batch with that part's own gradient, it costs 1 + 2f/k (1 + 1/k for f = 1). Gamma is chosen
+on one set of seeds and reported on another, for each cell (f, k) by search, and once more by rule:
+the gamma of the full penalty times :func:`gradreg_optax.curvature.penalty_scale`.
 """
 
 import dataclasses
@@ -21,7 +23,16 @@ from gradreg_optax._typing import PyTree
 from gradreg_optax.experiments import data, plots, statistics
 from gradreg_optax.experiments.parts import Parts
 from gradreg_optax.experiments.statistics import Array
-from gradreg_optax.experiments.training import METHODS, Method, OptimizerName, Problem, Recipe, Settings, Trainer, problem
+from gradreg_optax.experiments.training import (
+    METHODS,
+    Method,
+    OptimizerName,
+    Problem,
+    Recipe,
+    Settings,
+    Trainer,
+    problem,
+)
 
 LEARNING_RATES: dict[str, float] = {"sgd": 0.2, "momentum": 0.02, "adam": 0.002}
 _METRICS = ("accuracy", "train_loss", "eigenvalue", "diverged")
@@ -35,7 +46,8 @@ class Config:
     """Settings of ``gradreg frontier``."""
 
     output: Path = Path("results/frontier")
-    """Folder for results.json and the figure; finished parts are kept in it, and a second start continues there."""
+    """Folder for results.json and the figure; finished parts are kept in it, and a second start
+    continues there."""
     dataset: str = "digits"
     """digits, fashion-mnist, mnist, cifar10, or the path of an .npz file."""
     data_dir: Path | None = None
@@ -59,35 +71,45 @@ class Config:
     intervals: tuple[int, ...] = (1, 4, 8)
     """Intervals k: the penalty is applied on every k-th step."""
     seed: int = 0
-    """The first seed of the report; the seeds that choose gamma follow after those of the report."""
+    """The first seed of the report; the seeds that choose gamma follow after those of the
+    report."""
     report_seeds: int = 10
     """Seeds that the accuracies are reported on."""
     choose_seeds: int = 10
     """Other seeds, that gamma is chosen on."""
     warmup: bool = True
-    """With Adam among the optimizers: compare ways to start the penalty while the learning rate warms up."""
+    """With Adam among the optimizers: compare ways to start the penalty while the learning rate
+    warms up."""
     redraw: bool = False
     """Draw the figure from the results on disk, without training."""
 
     def __post_init__(self) -> None:
         """Checks what the cells need."""
         if self.fractions[:1] != (1.0,) or self.intervals[:1] != (1,):
-            raise ValueError("fractions and intervals must begin with 1: the full penalty is what the others are compared with.")
+            raise ValueError(
+                "fractions and intervals must begin with 1: the full penalty is what the others are"
+                " compared with."
+            )
         if min(self.report_seeds, self.choose_seeds) < 2:
-            raise ValueError("report_seeds and choose_seeds must be at least 2: a standard error needs two values.")
+            raise ValueError(
+                "report_seeds and choose_seeds must be at least 2: a standard error needs two"
+                " values."
+            )
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Trains every cell for every gamma on the choosing seeds, and the chosen ones on the reporting seeds.
+    """Trains every cell for every gamma on the choosing seeds, and the chosen ones on the reporting
+    seeds.
 
     Args:
       config: the settings.
 
     Returns:
-      "seeds", "dataset", "epsilon", "gammas", and "optimizers": for each a dict with "cells", a list of dicts (label, fraction, interval,
-      choice, gamma, gradients and FLOPs per step relative to SGD, and the metrics, shape (report_seeds,)), "search", the mean accuracies
-      on the choosing seeds, shape (fractions, intervals, gammas), and "probes", what the rule is made of; "warmup", likewise a list of
-      cells.
+      "seeds", "dataset", "epsilon", "gammas", and "optimizers": for each a dict with "cells", a
+      list of dicts (label, fraction, interval, choice, gamma, gradients and FLOPs per step relative
+      to SGD, and the metrics, shape (report_seeds,)), "search", the mean accuracies on the choosing
+      seeds, shape (fractions, intervals, gammas), and "probes", what the rule is made of; "warmup",
+      likewise a list of cells.
 
     Raises:
       ValueError: settings that do not fit the data.
@@ -97,7 +119,10 @@ def run(config: Config) -> dict[str, Any]:
     report, choose = seeds[: config.report_seeds], seeds[config.report_seeds :]
     with tqdm(total=_count(config), unit="part", desc="frontier") as bar:
         parts = Parts(config.output, dataset, bar.update)
-        optimizers = {name: _Race(config, dataset, parts, name, report, choose).run() for name in config.optimizers}
+        optimizers = {
+            name: _Race(config, dataset, parts, name, report, choose).run()
+            for name in config.optimizers
+        }
         warmup = []
         if config.warmup and "adam" in config.optimizers:
             gamma = _cell(optimizers["adam"]["cells"], 1.0, 1)["gamma"]
@@ -116,11 +141,15 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def gradients(fraction: float, interval: int) -> float:
-    """Gradient evaluations per step of a forward difference on a fraction of the batch and on every ``interval``-th step."""
+    """Gradient evaluations per step of a forward difference on a fraction of the batch and on every
+    ``interval``-th step.
+    """
     return 1 + (2 * fraction if fraction < 1 else 1) / interval
 
 
-def _train(parts: Parts, trainer: Trainer, recipe: Recipe, settings: Settings, seeds: Array) -> dict[str, Array]:
+def _train(
+    parts: Parts, trainer: Trainer, recipe: Recipe, settings: Settings, seeds: Array
+) -> dict[str, Array]:
     """The metrics of one call of a trainer."""
     what = {"recipe": dataclasses.asdict(recipe), "settings": dict(settings), "seeds": seeds}
 
@@ -134,8 +163,22 @@ def _train(parts: Parts, trainer: Trainer, recipe: Recipe, settings: Settings, s
 class _Race:
     """All cells of one optimizer."""
 
-    def __init__(self, config: Config, dataset: data.Dataset, parts: Parts, optimizer: OptimizerName, report: Array, choose: Array) -> None:
-        self.config, self.dataset, self.parts, self.report, self.choose = config, dataset, parts, report, choose
+    def __init__(
+        self,
+        config: Config,
+        dataset: data.Dataset,
+        parts: Parts,
+        optimizer: OptimizerName,
+        report: Array,
+        choose: Array,
+    ) -> None:
+        self.config, self.dataset, self.parts, self.report, self.choose = (
+            config,
+            dataset,
+            parts,
+            report,
+            choose,
+        )
         self.recipe = _recipe(config, optimizer)
         self.plain = self._trainer("SGD")
         self.plain_flops = self.plain.flops()
@@ -147,50 +190,95 @@ class _Race:
         trained = self._train(Trainer(self.dataset, METHODS["SGD"], longer), longer, {})
         cells.append(_row("plain, twice the steps", trained, gradients=2.0, flops=2.0))
         cells.append(self._double_backpropagation())
-        trainers = {fraction: self._trainer("F-GR", penalty_fraction=fraction) for fraction in config.fractions}
-        search = np.stack([self._search(trainer, fraction) for fraction, trainer in trainers.items()])
+        trainers = {
+            fraction: self._trainer("F-GR", penalty_fraction=fraction)
+            for fraction in config.fractions
+        }
+        search = np.stack(
+            [self._search(trainer, fraction) for fraction, trainer in trainers.items()]
+        )
         best = np.array(config.gammas)[np.argmax(search, axis=-1)]
         full = float(best[0, 0])
         probes = self._probes(trainers[1.0], full)
         scales = dict(zip(config.fractions, _scales(probes), strict=True))
         for row, (fraction, trainer) in enumerate(trainers.items()):
             cells += self._cells(trainer, fraction, "search", best[row])
-            cells += self._cells(trainer, fraction, "rule", np.full(len(config.intervals), float(f"{full * scales[fraction]:.2g}")))
-        return {"optimizer": label, "learning_rate": self.recipe.learning_rate, "cells": cells, "search": search, "probes": probes}
+            cells += self._cells(
+                trainer,
+                fraction,
+                "rule",
+                np.full(len(config.intervals), float(f"{full * scales[fraction]:.2g}")),
+            )
+        return {
+            "optimizer": label,
+            "learning_rate": self.recipe.learning_rate,
+            "cells": cells,
+            "search": search,
+            "probes": probes,
+        }
 
     def _trainer(self, label: str, **changes: Any) -> Trainer:
         return Trainer(self.dataset, METHODS[label], dataclasses.replace(self.recipe, **changes))
 
-    def _train(self, trainer: Trainer, recipe: Recipe, settings: Settings, seeds: Array | None = None) -> dict[str, Array]:
-        """One run per setting and seed; the metrics have shape (settings, seeds), or (seeds,) without settings."""
+    def _train(
+        self, trainer: Trainer, recipe: Recipe, settings: Settings, seeds: Array | None = None
+    ) -> dict[str, Array]:
+        """One run per setting and seed; the metrics have shape (settings, seeds), or (seeds,)
+        without settings.
+        """
         seeds = self.report if seeds is None else seeds
         count = len(next(iter(settings.values()))) if settings else 1
         lanes = {key: np.repeat(value, len(seeds)) for key, value in settings.items()}
         found = _train(self.parts, trainer, recipe, lanes, np.tile(seeds, count))
-        return {key: value.reshape(count, len(seeds)) if settings else value for key, value in found.items()}
+        return {
+            key: value.reshape(count, len(seeds)) if settings else value
+            for key, value in found.items()
+        }
 
     def _double_backpropagation(self) -> dict[str, Any]:
         trainer = self._trainer("DB")
-        accuracy = [self._train(trainer, self.recipe, {"gamma": [gamma]}, self.choose)["accuracy"][0] for gamma in self.config.gammas]
+        accuracy = [
+            self._train(trainer, self.recipe, {"gamma": [gamma]}, self.choose)["accuracy"][0]
+            for gamma in self.config.gammas
+        ]
         gamma = self.config.gammas[int(np.argmax(_score(np.stack(accuracy))))]
         found = self._train(trainer, self.recipe, {"gamma": [gamma]})
         metrics = {key: value[0] for key, value in found.items()}
-        return _row("DB", metrics, gradients=3.0, flops=trainer.flops() / self.plain_flops, choice="search", gamma=gamma)
+        return _row(
+            "DB",
+            metrics,
+            gradients=3.0,
+            flops=trainer.flops() / self.plain_flops,
+            choice="search",
+            gamma=gamma,
+        )
 
     def _search(self, trainer: Trainer, fraction: float) -> Array:
         """Mean accuracies on the choosing seeds, shape (intervals, gammas)."""
-        found = [self._lazy(trainer, fraction, [gamma] * len(self.config.intervals), self.choose) for gamma in self.config.gammas]
+        found = [
+            self._lazy(trainer, fraction, [gamma] * len(self.config.intervals), self.choose)
+            for gamma in self.config.gammas
+        ]
         return np.stack([_score(metrics["accuracy"]) for metrics in found], axis=-1)
 
     def _probes(self, trainer: Trainer, gamma: float) -> dict[str, Array]:
         """What the rule is made of, measured along the training with the full penalty."""
         seeds, recipe = self.choose[:_PROBE_SEEDS], dataclasses.asdict(self.recipe)
-        what = {"recipe": recipe, "gamma": gamma, "epsilon": self.config.epsilon, "fractions": self.config.fractions}
+        what = {
+            "recipe": recipe,
+            "gamma": gamma,
+            "epsilon": self.config.epsilon,
+            "fractions": self.config.fractions,
+        }
         return self.parts.keep(
-            "probes", what | {"seeds": seeds}, lambda: _probe(problem(self.dataset, self.recipe), trainer, gamma, self.config, seeds)
+            "probes",
+            what | {"seeds": seeds},
+            lambda: _probe(problem(self.dataset, self.recipe), trainer, gamma, self.config, seeds),
         )
 
-    def _cells(self, trainer: Trainer, fraction: float, choice: str, gammas: Array) -> list[dict[str, Any]]:
+    def _cells(
+        self, trainer: Trainer, fraction: float, choice: str, gammas: Array
+    ) -> list[dict[str, Any]]:
         """The cells of one fraction on the reporting seeds."""
         found, penalized = self._lazy(trainer, fraction, gammas, self.report), trainer.flops()
         cells = []
@@ -198,13 +286,31 @@ class _Race:
             flops = (penalized + (interval - 1) * self.plain_flops) / (interval * self.plain_flops)
             cost = {"gradients": gradients(fraction, interval), "flops": flops}
             metrics = {key: value[i] for key, value in found.items()}
-            cells.append(_row("F-GR", metrics, **cost, fraction=fraction, interval=interval, choice=choice, gamma=float(gamma)))
+            cells.append(
+                _row(
+                    "F-GR",
+                    metrics,
+                    **cost,
+                    fraction=fraction,
+                    interval=interval,
+                    choice=choice,
+                    gamma=float(gamma),
+                )
+            )
         return cells
 
-    def _lazy(self, trainer: Trainer, fraction: float, gammas: Sequence[float] | Array, seeds: Array) -> dict[str, Array]:
+    def _lazy(
+        self, trainer: Trainer, fraction: float, gammas: Sequence[float] | Array, seeds: Array
+    ) -> dict[str, Array]:
         intervals = self.config.intervals
-        settings = {"gamma": gammas, "epsilon": [self.config.epsilon] * len(intervals), "interval": intervals}
-        return self._train(trainer, dataclasses.replace(self.recipe, penalty_fraction=fraction), settings, seeds)
+        settings = {
+            "gamma": gammas,
+            "epsilon": [self.config.epsilon] * len(intervals),
+            "interval": intervals,
+        }
+        return self._train(
+            trainer, dataclasses.replace(self.recipe, penalty_fraction=fraction), settings, seeds
+        )
 
 
 def _recipe(config: Config, optimizer: OptimizerName) -> Recipe:
@@ -214,18 +320,29 @@ def _recipe(config: Config, optimizer: OptimizerName) -> Recipe:
     noise = (0.3 if digits else 0.0) if config.label_noise is None else config.label_noise
     rate = LEARNING_RATES[optimizer]
     return Recipe(
-        train_size=train_size, test_size=test_size, label_noise=noise, steps=config.steps, optimizer=optimizer, learning_rate=rate
+        train_size=train_size,
+        test_size=test_size,
+        label_noise=noise,
+        steps=config.steps,
+        optimizer=optimizer,
+        learning_rate=rate,
     )
 
 
 def _row(label: str, metrics: dict[str, Array], **what: Any) -> dict[str, Any]:
-    return {"label": label, "fraction": 0.0, "interval": 1, "choice": "", "gamma": 0.0} | what | metrics
+    return (
+        {"label": label, "fraction": 0.0, "interval": 1, "choice": "", "gamma": 0.0}
+        | what
+        | metrics
+    )
 
 
 def _count(config: Config) -> int:
     """Parts of the whole run, for the progress bar."""
     each = 4 + len(config.gammas) * (1 + len(config.fractions)) + 2 * len(config.fractions)
-    return each * len(config.optimizers) + (len(_STARTS) if config.warmup and "adam" in config.optimizers else 0)
+    return each * len(config.optimizers) + (
+        len(_STARTS) if config.warmup and "adam" in config.optimizers else 0
+    )
 
 
 def _score(accuracy: Array) -> Array:
@@ -234,20 +351,28 @@ def _score(accuracy: Array) -> Array:
     return mean
 
 
-def _cell(cells: list[dict[str, Any]], fraction: float, interval: int, choice: str = "search") -> dict[str, Any]:
+def _cell(
+    cells: list[dict[str, Any]], fraction: float, interval: int, choice: str = "search"
+) -> dict[str, Any]:
     wanted = ("F-GR", fraction, interval, choice)
-    return next(cell for cell in cells if (cell["label"], cell["fraction"], cell["interval"], cell["choice"]) == wanted)
+    return next(
+        cell
+        for cell in cells
+        if (cell["label"], cell["fraction"], cell["interval"], cell["choice"]) == wanted
+    )
 
 
 # The rule: squared gradient norms and curvature of batches and their parts along the training.
 
 
-def _probe(task: Problem, trainer: Trainer, gamma: float, config: Config, seeds: Array) -> dict[str, Array]:
+def _probe(
+    task: Problem, trainer: Trainer, gamma: float, config: Config, seeds: Array
+) -> dict[str, Array]:
     """Averages over batches and seeds along the training with the full penalty.
 
     Returns:
-      "step", shape (times,); "norm", the mean squared gradient norm of fB samples, and "eigenvalue", the mean top Hessian eigenvalue of
-      their loss, shapes (times, fractions).
+      "step", shape (times,); "norm", the mean squared gradient norm of fB samples, and
+      "eigenvalue", the mean top Hessian eigenvalue of their loss, shapes (times, fractions).
     """
     stride = max(1, config.steps // _PROBE_TIMES // 100) * 100
     split, times, found = task.draw(seeds), [], []
@@ -255,14 +380,19 @@ def _probe(task: Problem, trainer: Trainer, gamma: float, config: Config, seeds:
     for states in trainer.states({"gamma": gamma, "epsilon": config.epsilon, "interval": 1}, seeds):
         step = int(states.step[0])
         if step % stride == 0:
-            lanes = [probe(*jax.tree.map(lambda x, i=i: x[i], (states.params, split))) for i in range(len(seeds))]
+            lanes = [
+                probe(*jax.tree.map(lambda x, i=i: x[i], (states.params, split)))
+                for i in range(len(seeds))
+            ]
             times.append(step)
             found.append(jax.tree.map(lambda *values: np.mean(values, axis=0), *lanes))
     norms, eigenvalues = (np.stack(values) for values in zip(*found, strict=True))
     return {"step": np.array(times), "norm": norms, "eigenvalue": eigenvalues}
 
 
-def _probe_batches(task: Problem, params: PyTree, split: data.Split, fractions: tuple[float, ...]) -> tuple[jax.Array, jax.Array]:
+def _probe_batches(
+    task: Problem, params: PyTree, split: data.Split, fractions: tuple[float, ...]
+) -> tuple[jax.Array, jax.Array]:
     size = task.recipe.batch_size
 
     def one(key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -270,9 +400,15 @@ def _probe_batches(task: Problem, params: PyTree, split: data.Split, fractions: 
         batch = task.take(task.pool, split.train[rows]), split.train_labels[rows]
         norms, eigenvalues = [], []
         for fraction in fractions:
-            value_fn = functools.partial(_value, task, tuple(x[: round(fraction * size)] for x in batch))
-            norms.append(curvature.penalty_scale(task.loss, params, batch, penalty_fraction=fraction).part)
-            eigenvalues.append(curvature.top_hessian_eigenvalue(value_fn, params, key, num_matvecs=12).value)
+            value_fn = functools.partial(
+                _value, task, tuple(x[: round(fraction * size)] for x in batch)
+            )
+            norms.append(
+                curvature.penalty_scale(task.loss, params, batch, penalty_fraction=fraction).part
+            )
+            eigenvalues.append(
+                curvature.top_hessian_eigenvalue(value_fn, params, key, num_matvecs=12).value
+            )
         return jnp.stack(norms), jnp.stack(eigenvalues)
 
     norms, eigenvalues = jax.lax.map(one, jax.random.split(jax.random.key(0), _PROBES))
@@ -284,25 +420,46 @@ def _value(task: Problem, batch: Any, params: PyTree) -> jax.Array:
 
 
 def _scales(probes: dict[str, Array]) -> Array:
-    """The factor on gamma for each fraction: the ratio of the squared norms, averaged over the training."""
+    """The factor on gamma for each fraction: the ratio of the squared norms, averaged over the
+    training.
+    """
     norm = np.mean(probes["norm"], axis=0)
     return np.asarray(norm[0] / norm)
 
 
 # Warm-up.
 
-_STARTS = ("no penalty", "gamma from the start", "gamma rises", "gamma switched on", "epsilon rises")
+_STARTS = (
+    "no penalty",
+    "gamma from the start",
+    "gamma rises",
+    "gamma switched on",
+    "epsilon rises",
+)
 
 
-def _warmups(config: Config, dataset: data.Dataset, parts: Parts, gamma: float, report: Array) -> list[dict[str, Any]]:
-    """Adam with a learning rate that warms up over a tenth of the steps, and a penalty that starts in several ways."""
+def _warmups(
+    config: Config, dataset: data.Dataset, parts: Parts, gamma: float, report: Array
+) -> list[dict[str, Any]]:
+    """Adam with a learning rate that warms up over a tenth of the steps, and a penalty that starts
+    in several ways.
+    """
     steps = config.steps // 10
     recipe = dataclasses.replace(_recipe(config, "adam"), warmup_steps=steps)
     cells = []
     for start in _STARTS:
         settings = {} if start == "no penalty" else {"gamma": gamma, "epsilon": config.epsilon}
-        trainer = Trainer(dataset, METHODS["SGD"] if start == "no penalty" else _starting(start, steps), recipe)
-        cells.append({"start": start, "steps": steps, "gamma": gamma, **_train(parts, trainer, recipe, settings, report)})
+        trainer = Trainer(
+            dataset, METHODS["SGD"] if start == "no penalty" else _starting(start, steps), recipe
+        )
+        cells.append(
+            {
+                "start": start,
+                "steps": steps,
+                "gamma": gamma,
+                **_train(parts, trainer, recipe, settings, report),
+            }
+        )
     return cells
 
 
@@ -330,27 +487,39 @@ def _starting(start: str, steps: int) -> Method:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The cells of each optimizer as text: cost, accuracy, paired difference to the full penalty, and the share of its gain over SGD."""
+    """The cells of each optimizer as text: cost, accuracy, paired difference to the full penalty,
+    and the share of its gain over SGD.
+    """
     lines: list[str] = []
     for name, found in results["optimizers"].items():
         lines += [f"{name}, learning rate {found['learning_rate']:g}", _HEAD]
         full, plain = _cell(found["cells"], 1.0, 1), found["cells"][0]
-        lines += [_line(cell, full, plain) for cell in found["cells"] if cell is not _cell(found["cells"], 1.0, 1, "rule")]
+        lines += [
+            _line(cell, full, plain)
+            for cell in found["cells"]
+            if cell is not _cell(found["cells"], 1.0, 1, "rule")
+        ]
         lines += ["", *_rule_lines(results, found), "", *_search_lines(results, found), ""]
     if results["warmup"]:
         lines += _warmup_lines(results["warmup"])
     report, choose = (len(results["seeds"][name]) for name in ("report", "choose"))
     lines += [
-        f"{results['dataset']}: means over {report} seeds ± standard error; gamma chosen on {choose} others.",
-        "p: paired t-test against the full penalty (f = 1, k = 1, by search); below: worse than it by more than one standard error.",
+        (
+            f"{results['dataset']}: means over {report} seeds ± standard error; gamma chosen on"
+            f" {choose} others."
+        ),
+        (
+            "p: paired t-test against the full penalty (f = 1, k = 1, by search); below: worse than"
+            " it by more than one standard error."
+        ),
         "Costs are per step, relative to the plain optimizer; twice the steps is twice the budget.",
     ]
     return "\n".join(lines)
 
 
 _HEAD = (
-    f"{'method':<22} {'f':>5} {'k':>3} {'gamma':>6} {'by':<6} {'gradients':>9} {'FLOPs':>6} {'test accuracy %':>15} "
-    f"{'minus full F-GR':>15} {'p':>8} {'':<5} {'share of its gain':>17}"
+    f"{'method':<22} {'f':>5} {'k':>3} {'gamma':>6} {'by':<6} {'gradients':>9} {'FLOPs':>6}"
+    f" {'test accuracy %':>15} {'minus full F-GR':>15} {'p':>8} {'':<5} {'share of its gain':>17}"
 )
 
 
@@ -361,17 +530,24 @@ def _line(cell: dict[str, Any], full: dict[str, Any], plain: dict[str, Any]) -> 
     found = statistics.estimate(100 * cell["accuracy"])
     lost = len(cell["accuracy"]) - found.size
     accuracy = f"{found:.2f}" + (f" ({lost} diverged)" if lost else "")
-    left = f"{cell['label']:<22} {fraction:>5} {interval:>3} {gamma:>6} {cell['choice']:<6} {cell['gradients']:>9.3f} {cell['flops']:>6.3f}"
+    left = (
+        f"{cell['label']:<22} {fraction:>5} {interval:>3} {gamma:>6} {cell['choice']:<6}"
+        f" {cell['gradients']:>9.3f} {cell['flops']:>6.3f}"
+    )
     minus, p, mark, share = "", "", "", ""
     if cell is not full:
         difference = statistics.paired(100 * cell["accuracy"], 100 * full["accuracy"])
         minus, p = f"{difference:+.2f}", f"{difference.p:.1g}"
-        mark, share = ("" if keeps_up(cell, full) else "below"), f"{gain_share(cell, full, plain):.0%}"
+        mark, share = (
+            ("" if keeps_up(cell, full) else "below"),
+            f"{gain_share(cell, full, plain):.0%}",
+        )
     return f"{left} {accuracy:>15} {minus:>15} {p:>8} {mark:<5} {share:>17}"
 
 
 def keeps_up(cell: dict[str, Any], full: dict[str, Any]) -> bool:
-    """Whether a cell's accuracy is not below the full penalty's by more than one standard error of their paired difference.
+    """Whether a cell's accuracy is not below the full penalty's by more than one standard error of
+    their paired difference.
 
     A cell where a run diverged does not keep up.
     """
@@ -380,34 +556,53 @@ def keeps_up(cell: dict[str, Any], full: dict[str, Any]) -> bool:
 
 
 def gain_share(cell: dict[str, Any], full: dict[str, Any], plain: dict[str, Any]) -> float:
-    """A cell's gain in accuracy over the plain optimizer, divided by the full penalty's gain; NaN where that is zero."""
+    """A cell's gain in accuracy over the plain optimizer, divided by the full penalty's gain; NaN
+    where that is zero.
+    """
     accuracy, most, least = (float(_score(one["accuracy"])) for one in (cell, full, plain))
     return (accuracy - least) / (most - least) if most != least else float("nan")
 
 
 def _rule_lines(results: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """What the rule says: the factor on gamma at the start and over the training, and the kick of a lazy step."""
+    """What the rule says: the factor on gamma at the start and over the training, and the kick of a
+    lazy step.
+    """
     probes, lines = found["probes"], []
     for i, fraction in enumerate(results["fractions"]):
         if fraction < 1:
             early, late = probes["norm"][0, 0] / probes["norm"][0, i], _scales(probes)[i]
-            best = _cell(found["cells"], fraction, 1)["gamma"] / _cell(found["cells"], 1.0, 1)["gamma"]
+            best = (
+                _cell(found["cells"], fraction, 1)["gamma"] / _cell(found["cells"], 1.0, 1)["gamma"]
+            )
             lines.append(
-                f"factor on gamma for f = {fraction:g}: {early:.2f} at the start, {late:.2f} over the training; by search {best:.2f}"
+                f"factor on gamma for f = {fraction:g}: {early:.2f} at the start, {late:.2f} over"
+                f" the training; by search {best:.2f}"
             )
     return lines
 
 
 def _search_lines(results: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """The mean accuracies on the choosing seeds; with SGD also the kick of the step that takes the penalty."""
-    kick, title = kicks(results, found["optimizer"]), "test accuracy % on the seeds that choose gamma"
+    """The mean accuracies on the choosing seeds; with SGD also the kick of the step that takes the
+    penalty.
+    """
+    kick, title = (
+        kicks(results, found["optimizer"]),
+        "test accuracy % on the seeds that choose gamma",
+    )
     known = found["optimizer"] == "sgd"
     lines = [title + (", and the kick eta lambda (1 + k gamma lambda)" if known else "")]
-    lines.append(f"{'f':>6} {'k':>3}" + "".join(f"{f'gamma {gamma:g}':>13}" for gamma in results["gammas"]))
+    lines.append(
+        f"{'f':>6} {'k':>3}" + "".join(f"{f'gamma {gamma:g}':>13}" for gamma in results["gammas"])
+    )
     for i, fraction in enumerate(results["fractions"]):
         for j, interval in enumerate(results["intervals"]):
-            shown = [f"{100 * a:.1f}" + (f" ({b:.1f})" if known else "") for a, b in zip(found["search"][i, j], kick[i, j], strict=True)]
-            lines.append(f"{fraction:>6g} {interval:>3g}" + "".join(f"{text:>13}" for text in shown))
+            shown = [
+                f"{100 * a:.1f}" + (f" ({b:.1f})" if known else "")
+                for a, b in zip(found["search"][i, j], kick[i, j], strict=True)
+            ]
+            lines.append(
+                f"{fraction:>6g} {interval:>3g}" + "".join(f"{text:>13}" for text in shown)
+            )
     return lines
 
 
@@ -416,34 +611,48 @@ def _searched(cells: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def kicks(results: dict[str, Any], optimizer: str = "sgd") -> Array:
-    r"""How far the steps that take the penalty go in the sharpest direction of their samples: :math:`\eta\lambda(1 + k\gamma\lambda)`.
+    r"""How far the steps that take the penalty go in the sharpest direction of their samples:
+    :math:`\eta\lambda(1 + k\gamma\lambda)`.
 
     Args:
       results: of :func:`run`.
       optimizer: which of them; what it says is plain descent's.
 
     Returns:
-      One minus the factor on the distance to the minimum in that direction, shape (fractions, intervals, gammas), as
-      "search" has it; beyond 2 the step overshoots.
+      One minus the factor on the distance to the minimum in that direction, shape (fractions,
+      intervals, gammas), as "search" has it; beyond 2 the step overshoots.
     """
     found = results["optimizers"][optimizer]
     top = np.mean(found["probes"]["eigenvalue"], axis=0)[:, None, None]
-    kick: Array = found["learning_rate"] * top * (1 + results["intervals"][:, None] * results["gammas"] * top)
+    kick: Array = (
+        found["learning_rate"] * top * (1 + results["intervals"][:, None] * results["gammas"] * top)
+    )
     return kick
 
 
 def _warmup_lines(cells: list[dict[str, Any]]) -> list[str]:
     reference = next(cell for cell in cells if cell["start"] == "gamma from the start")
-    lines = [f"adam, learning rate warmed up over {cells[0]['steps']:g} steps, F-GR with gamma {cells[0]['gamma']:g}"]
+    lines = [
+        f"adam, learning rate warmed up over {cells[0]['steps']:g} steps, F-GR with gamma"
+        f" {cells[0]['gamma']:g}"
+    ]
     for cell in cells:
         minus = statistics.paired(100 * cell["accuracy"], 100 * reference["accuracy"])
-        compared = "" if cell is reference else f"{minus:+.2f} against gamma from the start, p = {minus.p:.1g}"
-        lines.append(f"{cell['start']:<22} {statistics.estimate(100 * cell['accuracy']):.2f}   {compared}")
+        compared = (
+            ""
+            if cell is reference
+            else f"{minus:+.2f} against gamma from the start, p = {minus.p:.1g}"
+        )
+        lines.append(
+            f"{cell['start']:<22} {statistics.estimate(100 * cell['accuracy']):.2f}   {compared}"
+        )
     return [*lines, ""]
 
 
 def plot(results: dict[str, Any], output: Path) -> list[Path]:
-    """Draws frontier.png: accuracy against the cost of a step; diamonds are cells whose gamma comes from the rule."""
+    """Draws frontier.png: accuracy against the cost of a step; diamonds are cells whose gamma comes
+    from the rule.
+    """
     made, axes = plots.figure(len(results["optimizers"]), width=4.4, height=3.9)
     for axis, (name, found) in zip(axes, results["optimizers"].items(), strict=True):
         for cell in found["cells"]:
@@ -452,7 +661,15 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
             cells = [cell for cell in _searched(found["cells"]) if cell["fraction"] == fraction]
             means = [100 * statistics.estimate(cell["accuracy"]).mean for cell in cells]
             color, text = _COLORS[bool(fraction < 1)], f"F-GR, f = {fraction:g}"
-            axis.plot([cell["gradients"] for cell in cells], means, "-", lw=1, color=color, zorder=0, label=text)
+            axis.plot(
+                [cell["gradients"] for cell in cells],
+                means,
+                "-",
+                lw=1,
+                color=color,
+                zorder=0,
+                label=text,
+            )
         axis.set(xlabel="cost of a step (gradient evaluations)", title=name, xlim=(0.8, 3.3))
         axis.margins(y=0.15)
         axis.legend(loc="center right", frameon=False, fontsize=8)
@@ -467,11 +684,36 @@ def _draw(axis: Any, cell: dict[str, Any]) -> None:
     lazy = cell["label"] == "F-GR"
     if lazy and cell["choice"] == "rule" and cell["fraction"] == 1:
         return
-    color = _COLORS[bool(cell["fraction"] < 1)] if lazy else plots.COLORS["DB" if cell["label"] == "DB" else "SGD"]
+    color = (
+        _COLORS[bool(cell["fraction"] < 1)]
+        if lazy
+        else plots.COLORS["DB" if cell["label"] == "DB" else "SGD"]
+    )
     mean, error, _ = statistics.estimate(100 * cell["accuracy"])
     hollow = {"markerfacecolor": "white"} if cell["choice"] == "rule" else {}
     cost = cell["gradients"]
-    axis.errorbar(cost, mean, error, fmt="D" if hollow else "o", ms=5, color=color, alpha=0.6 if hollow else 1, **hollow)
+    axis.errorbar(
+        cost,
+        mean,
+        error,
+        fmt="D" if hollow else "o",
+        ms=5,
+        color=color,
+        alpha=0.6 if hollow else 1,
+        **hollow,
+    )
     if not hollow:
-        text, place = (f"k={cell['interval']:g}", (-4, -22 if cell["fraction"] < 1 else 16)) if lazy else (cell["label"], (6, -11))
-        axis.annotate(text, (cost, mean), place, textcoords="offset points", fontsize=7, color=color, rotation=60 if lazy else 0)
+        text, place = (
+            (f"k={cell['interval']:g}", (-4, -22 if cell["fraction"] < 1 else 16))
+            if lazy
+            else (cell["label"], (6, -11))
+        )
+        axis.annotate(
+            text,
+            (cost, mean),
+            place,
+            textcoords="offset points",
+            fontsize=7,
+            color=color,
+            rotation=60 if lazy else 0,
+        )

@@ -1,17 +1,19 @@
 r"""Implicit bias: gradient regularization moves a diagonal linear network to the rich regime.
 
-The network is :math:`f(x) = \langle x, \beta\rangle` with :math:`\beta = u\odot u - v\odot v` and the loss
-:math:`L = \frac{1}{4N}\|X\beta - y\|^2`, with fewer samples than features, from :math:`u = v = \alpha 1`. With
-:math:`s = X^\top(X\beta - y)/N`, and :math:`s'` the same vector at :math:`\theta + \epsilon\nabla L(\theta)`, the flow of the
-regularized gradient reaches the solution of :math:`X\beta = y` with the least hyperbolic entropy :math:`\Phi_a` of the scale
+The network is :math:`f(x) = \langle x, \beta\rangle` with :math:`\beta = u\odot u - v\odot v` and
+the loss :math:`L = \frac{1}{4N}\|X\beta - y\|^2`, with fewer samples than features, from
+:math:`u = v = \alpha 1`. With :math:`s = X^\top(X\beta - y)/N`, and :math:`s'` the same vector at
+:math:`\theta + \epsilon\nabla L(\theta)`, the flow of the regularized gradient reaches the solution
+of :math:`X\beta = y` with the least hyperbolic entropy :math:`\Phi_a` of the scale
 
 .. math::
 
     \alpha_\text{eff} = \alpha \exp\Big(-\gamma \int_0^\infty s \odot s' \, dt\Big).
 
-A small scale is the rich regime (sparse, near the minimum L1 norm), a large one the lazy regime. Here the flow is integrated in
-float64 through the package's own gradients, and the solution that it reaches is compared with the minimizer of the entropy,
-which is found independently, by convex duality. Sources: Karakida et al., ICML 2023; Woodworth et al., COLT 2020 (the entropy).
+A small scale is the rich regime (sparse, near the minimum L1 norm), a large one the lazy regime.
+Here the flow is integrated in float64 through the package's own gradients, and the solution that it
+reaches is compared with the minimizer of the entropy, which is found independently, by convex
+duality. Sources: Karakida et al., ICML 2023; Woodworth et al., COLT 2020 (the entropy).
 """
 
 import dataclasses
@@ -35,9 +37,11 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 Array: TypeAlias = Any  # of NumPy or of JAX
 Method: TypeAlias = Literal["difference", "product"]
 
-# Local error of the integrator per step, absolute and relative, in the setting that is worst: far below what the comparison resolves.
+# Local error of the integrator per step, absolute and relative, in the setting that is worst: far
+# below what the comparison resolves.
 TOLERANCE = 1e-9
-# Size of X beta - y, relative to the terms of that sum, at which the dual problem counts as solved; rounding stops Newton near 1e-16.
+# Size of X beta - y, relative to the terms of that sum, at which the dual problem counts as solved;
+# rounding stops Newton near 1e-16.
 SOLVED = 1e-13
 # The flow's time is cut into pieces, between which progress shows.
 PIECES = 6
@@ -59,7 +63,8 @@ class Config:
     redraw: bool = False
     """Draw the figure from the results on disk, without a run."""
     seeds: int = 5
-    """Number of data sets of each kind: inputs of mean one, the same with few samples, inputs of mean zero."""
+    """Number of data sets of each kind: inputs of mean one, the same with few samples, inputs of
+    mean zero."""
     samples: int = 50
     """Number of samples N."""
     features: int = 100
@@ -69,17 +74,24 @@ class Config:
     alpha: float = 0.1
     """Initial scale of the weights."""
     gamma: float = 0.1
-    """Regularization coefficient; from 0.3 on every scheme collapses to the saddle at the origin."""
+    """Regularization coefficient; from 0.3 on every scheme collapses to the saddle at the
+    origin."""
     epsilons: tuple[float, ...] = (-0.4, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)
-    """Ascent steps in increasing order: negative ones are B-GR, zero is DB, positive ones are F-GR. From 0.3 on the trend reverses."""
+    """Ascent steps in increasing order: negative ones are B-GR, zero is DB, positive ones are F-GR.
+    From 0.3 on the trend reverses."""
     horizon: float = 120.0
     """Time to which the flow is integrated."""
     few: int = 15
-    """Number of samples of the data sets on which the flow has converged long before the horizon."""
+    """Number of samples of the data sets on which the flow has converged long before the
+    horizon."""
 
     def cases(self) -> dict[str, tuple[float, int]]:
         """Mean of the inputs and number of samples of the three kinds of data sets."""
-        return {"mean_one": (1.0, self.samples), "converged": (1.0, self.few), "mean_zero": (0.0, self.samples)}
+        return {
+            "mean_one": (1.0, self.samples),
+            "converged": (1.0, self.few),
+            "mean_zero": (0.0, self.samples),
+        }
 
 
 class Flow(NamedTuple):
@@ -103,7 +115,9 @@ def loss_fn(params: tuple[Array, Array], x: Array, y: Array) -> jax.Array:
 
 
 def slope(params: tuple[Array, Array], x: Array, y: Array) -> jax.Array:
-    r"""The vector :math:`s = X^\top(X\beta - y)/N`: the loss has the gradient :math:`(u\odot s, -v\odot s)`."""
+    r"""The vector :math:`s = X^\top(X\beta - y)/N`: the loss has the gradient
+    :math:`(u\odot s, -v\odot s)`.
+    """
     u, v = params
     product: jax.Array = x.T @ (x @ (u**2 - v**2) - y) / y.size
     return product
@@ -113,7 +127,8 @@ def velocity(method: Method, flow: Flow, x: Array, y: Array, gamma: Array, epsil
     """The time derivative of the flow: minus the regularized gradient of the package, and s * s'.
 
     Args:
-      method: "difference" for F-GR and, with a negative epsilon, B-GR; "product" for DB, which does not look at epsilon.
+      method: "difference" for F-GR and, with a negative epsilon, B-GR; "product" for DB, which does
+        not look at epsilon.
       flow: the state, for one data set and one setting.
       x: inputs, shape (N, d).
       y: targets, shape (N,).
@@ -131,8 +146,16 @@ def velocity(method: Method, flow: Flow, x: Array, y: Array, gamma: Array, epsil
 
 
 @partial(jax.jit, static_argnames="method")
-def integrate(method: Method, flow: Flow, start: float, stop: float, data: tuple[Floats, Floats], settings: tuple[Floats, Floats]) -> Flow:
-    """Carries the flow from ``start`` to ``stop``, for all data sets and settings at once, with the steps that the worst of them needs.
+def integrate(
+    method: Method,
+    flow: Flow,
+    start: float,
+    stop: float,
+    data: tuple[Floats, Floats],
+    settings: tuple[Floats, Floats],
+) -> Flow:
+    """Carries the flow from ``start`` to ``stop``, for all data sets and settings at once, with the
+    steps that the worst of them needs.
 
     Args:
       method: as for :func:`velocity`.
@@ -164,7 +187,8 @@ def _worst(error: Flow) -> jax.Array:
 
 
 def hyperbolic_entropy(beta: Floats, scale: Floats) -> Floats:
-    r"""The entropy :math:`\Phi_a(\beta) = \sum_i a_i^2\, q(\beta_i / a_i^2)`, :math:`q(z) = 2 - \sqrt{4 + z^2} + z\,\text{asinh}(z/2)`.
+    r"""The entropy :math:`\Phi_a(\beta) = \sum_i a_i^2\, q(\beta_i / a_i^2)`,
+    :math:`q(z) = 2 - \sqrt{4 + z^2} + z\,\text{asinh}(z/2)`.
 
     Args:
       beta: weights, shape (..., d).
@@ -175,11 +199,13 @@ def hyperbolic_entropy(beta: Floats, scale: Floats) -> Floats:
 
 
 def least_entropy(x: Floats, y: Floats, scale: Floats, stages: int = 25) -> Floats:
-    r"""Minimizes the hyperbolic entropy :math:`\Phi_a(\beta)` subject to :math:`X\beta = y`, by its convex dual.
+    r"""Minimizes the hyperbolic entropy :math:`\Phi_a(\beta)` subject to :math:`X\beta = y`, by its
+    convex dual.
 
     The minimizer is :math:`\beta = 2a^2\odot\sinh(X^\top\nu)`, where :math:`\nu` minimizes
-    :math:`\sum_i 2a_i^2\cosh(X^\top\nu)_i - \langle y, \nu\rangle`. Newton's method with a line search finds it, first for a large scale,
-    where the problem is nearly quadratic, then along a path on which log a changes in equal steps.
+    :math:`\sum_i 2a_i^2\cosh(X^\top\nu)_i - \langle y, \nu\rangle`. Newton's method with a line
+    search finds it, first for a large scale, where the problem is nearly quadratic, then along a
+    path on which log a changes in equal steps.
 
     Args:
       x: inputs of full row rank, shape (N, d).
@@ -195,7 +221,10 @@ def least_entropy(x: Floats, y: Floats, scale: Floats, stages: int = 25) -> Floa
       RuntimeError: Newton's method did not converge.
     """
     if np.linalg.matrix_rank(x) < len(x):
-        raise ValueError(f"least_entropy: the {len(x)} rows of x are not independent: leave out those that repeat the others.")
+        raise ValueError(
+            f"least_entropy: the {len(x)} rows of x are not independent: leave out those that"
+            " repeat the others."
+        )
     lazy = np.maximum(scale, np.sqrt(np.abs(np.linalg.lstsq(x, y)[0]).max() + 1e-300))
     nu = np.zeros(len(y))
     for weight in np.linspace(0, 1, stages):
@@ -204,7 +233,9 @@ def least_entropy(x: Floats, y: Floats, scale: Floats, stages: int = 25) -> Floa
 
 
 def _newton(x: Floats, y: Floats, scale: Floats, nu: Any) -> Floats:
-    """Minimizes the dual from ``nu`` on, until the constraint holds to ``SOLVED`` or rounding stops the descent."""
+    """Minimizes the dual from ``nu`` on, until the constraint holds to ``SOLVED`` or rounding stops
+    the descent.
+    """
     for _ in range(200):
         beta = 2 * scale**2 * np.sinh(x.T @ nu)
         gradient = x @ beta - y
@@ -213,11 +244,16 @@ def _newton(x: Floats, y: Floats, scale: Floats, nu: Any) -> Floats:
         hessian = (x * (2 * scale**2 * np.cosh(x.T @ nu))) @ x.T
         step = -np.linalg.solve(hessian, gradient)
         nu = nu + _step_length(x, y, scale, nu, step, gradient @ step) * step
-    raise RuntimeError(f"least_entropy: Newton's method stopped at a residual of {np.linalg.norm(gradient):.1e}: take more stages.")
+    raise RuntimeError(
+        f"least_entropy: Newton's method stopped at a residual of {np.linalg.norm(gradient):.1e}:"
+        " take more stages."
+    )
 
 
 def _step_length(x: Floats, y: Floats, scale: Floats, nu: Any, step: Any, descent: Any) -> float:
-    """The largest of 1, 1/2, 1/4, ... that brings a fair share of the descent promised by the gradient."""
+    """The largest of 1, 1/2, 1/4, ... that brings a fair share of the descent promised by the
+    gradient.
+    """
 
     def dual(point: Floats) -> float:
         with np.errstate(over="ignore", invalid="ignore"):  # a step too far is infinitely bad
@@ -225,44 +261,70 @@ def _step_length(x: Floats, y: Floats, scale: Floats, nu: Any, step: Any, descen
 
     here = dual(nu)
     for length in 0.5 ** np.arange(60.0):
-        # Near the minimum the gain drowns in the rounding of the dual itself, and Newton's full step is right.
+        # Near the minimum the gain drowns in the rounding of the dual itself, and Newton's full
+        # step is right.
         if dual(nu + length * step) <= here + 1e-4 * length * descent + 1e-12 * abs(here):
             return float(length)
     return 0.0
 
 
 def draw_data(config: Config, mean: float, samples: int) -> tuple[Floats, Floats, Floats]:
-    """Inputs N(mean, 1), targets and the teacher, stacked over data sets: shapes (S, N, d), (S, N), (d,)."""
-    teacher = np.where(np.arange(config.features) < config.support, 3 / np.sqrt(config.support), 0.0)
+    """Inputs N(mean, 1), targets and the teacher, stacked over data sets: shapes (S, N, d), (S, N),
+    (d,).
+    """
+    teacher = np.where(
+        np.arange(config.features) < config.support, 3 / np.sqrt(config.support), 0.0
+    )
     size = (samples, config.features)
-    x = np.stack([mean + np.random.default_rng(config.seed + i).normal(size=size) for i in range(config.seeds)])
+    x = np.stack(
+        [
+            mean + np.random.default_rng(config.seed + i).normal(size=size)
+            for i in range(config.seeds)
+        ]
+    )
     return x, x @ teacher, teacher
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Integrates the plain flow (gamma = 0) and the flow of every epsilon, and solves the dual problem of each.
+    """Integrates the plain flow (gamma = 0) and the flow of every epsilon, and solves the dual
+    problem of each.
 
     Returns:
-      ``epsilon``, ``gamma`` and ``alpha``, and for each kind of data sets what :func:`measure` says.
+      ``epsilon``, ``gamma`` and ``alpha``, and for each kind of data sets what :func:`measure`
+      says.
 
     Raises:
       ValueError: the epsilons are not in increasing order.
     """
     if list(config.epsilons) != sorted(set(config.epsilons)):
-        raise ValueError(f"implicit-bias: epsilons must be in increasing order, got {config.epsilons}: sort them.")
-    found: dict[str, Any] = {"epsilon": np.array(config.epsilons), "gamma": config.gamma, "alpha": config.alpha}
+        raise ValueError(
+            f"implicit-bias: epsilons must be in increasing order, got {config.epsilons}: sort"
+            " them."
+        )
+    found: dict[str, Any] = {
+        "epsilon": np.array(config.epsilons),
+        "gamma": config.gamma,
+        "alpha": config.alpha,
+    }
     parts = len(config.cases()) * len(methods(config)) * PIECES
-    with jax.enable_x64(True), tqdm(total=parts, desc="flow", unit="part", disable=None) as progress:
+    with (
+        jax.enable_x64(True),
+        tqdm(total=parts, desc="flow", unit="part", disable=None) as progress,
+    ):
         for name, (mean, samples) in config.cases().items():
             x, y, teacher = draw_data(config, mean, samples)
-            found[name] = measure(config, x, y, teacher, mean, solve_flows(config, x, y, progress.update))
+            found[name] = measure(
+                config, x, y, teacher, mean, solve_flows(config, x, y, progress.update)
+            )
     return found
 
 
 def methods(config: Config) -> dict[Method, list[tuple[int, float, float]]]:
     """The settings (place, gamma, epsilon) by method; the plain flow has place 0."""
     settings = list(enumerate(config.epsilons, start=1))
-    difference = [(0, 0.0, 1.0)] + [(place, config.gamma, epsilon) for place, epsilon in settings if epsilon != 0]
+    difference = [(0, 0.0, 1.0)] + [
+        (place, config.gamma, epsilon) for place, epsilon in settings if epsilon != 0
+    ]
     product = [(place, config.gamma, 0.0) for place, epsilon in settings if epsilon == 0]
     found: dict[Method, list[tuple[int, float, float]]] = {"difference": difference}
     return found | {"product": product} if product else found
@@ -277,22 +339,28 @@ def solve_flows(config: Config, x: Floats, y: Floats, progress: Callable[[], obj
         start = np.full((len(x), len(places), config.features), config.alpha)
         flow = Flow(start, start, 0 * start)
         for piece in pairwise(knots.tolist()):
-            flow = Flow(*map(np.asarray, integrate(method, flow, *piece, (x, y), (gammas, epsilons))))
+            flow = Flow(
+                *map(np.asarray, integrate(method, flow, *piece, (x, y), (gammas, epsilons)))
+            )
             progress()
         for target, part in zip(whole, flow, strict=True):
             target[:, places] = part
     return whole
 
 
-def measure(config: Config, x: Floats, y: Floats, teacher: Floats, mean: float, flow: Flow) -> dict[str, Any]:
+def measure(
+    config: Config, x: Floats, y: Floats, teacher: Floats, mean: float, flow: Flow
+) -> dict[str, Any]:
     """What the flows reached, compared with the minimizers of the entropy.
 
     Returns:
-      Arrays of shape (data sets, 1 + epsilons), the plain flow first: ``scale``, the geometric mean of alpha_eff / alpha;
-      ``conservation``, the largest relative error of u * v = alpha_eff ** 2; ``l1``, the L1 norm over the teacher's; ``error``, the squared
-      distance to the teacher over its squared norm; ``risk``, the same in the norm of the inputs' second moments, that is the test loss;
-      ``residual`` of X beta = y, relative; ``agreement``, the relative distance between the reached weights and those predicted for
-      X beta(T), and ``agreement_y``, for y itself. And of the first data set the weights, ``reached`` and ``predicted``.
+      Arrays of shape (data sets, 1 + epsilons), the plain flow first: ``scale``, the geometric mean
+      of alpha_eff / alpha; ``conservation``, the largest relative error of u * v = alpha_eff ** 2;
+      ``l1``, the L1 norm over the teacher's; ``error``, the squared distance to the teacher over
+      its squared norm; ``risk``, the same in the norm of the inputs' second moments, that is the
+      test loss; ``residual`` of X beta = y, relative; ``agreement``, the relative distance between
+      the reached weights and those predicted for X beta(T), and ``agreement_y``, for y itself. And
+      of the first data set the weights, ``reached`` and ``predicted``.
     """
     gamma = np.array([0.0] + [config.gamma] * len(config.epsilons))[:, None]
     beta, scale = flow.u**2 - flow.v**2, config.alpha * np.exp(-gamma * flow.decay)
@@ -314,8 +382,15 @@ def measure(config: Config, x: Floats, y: Floats, teacher: Floats, mean: float, 
 
 
 def predict(x: Floats, outputs: Floats, scale: Floats) -> Floats:
-    """The weights of least entropy that give ``outputs``, for every data set and setting; shape (data sets, settings, d)."""
-    return np.array([[least_entropy(x[i], y, a) for y, a in zip(outputs[i], scale[i], strict=True)] for i in range(len(x))])
+    """The weights of least entropy that give ``outputs``, for every data set and setting; shape
+    (data sets, settings, d).
+    """
+    return np.array(
+        [
+            [least_entropy(x[i], y, a) for y, a in zip(outputs[i], scale[i], strict=True)]
+            for i in range(len(x))
+        ]
+    )
 
 
 def _second_moment(beta: Floats, mean: float) -> Floats:
@@ -328,7 +403,9 @@ def _relative(found: Floats, expected: Floats) -> Floats:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The table of every kind of data sets: mean and standard error over data sets, and the largest disagreement with the theory."""
+    """The table of every kind of data sets: mean and standard error over data sets, and the largest
+    disagreement with the theory.
+    """
     return "\n\n".join(_part_table(results, name) for name in TITLES)
 
 
@@ -337,10 +414,19 @@ def _part_table(results: dict[str, Any], name: str) -> str:
     columns = ["scale", "l1", "error", "risk"]
     rows = [f"{TITLES[name]} ({len(part['scale'])} data sets)"]
     heads = ["alpha_eff/alpha", "L1 / teacher's", "squared error", "test loss"]
-    rows.append(f"{'flow':<12}" + "".join(f"{head:>18}" for head in heads) + f"{'off prediction':>18}{'the same for y':>18}")
+    rows.append(
+        f"{'flow':<12}"
+        + "".join(f"{head:>18}" for head in heads)
+        + f"{'off prediction':>18}{'the same for y':>18}"
+    )
     for i, label in enumerate(labels(results)):
-        cells = "".join(f"{f'{statistics.estimate(part[column][:, i]):.4f}':>18}" for column in columns)
-        rows.append(f"{label:<12}{cells}{part['agreement'][:, i].max():>18.1e}{part['agreement_y'][:, i].max():>18.1e}")
+        cells = "".join(
+            f"{f'{statistics.estimate(part[column][:, i]):.4f}':>18}" for column in columns
+        )
+        rows.append(
+            f"{label:<12}{cells}{part['agreement'][:, i].max():>18.1e}"
+            f"{part['agreement_y'][:, i].max():>18.1e}"
+        )
     falls = np.all(np.diff(part["scale"][:, 1:], axis=1) < 0, axis=1)
     rows.append(f"alpha_eff falls strictly with epsilon in {falls.sum()} of {len(falls)} data sets")
     return "\n".join(rows)
@@ -353,7 +439,8 @@ def labels(results: dict[str, Any]) -> list[str]:
 
 
 def plot(results: dict[str, Any], output: Path) -> list[Path]:
-    """Draws scale, L1 norm and error against epsilon, and reached against predicted weights, for inputs of mean one and of mean zero.
+    """Draws scale, L1 norm and error against epsilon, and reached against predicted weights, for
+    inputs of mean one and of mean zero.
 
     Returns:
       The path of the figure, ``implicit_bias.png``.
@@ -381,8 +468,16 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
 
 def _draw_column(panel: Any, epsilon: Floats, values: Floats) -> None:
     panel.plot(epsilon, values[:, 1:].T, color="C0", alpha=0.25, linewidth=1)
-    panel.plot(epsilon, values[:, 1:].mean(axis=0), "o-", color="C0", label="regularized flow, mean (thin: data sets)")
-    panel.axhline(values[:, 0].mean(), color="C3", linestyle="--", label=r"plain flow, $\gamma = 0$")
+    panel.plot(
+        epsilon,
+        values[:, 1:].mean(axis=0),
+        "o-",
+        color="C0",
+        label="regularized flow, mean (thin: data sets)",
+    )
+    panel.axhline(
+        values[:, 0].mean(), color="C3", linestyle="--", label=r"plain flow, $\gamma = 0$"
+    )
     panel.axvline(0, color="0.8", zorder=0)
 
 
@@ -393,6 +488,9 @@ def _draw_weights(panel: Any, results: dict[str, Any], name: str) -> None:
     for i, label in enumerate(labels(results)):
         panel.plot(part["predicted"][i], part["reached"][i], ".", markersize=4, label=label)
     worst = float(part["agreement"].max())
-    panel.set(xlabel=r"predicted $\beta$: $\mathrm{argmin}\ \Phi_{\alpha_\mathrm{eff}}$", ylabel=r"reached $\beta$")
+    panel.set(
+        xlabel=r"predicted $\beta$: $\mathrm{argmin}\ \Phi_{\alpha_\mathrm{eff}}$",
+        ylabel=r"reached $\beta$",
+    )
     panel.set_title(f"relative distance at most {worst:.0e}", loc="left")
     panel.legend(fontsize=7)

@@ -1,7 +1,8 @@
 """Small networks as pairs of pure functions, with smooth activations and without state.
 
-A convolution is written as the sum of nine shifted matrix products. Under a ``vmap`` over the weights a convolution primitive becomes a
-grouped convolution, and inside a loop or differentiated twice it has no fast kernel on the CPU; matrix products have one in all of these.
+A convolution is written as the sum of nine shifted matrix products. Under a ``vmap`` over the
+weights a convolution primitive becomes a grouped convolution, and inside a loop or differentiated
+twice it has no fast kernel on the CPU; matrix products have one in all of these.
 """
 
 import math
@@ -28,13 +29,16 @@ class Model(NamedTuple):
     apply: Callable[[PyTree, jax.Array], jax.Array]
 
 
-def build(name: str, shape: tuple[int, ...], classes: int, *, width: int = 64, depth: int = 1) -> Model:
+def build(
+    name: str, shape: tuple[int, ...], classes: int, *, width: int = 64, depth: int = 1
+) -> Model:
     """A network for inputs of a shape.
 
     Args:
-      name: "mlp" (``depth`` hidden layers of ``width`` units), "cnn" (``depth`` + 1 convolutions, each followed by 2x2 mean pooling, the
-        first with ``width`` channels and each further one with twice as many), or "resnet" (three stages of ``depth`` residual blocks
-        with ``width``, 2 ``width`` and 4 ``width`` channels, normalised over the channels).
+      name: "mlp" (``depth`` hidden layers of ``width`` units), "cnn" (``depth`` + 1 convolutions,
+        each followed by 2x2 mean pooling, the first with ``width`` channels and each further one
+        with twice as many), or "resnet" (three stages of ``depth`` residual blocks with ``width``,
+        2 ``width`` and 4 ``width`` channels, normalised over the channels).
       shape: shape of one input; (height, width, channels) for "cnn" and "resnet".
       classes: number of classes.
       width: see ``name``.
@@ -51,7 +55,10 @@ def build(name: str, shape: tuple[int, ...], classes: int, *, width: int = 64, d
     if name not in ("cnn", "resnet"):
         raise ValueError(f"unknown model {name!r}: choose one of 'mlp', 'cnn', 'resnet'.")
     if len(shape) != 3:
-        raise ValueError(f"{name} needs images of shape (height, width, channels), got inputs of shape {shape}: use --model mlp.")
+        raise ValueError(
+            f"{name} needs images of shape (height, width, channels), got inputs of shape {shape}:"
+            " use --model mlp."
+        )
     return (_cnn if name == "cnn" else _resnet)(shape, classes, width, depth)
 
 
@@ -60,7 +67,9 @@ def _mlp(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Model:
 
     def init(key: jax.Array) -> PyTree:
         keys = jax.random.split(key, len(sizes) - 1)
-        return [_dense(k, size, out) for k, size, out in zip(keys, sizes[:-1], sizes[1:], strict=True)]
+        return [
+            _dense(k, size, out) for k, size, out in zip(keys, sizes[:-1], sizes[1:], strict=True)
+        ]
 
     def apply(params: PyTree, x: jax.Array) -> jax.Array:
         x = x.reshape(len(x), -1)
@@ -76,7 +85,10 @@ def _cnn(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Model:
 
     def init(key: jax.Array) -> PyTree:
         keys = jax.random.split(key, len(channels))
-        convolutions = [_dense(k, 9 * size, out) for k, size, out in zip(keys[1:], channels[:-1], channels[1:], strict=True)]
+        convolutions = [
+            _dense(k, 9 * size, out)
+            for k, size, out in zip(keys[1:], channels[:-1], channels[1:], strict=True)
+        ]
         return {"convolutions": convolutions, "head": _dense(keys[0], channels[-1], classes)}
 
     def apply(params: PyTree, x: jax.Array) -> jax.Array:
@@ -93,8 +105,15 @@ def _resnet(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Mod
 
     def init(key: jax.Array) -> PyTree:
         stem, head, *keys = jax.random.split(key, 2 + len(sizes))
-        blocks = [_block(k, size, out) for k, size, out in zip(keys, [width, *sizes[:-1]], sizes, strict=True)]
-        return {"stem": _dense(stem, 9 * shape[-1], width), "blocks": blocks, "head": _dense(head, sizes[-1], classes)}
+        blocks = [
+            _block(k, size, out)
+            for k, size, out in zip(keys, [width, *sizes[:-1]], sizes, strict=True)
+        ]
+        return {
+            "stem": _dense(stem, 9 * shape[-1], width),
+            "blocks": blocks,
+            "head": _dense(head, sizes[-1], classes),
+        }
 
     def apply(params: PyTree, x: jax.Array) -> jax.Array:
         x = _convolution(params["stem"], x)
@@ -121,7 +140,10 @@ def _residual(block: PyTree, x: jax.Array) -> jax.Array:
 
 def _dense(key: jax.Array, size: int, out: int) -> PyTree:
     """Weights with variance 1 / fan-in, and zero biases."""
-    return {"kernel": jax.random.normal(key, (size, out)) * math.sqrt(1 / size), "bias": jnp.zeros(out)}
+    return {
+        "kernel": jax.random.normal(key, (size, out)) * math.sqrt(1 / size),
+        "bias": jnp.zeros(out),
+    }
 
 
 def _affine(layer: PyTree, x: jax.Array) -> jax.Array:

@@ -1,4 +1,6 @@
-"""Finished parts of a long run on disk, so that a second start continues where the first one ended."""
+"""Finished parts of a long run on disk, so that a second start continues where the first one
+ended.
+"""
 
 import hashlib
 import json
@@ -12,7 +14,9 @@ from gradreg_optax.experiments import data, results
 
 
 class Parts:
-    """Keeps each part under a digest of everything that its numbers depend on, so that a changed configuration uses no stale one."""
+    """Keeps each part under a digest of everything that its numbers depend on, so that a changed
+    configuration uses no stale one.
+    """
 
     def __init__(self, output: Path, dataset: data.Dataset, done: Callable[[], Any]) -> None:
         """Looks at nothing yet.
@@ -23,10 +27,18 @@ class Parts:
           done: called once per part, made or found, for a progress bar.
         """
         self._folder, self._done = output / "parts", done
-        versions = {name: version for name, version in results.versions().items() if name != "python"}
-        self._common = {"data": fingerprint(dataset), "versions": versions, "machine": results.machine()}
+        versions = {
+            name: version for name, version in results.versions().items() if name != "python"
+        }
+        self._common = {
+            "data": fingerprint(dataset),
+            "versions": versions,
+            "machine": results.machine(),
+        }
 
-    def keep(self, label: str, what: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def keep(
+        self, label: str, what: dict[str, Any], make: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
         """What ``make`` makes, from the disk if it is there.
 
         Args:
@@ -47,7 +59,9 @@ class Parts:
 
 def fingerprint(dataset: data.Dataset) -> str:
     """A digest of all inputs, all labels, and how they are read."""
-    digest = hashlib.sha256(f"{dataset.shape} {dataset.classes} {dataset.scale} {dataset.resplit}".encode())
+    digest = hashlib.sha256(
+        f"{dataset.shape} {dataset.classes} {dataset.scale} {dataset.resplit}".encode()
+    )
     for array in (dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

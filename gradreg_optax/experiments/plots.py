@@ -16,7 +16,9 @@ COLORS = {
 }
 
 
-def figure(columns: int, *, rows: int = 1, width: float = 4.2, height: float = 3.6, **options: Any) -> tuple[Figure, Any]:
+def figure(
+    columns: int, *, rows: int = 1, width: float = 4.2, height: float = 3.6, **options: Any
+) -> tuple[Figure, Any]:
     """A figure and its array of axes, without the upper and right spine."""
     made = Figure(figsize=(width * columns, height * rows), layout="constrained")
     axes = made.subplots(rows, columns, squeeze=False, **options)

@@ -1,4 +1,6 @@
-"""The commands of ``gradreg`` and their modules: each has ``Config``, ``run``, ``table`` and ``plot``."""
+"""The commands of ``gradreg`` and their modules: each has ``Config``, ``run``, ``table`` and
+``plot``.
+"""
 
 from types import ModuleType
 

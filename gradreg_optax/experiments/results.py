@@ -1,4 +1,6 @@
-"""Results on disk: small json files that carry the command, the versions and the machine that made them."""
+"""Results on disk: small json files that carry the command, the versions and the machine that made
+them.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -15,7 +17,8 @@ FILE = "results.json"
 
 
 def save(output: Path, command: str, config: Any, results: dict[str, Any]) -> Path:
-    """Writes ``results`` under ``output`` in one move, so that an interrupted run leaves no half of a file.
+    """Writes ``results`` under ``output`` in one move, so that an interrupted run leaves no half of
+    a file.
 
     Args:
       output: the folder, made if need be.
@@ -27,7 +30,13 @@ def save(output: Path, command: str, config: Any, results: dict[str, Any]) -> Pa
       The path of the file.
     """
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "output"}
-    document = {"command": f"gradreg {command}", "config": settings, "versions": versions(), "machine": machine(), "results": results}
+    document = {
+        "command": f"gradreg {command}",
+        "config": settings,
+        "versions": versions(),
+        "machine": machine(),
+        "results": results,
+    }
     path = output / FILE
     write(path, document)
     return path
@@ -62,18 +71,28 @@ def read(path: Path) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "numpy", "gradreg-optax")}
+    found = {
+        name: importlib.metadata.version(name)
+        for name in ("jax", "jaxlib", "optax", "numpy", "gradreg-optax")
+    }
     return {"python": platform.python_version(), **found}
 
 
 def machine() -> dict[str, Any]:
     """The processor and the accelerator, without names of hosts or users."""
     device = jax.devices()[0]
-    return {"processor": platform.machine(), "cores": os.cpu_count(), "backend": device.platform, "device": device.device_kind}
+    return {
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "backend": device.platform,
+        "device": device.device_kind,
+    }
 
 
 def plain(value: Any) -> Any:
-    """Arrays and dataclasses as lists, numbers and dicts, to nine significant digits; what is not finite becomes None."""
+    """Arrays and dataclasses as lists, numbers and dicts, to nine significant digits; what is not
+    finite becomes None.
+    """
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (np.ndarray, jax.Array)):
@@ -92,7 +111,11 @@ def _arrays(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _arrays(item) for key, item in value.items()}
     if isinstance(value, list):
-        numbers = np.array([np.nan if item is None else item for item in value]) if _numeric(value) else None
+        numbers = (
+            np.array([np.nan if item is None else item for item in value])
+            if _numeric(value)
+            else None
+        )
         return [_arrays(item) for item in value] if numbers is None else numbers
     return value
 
@@ -100,4 +123,7 @@ def _arrays(value: Any) -> Any:
 def _numeric(value: list[Any]) -> bool:
     if value and all(isinstance(item, list) for item in value):
         return len({len(item) for item in value}) == 1 and all(map(_numeric, value))
-    return bool(value) and all(item is None or (isinstance(item, (int, float)) and not isinstance(item, bool)) for item in value)
+    return bool(value) and all(
+        item is None or (isinstance(item, (int, float)) and not isinstance(item, bool))
+        for item in value
+    )

@@ -57,7 +57,8 @@ def estimate(values: Any) -> Estimate:
 
 
 def paired(first: Any, second: Any) -> Difference:
-    """The mean of ``first - second`` over the pairs that are both finite, with its standard error and p-value.
+    """The mean of ``first - second`` over the pairs that are both finite, with its standard error
+    and p-value.
 
     Raises:
       ValueError: the two have different shapes, so that they are no pairs.
@@ -75,7 +76,9 @@ def paired(first: Any, second: Any) -> Difference:
 
 
 def _with_error(mean: float, error: float, spec: str) -> str:
-    """``mean ± error``; the mean alone where one value has no error, and nothing where there is no value."""
+    """``mean ± error``; the mean alone where one value has no error, and nothing where there is no
+    value.
+    """
     if math.isnan(mean):
         return ""
     return f"{mean:{spec}}" + ("" if math.isnan(error) else f" ± {error:{spec.lstrip('+')}}")

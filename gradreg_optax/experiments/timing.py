@@ -1,7 +1,9 @@
-"""Time, FLOPs and memory of jitted steps, measured side by side so that their ratios mean something.
+"""Time, FLOPs and memory of jitted steps, measured side by side so that their ratios mean
+something.
 
-A processor is never quite the same from one second to the next. So the steps that are compared run in turn, round after round, and what
-counts is the median over rounds of the ratio *within* a round, with its quartiles.
+A processor is never quite the same from one second to the next. So the steps that are compared run
+in turn, round after round, and what counts is the median over rounds of the ratio *within* a round,
+with its quartiles.
 """
 
 import math
@@ -39,7 +41,8 @@ class Program(NamedTuple):
 
 
 def build(step: Any, state: Any, *args: Any) -> Program:
-    """Traces and compiles a jitted ``step(state, *args) -> (state, ...)``, with JAX's caches emptied first.
+    """Traces and compiles a jitted ``step(state, *args) -> (state, ...)``, with JAX's caches
+    emptied first.
 
     Args:
       step: a jitted function, which may donate the state.
@@ -60,20 +63,26 @@ def build(step: Any, state: Any, *args: Any) -> Program:
         nonlocal state
         state = _wait(step(state, *args)[0])
 
-    # The step itself is called, not its compiled form: it is what users call, and it dispatches faster.
+    # The step itself is called, not its compiled form: it is what users call, and it dispatches
+    # faster.
     run()
     memory = compiled.memory_analysis().temp_size_in_bytes
-    return Program(run, traced - start, done - traced, float(compiled.cost_analysis()["flops"]), int(memory))
+    return Program(
+        run, traced - start, done - traced, float(compiled.cost_analysis()["flops"]), int(memory)
+    )
 
 
 def interleave(
-    runs: Mapping[str, Callable[[], None]], rounds: Iterable[int], repeats: Mapping[str, int] | None = None
+    runs: Mapping[str, Callable[[], None]],
+    rounds: Iterable[int],
+    repeats: Mapping[str, int] | None = None,
 ) -> dict[str, Floats]:
     """Runs everything in turn.
 
     Args:
       runs: what to time, each of which waits for its own end.
-      rounds: ``range(n)``, or a progress bar around it. Every round starts with another one, so that none has a better place.
+      rounds: ``range(n)``, or a progress bar around it. Every round starts with another one, so
+        that none has a better place.
       repeats: how many times in succession to run some of them within a round (one is the default).
 
     Returns:
@@ -118,6 +127,10 @@ def ratio(seconds: Floats, reference: Floats) -> Ratio:
     """The ratio of two rows of times that were measured in the same rounds."""
     values = np.sort(np.asarray(seconds) / np.asarray(reference))
     lower, median, upper = np.quantile(values, [0.25, 0.5, 0.75])
-    half = 0.98 * math.sqrt(len(values))  # 1.96 standard deviations of a binomial count around n / 2
+    half = 0.98 * math.sqrt(
+        len(values)
+    )  # 1.96 standard deviations of a binomial count around n / 2
     low = max(math.floor(len(values) / 2 - half), 0)
-    return Ratio(float(median), float(lower), float(upper), float(values[-1 - low] - values[low]) / 2)
+    return Ratio(
+        float(median), float(lower), float(upper), float(values[-1 - low] - values[low]) / 2
+    )

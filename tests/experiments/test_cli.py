@@ -37,7 +37,9 @@ def test_every_command_keeps_the_contract(command):
     assert all(callable(getattr(module, name)) for name in ("run", "table", "plot"))
 
 
-@pytest.mark.parametrize("arguments", [["compar"], ["sweep", "--model", "vit"], ["compare", "--steps", "many"], []])
+@pytest.mark.parametrize(
+    "arguments", [["compar"], ["sweep", "--model", "vit"], ["compare", "--steps", "many"], []]
+)
 def test_a_wrong_command_line_stops_with_a_message(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.run(arguments)
@@ -50,10 +52,19 @@ def test_a_wrong_command_line_stops_with_a_message(arguments, capsys):
     ("arguments", "message"),
     [
         (["sweep", "--dataset", "imagenet"], "gradreg sweep: unknown data set 'imagenet'"),
-        (["sweep", "--dataset", "mnist", "--data-dir", "nowhere"], "gradreg sweep: mnist: no train-images"),
-        (["sweep", "--batch-size", "500"], "gradreg sweep: batch_size must not exceed the 300 training samples"),
+        (
+            ["sweep", "--dataset", "mnist", "--data-dir", "nowhere"],
+            "gradreg sweep: mnist: no train-images",
+        ),
+        (
+            ["sweep", "--batch-size", "500"],
+            "gradreg sweep: batch_size must not exceed the 300 training samples",
+        ),
         (["compare", "--train-size", "2000"], "gradreg compare: train_size must lie between 1 and"),
-        (["compare", "--redraw"], "gradreg compare: no results at .*run the command without --redraw first"),
+        (
+            ["compare", "--redraw"],
+            "gradreg compare: no results at .*run the command without --redraw first",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_in_a_sentence(arguments, message, tmp_path):
@@ -91,8 +102,13 @@ def test_an_interrupted_run_ends_without_a_traceback(tmp_path, monkeypatch):
 
 
 def test_without_matplotlib_the_command_names_the_extra():
-    code = "import sys; sys.modules['matplotlib'] = None; from gradreg_optax.__main__ import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; from gradreg_optax.__main__ import main;"
+        " main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 1
     assert 'pip install "gradreg-optax[experiments]"' in done.stderr
     assert "Traceback" not in done.stderr

@@ -11,7 +11,8 @@ LABELS = ("SGD", "DB", "B-GR", "F-GR")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """The comparison as the command makes it, on three seeds and without the methods that no claim speaks of."""
+    """The comparison as the command makes it, on three seeds and without the methods that no claim
+    speaks of."""
     folder = tmp_path_factory.mktemp("compare")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "SETTINGS", {label: compare.SETTINGS[label] for label in LABELS})
@@ -23,9 +24,14 @@ def accuracy(found, label):
 
 
 def test_forward_differences_beat_double_backpropagation_which_beats_plain_descent(found):
-    # chance alone moves a mean over three paired seeds by about two points; the gains are 18 and 2.5
+    # chance alone moves a mean over three paired seeds by about two points; the gains are 18 and
+    # 2.5
     assert statistics.paired(accuracy(found, "F-GR"), accuracy(found, "SGD")).mean > 0.12
-    assert accuracy(found, "SGD").mean() < accuracy(found, "DB").mean() < accuracy(found, "F-GR").mean()
+    assert (
+        accuracy(found, "SGD").mean()
+        < accuracy(found, "DB").mean()
+        < accuracy(found, "F-GR").mean()
+    )
 
 
 def test_at_one_gamma_accuracy_rises_with_the_signed_ascent_step(found):

@@ -31,9 +31,13 @@ def test_the_ratio_is_taken_within_rounds_so_that_a_slow_round_cancels():
 def test_the_noise_covers_the_true_median_nineteen_times_in_twenty():
     rng = np.random.default_rng(0)
     found = [ratio(rng.lognormal(sigma=0.1, size=30), np.ones(30)) for _ in range(400)]
-    covered = np.mean([abs(r.median - 1) <= 2 * r.noise for r in found])  # the interval lies unevenly around the median
+    covered = np.mean(
+        [abs(r.median - 1) <= 2 * r.noise for r in found]
+    )  # the interval lies unevenly around the median
     assert covered >= 0.95
-    expected = 0.1 * 1.25 * 1.96 / np.sqrt(30)  # the standard deviation of a median is 1.25 sigma / sqrt(n)
+    expected = (
+        0.1 * 1.25 * 1.96 / np.sqrt(30)
+    )  # the standard deviation of a median is 1.25 sigma / sqrt(n)
     assert np.mean([r.noise for r in found]) == pytest.approx(expected, rel=0.3)
 
 
@@ -42,11 +46,20 @@ def test_an_mlp_of_equal_layers_costs_three_matrix_products_per_layer(tmp_path, 
     monkeypatch.setattr(
         cost, "METHODS", {name: cost.METHODS[name] for name in kept}
     )  # the others take a minute to compile, and tests/test_cost_counts.py has their FLOPs
-    config = cost.Config(output=tmp_path, depths=(6,), hidden=64, widths=(1,), image=4, batch=32, rounds=2)
+    config = cost.Config(
+        output=tmp_path, depths=(6,), hidden=64, widths=(1,), image=4, batch=32, rounds=2
+    )
     found = results.plain(cost.run(config))
     found = results.load(results.save(tmp_path, "cost", config, found))
-    counts = dict(zip(found["methods"], found["mlp"]["flops"][0] / found["mlp"]["products"][0] / 6, strict=True))
-    # one product less than 3L: the first layer needs no gradient of its input; activations and updates come on top
+    counts = dict(
+        zip(
+            found["methods"],
+            found["mlp"]["flops"][0] / found["mlp"]["products"][0] / 6,
+            strict=True,
+        )
+    )
+    # one product less than 3L: the first layer needs no gradient of its input; activations and
+    # updates come on top
     assert 3 - 1 / 6 <= counts["SGD"] <= 3.2
     assert counts["F-GR"] == pytest.approx(2 * counts["SGD"], rel=0.02)
     assert 2.7 <= counts["DB forward-over-reverse"] / counts["SGD"] <= 3.05
@@ -60,7 +73,11 @@ def test_an_mlp_of_equal_layers_costs_three_matrix_products_per_layer(tmp_path, 
 def test_the_residual_network_halves_the_image_and_has_three_widths():
     network = cost.residual_network(4)
     params = jax.eval_shape(network.init, jax.random.key(0))
-    assert [block["second"].shape for block in params["blocks"]] == [(3, 3, 4, 4), (3, 3, 8, 8), (3, 3, 16, 16)]
+    assert [block["second"].shape for block in params["blocks"]] == [
+        (3, 3, 4, 4),
+        (3, 3, 8, 8),
+        (3, 3, 16, 16),
+    ]
     logits = jax.eval_shape(network.apply, params, jax.ShapeDtypeStruct((5, 8, 8, 3), np.float32))
     assert logits.shape == (5, cost.CLASSES)
 
@@ -70,9 +87,15 @@ def test_the_committed_results_hold_the_ratios_of_the_paper():
     assert document["command"] == "gradreg cost"
     found = results.load(COMMITTED)
     bounds = {"F-GR": (1.96, 2.04), "B-GR": (1.96, 2.04), "SAM": (1.96, 2.04), "C-GR": (2.94, 3.06)}
-    bounds |= {"DB forward-over-reverse": (2.7, 3.05), "DB reverse-over-reverse": (2.7, 3.05), "flooding": (0.99, 1.01)}
+    bounds |= {
+        "DB forward-over-reverse": (2.7, 3.05),
+        "DB reverse-over-reverse": (2.7, 3.05),
+        "flooding": (0.99, 1.01),
+    }
     for family in cost.AXES:
         ratios = found[family]["flops"] / found[family]["flops"][:, :1]
         for name, (low, high) in bounds.items():
-            of_sizes = ratios[1:, found["methods"].index(name)]  # at three layers the first one's savings are still felt
+            of_sizes = ratios[
+                1:, found["methods"].index(name)
+            ]  # at three layers the first one's savings are still felt
             assert np.all((low <= of_sizes) & (of_sizes <= high)), (family, name, of_sizes)

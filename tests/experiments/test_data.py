@@ -25,12 +25,18 @@ SHAPES = {
 
 
 def idx(array):
-    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+    return (
+        struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+        + array.astype(np.uint8).tobytes()
+    )
 
 
 def idx_arrays(seed=0):
     rng = np.random.default_rng(seed)
-    return {name: rng.integers(0, 256 if len(shape) == 3 else 10, shape) for name, shape in SHAPES.items()}
+    return {
+        name: rng.integers(0, 256 if len(shape) == 3 else 10, shape)
+        for name, shape in SHAPES.items()
+    }
 
 
 def write_idx(folder, arrays, packed=True):
@@ -43,13 +49,20 @@ def write_idx(folder, arrays, packed=True):
 
 
 def python2_pickle(images, labels):
-    """A batch as Python 2 pickled it (protocol 2): a dict of byte strings, a list of labels and a uint8 array."""
+    """A batch as Python 2 pickled it (protocol 2): a dict of byte strings, a list of labels and a
+    uint8 array."""
 
     def text(value):
         return b"U" + bytes([len(value)]) + value
 
     shape = b"".join(b"J" + struct.pack("<i", n) for n in images.shape) + b"\x86"
-    dtype = b"cnumpy\ndtype\n" + text(b"u1") + b"K\x00K\x01\x87R(K\x03" + text(b"|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    dtype = (
+        b"cnumpy\ndtype\n"
+        + text(b"u1")
+        + b"K\x00K\x01\x87R(K\x03"
+        + text(b"|")
+        + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    )
     content = b"T" + struct.pack("<i", images.size) + images.astype(np.uint8).tobytes()
     array = (
         b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85"
@@ -62,7 +75,16 @@ def python2_pickle(images, labels):
         + b"tb"
     )
     numbers = b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
-    return b"\x80\x02}(" + text(b"batch_label") + text(b"batch 1 of 5") + text(b"labels") + numbers + text(b"data") + array + b"u."
+    return (
+        b"\x80\x02}("
+        + text(b"batch_label")
+        + text(b"batch 1 of 5")
+        + text(b"labels")
+        + numbers
+        + text(b"data")
+        + array
+        + b"u."
+    )
 
 
 def archive(members):
@@ -88,7 +110,9 @@ def nowhere(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("GRADREG_DATA", raising=False)
     for name, source in data._SOURCES.items():
-        monkeypatch.setitem(data._SOURCES, name, source._replace(url="http://127.0.0.1:9/"))  # the discard port: refused at once
+        monkeypatch.setitem(
+            data._SOURCES, name, source._replace(url="http://127.0.0.1:9/")
+        )  # the discard port: refused at once
 
 
 def small(samples=40, classes=10):
@@ -118,7 +142,16 @@ def test_a_seed_draws_the_same_split_and_the_next_seed_another(seed):
 @pytest.mark.parametrize("resplit", [False, True])
 def test_no_sample_is_drawn_twice_and_an_official_test_set_stays_one(resplit):
     dataset = small()
-    dataset = data.Dataset(dataset.name, dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y, 10, 1.0, resplit)
+    dataset = data.Dataset(
+        dataset.name,
+        dataset.train_x,
+        dataset.train_y,
+        dataset.test_x,
+        dataset.test_y,
+        10,
+        1.0,
+        resplit,
+    )
     split = data.draw(dataset, 0, 20)
     assert len(set(split.train) | set(split.test)) == len(split.train) + len(split.test)
     assert len(split.test) == (20 if resplit else 10)
@@ -151,24 +184,38 @@ def test_idx_files_are_read_as_they_were_written(tmp_path, monkeypatch, way, fol
 def test_the_debian_folder_comes_before_the_cache(tmp_path):
     write_idx(tmp_path / "debian" / "fashion-mnist", idx_arrays(seed=1))
     write_idx(data.cache() / "fashion-mnist", idx_arrays(seed=2))
-    np.testing.assert_array_equal(data.load("fashion-mnist").train_x[..., 0], idx_arrays(seed=1)["train-images-idx3-ubyte"])
+    np.testing.assert_array_equal(
+        data.load("fashion-mnist").train_x[..., 0], idx_arrays(seed=1)["train-images-idx3-ubyte"]
+    )
 
 
 def test_files_of_another_data_set_with_the_same_names_are_refused(tmp_path, monkeypatch):
     arrays = idx_arrays()
     write_idx(tmp_path, arrays)
     digest = hashlib.md5(idx(arrays["train-images-idx3-ubyte"])).hexdigest()
-    monkeypatch.setitem(data._SOURCES, "fashion-mnist", data._SOURCES["fashion-mnist"]._replace(contents=(digest,)))
+    monkeypatch.setitem(
+        data._SOURCES, "fashion-mnist", data._SOURCES["fashion-mnist"]._replace(contents=(digest,))
+    )
     with pytest.raises(ValueError, match="is a file of fashion-mnist: use --dataset fashion-mnist"):
         data.load("mnist", tmp_path)
 
 
-@pytest.mark.parametrize("spoil", [lambda b: b[:-1], lambda b: b[:3], lambda b: b"\0\0\x0d" + b[3:], lambda b: gzip.compress(b)[:-9]])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda b: b[:-1],
+        lambda b: b[:3],
+        lambda b: b"\0\0\x0d" + b[3:],
+        lambda b: gzip.compress(b)[:-9],
+    ],
+)
 def test_a_spoilt_idx_file_is_refused(tmp_path, spoil):
     arrays = idx_arrays()
     write_idx(tmp_path, arrays, packed=False)
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(spoil(idx(arrays["t10k-labels-idx1-ubyte"])))
-    with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte.gz (is no idx file|cannot be unpacked)"):
+    with pytest.raises(
+        ValueError, match=r"t10k-labels-idx1-ubyte.gz (is no idx file|cannot be unpacked)"
+    ):
         data.load("mnist", tmp_path)
 
 
@@ -186,7 +233,9 @@ def test_cifar_is_read_in_its_original_format(tmp_path, unpacked):
     assert found.train_x.shape == (15, 32, 32, 3)
     images, labels = batches["data_batch_2"]
     np.testing.assert_array_equal(found.train_y[3:6], labels)
-    for channel in range(3):  # a row of a batch holds the red plane, then the green one, then the blue one
+    for channel in range(
+        3
+    ):  # a row of a batch holds the red plane, then the green one, then the blue one
         plane = images[1, 1024 * channel : 1024 * (channel + 1)].reshape(32, 32)
         np.testing.assert_array_equal(found.train_x[4, :, :, channel], plane)
     np.testing.assert_array_equal(found.test_y, batches["test_batch"][1])
@@ -201,14 +250,19 @@ def test_a_pickle_that_would_run_code_is_not_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     members = {name: pickle.dumps({"data": Harmful()}, protocol=2) for name in cifar_batches()}
     Path("cifar-10-python.tar.gz").write_bytes(archive(members))
-    with pytest.raises(ValueError, match=r"may hold arrays only, and this one refers to .*mkdir: it was not read"):
+    with pytest.raises(
+        ValueError, match=r"may hold arrays only, and this one refers to .*mkdir: it was not read"
+    ):
         data.load("cifar10", tmp_path)
     assert not Path("harm").exists()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(archive({}), "holds no cifar-10-batches-py/data_batch_1"), (b"no archive", "cannot be unpacked")],
+    [
+        (archive({}), "holds no cifar-10-batches-py/data_batch_1"),
+        (b"no archive", "cannot be unpacked"),
+    ],
     ids=["another archive", "no archive"],
 )
 def test_another_archive_is_refused(tmp_path, content, message):
@@ -218,7 +272,10 @@ def test_another_archive_is_refused(tmp_path, content, message):
 
 
 def test_a_file_of_the_users_is_read(tmp_path):
-    path, arrays = tmp_path / "mine.npz", {"x_train": np.ones((5, 4, 4), np.uint8), "y_train": np.arange(5) % 3}
+    path, arrays = (
+        tmp_path / "mine.npz",
+        {"x_train": np.ones((5, 4, 4), np.uint8), "y_train": np.arange(5) % 3},
+    )
     np.savez(path, **arrays, x_test=np.zeros((2, 4, 4), np.uint8), y_test=np.array([2, 0]))
     found = data.load(str(path))
     assert (found.name, found.shape, found.classes, found.scale) == ("mine", (4, 4, 1), 3, 255)
@@ -234,15 +291,25 @@ def test_a_file_of_the_users_is_read(tmp_path):
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(tmp_path, change, message):
-    arrays = {"x_train": np.ones((5, 3)), "y_train": np.arange(5), "x_test": np.ones((2, 3)), "y_test": np.array([0, 1])} | change
-    np.savez(tmp_path / "mine.npz", **{name: array for name, array in arrays.items() if array is not None})
+    arrays = {
+        "x_train": np.ones((5, 3)),
+        "y_train": np.arange(5),
+        "x_test": np.ones((2, 3)),
+        "y_test": np.array([0, 1]),
+    } | change
+    np.savez(
+        tmp_path / "mine.npz",
+        **{name: array for name, array in arrays.items() if array is not None},
+    )
     with pytest.raises(ValueError, match=message):
         data.load(str(tmp_path / "mine.npz"))
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "fashion-mnist"])
 def test_without_a_network_the_error_names_the_remedies(name):
-    with pytest.raises(FileNotFoundError, match=r"could not be fetched .*--data-dir \(or set \$GRADREG_DATA\)") as caught:
+    with pytest.raises(
+        FileNotFoundError, match=r"could not be fetched .*--data-dir \(or set \$GRADREG_DATA\)"
+    ) as caught:
         data.load(name)
     assert ("dataset-fashion-mnist" in str(caught.value)) == (name == "fashion-mnist")
 
@@ -259,7 +326,9 @@ def test_an_unknown_data_set_is_named(name):
         data.load(name)
 
 
-@pytest.mark.parametrize("sizes", [{"train_size": 31}, {"train_size": 0}, {"test_size": 11}, {"label_noise": 1.5}])
+@pytest.mark.parametrize(
+    "sizes", [{"train_size": 31}, {"train_size": 0}, {"test_size": 11}, {"label_noise": 1.5}]
+)
 def test_more_than_there_is_cannot_be_drawn(sizes):
     with pytest.raises(ValueError, match=next(iter(sizes))):
         data.draw(small(), 0, **sizes)
@@ -279,12 +348,18 @@ def server(tmp_path, monkeypatch):
         request.end_headers()
         request.wfile.write(content)
 
-    handler = type("Handler", (http.server.BaseHTTPRequestHandler,), {"do_GET": answer, "log_message": lambda *args: None})
+    handler = type(
+        "Handler",
+        (http.server.BaseHTTPRequestHandler,),
+        {"do_GET": answer, "log_message": lambda *args: None},
+    )
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as publisher:
         thread = threading.Thread(target=publisher.serve_forever)
         thread.start()
         md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
-        source = data._SOURCES["mnist"]._replace(url=f"http://127.0.0.1:{publisher.server_port}/", md5=md5)
+        source = data._SOURCES["mnist"]._replace(
+            url=f"http://127.0.0.1:{publisher.server_port}/", md5=md5
+        )
         monkeypatch.setitem(data._SOURCES, "mnist", source)
         yield asked
         publisher.shutdown()
@@ -300,7 +375,9 @@ def test_files_are_fetched_once(server):
 
 def test_a_fetched_file_with_another_checksum_is_not_kept(server, monkeypatch):
     source = data._SOURCES["mnist"]
-    monkeypatch.setitem(data._SOURCES, "mnist", source._replace(md5=dict.fromkeys(source.md5, "0" * 32)))
+    monkeypatch.setitem(
+        data._SOURCES, "mnist", source._replace(md5=dict.fromkeys(source.md5, "0" * 32))
+    )
     with pytest.raises(FileNotFoundError, match="could not be fetched"):
         data.load("mnist")
     assert not list(data.cache().rglob("*.gz"))

@@ -1,4 +1,5 @@
-"""Flooding's two-step identities, what breaks them, and that the experiment measures what it says."""
+"""Flooding's two-step identities, what breaks them, and that the experiment measures what it
+says."""
 
 import dataclasses
 from pathlib import Path
@@ -13,9 +14,26 @@ from hypothesis import strategies as st
 
 from gradreg_optax import flooding as flooding_transformation
 from gradreg_optax.experiments import flooding, models, results
-from gradreg_optax.experiments.flooding import ORDERS, Config, deviation, loss_fn, regularization, two_steps
+from gradreg_optax.experiments.flooding import (
+    ORDERS,
+    Config,
+    deviation,
+    loss_fn,
+    regularization,
+    two_steps,
+)
 
-SMALL = Config(seeds=2, train_size=64, width=8, steps=240, records=3, batch_size=16, learning_rate=0.5, level=1.2, smaller=2)
+SMALL = Config(
+    seeds=2,
+    train_size=64,
+    width=8,
+    steps=240,
+    records=3,
+    batch_size=16,
+    learning_rate=0.5,
+    level=1.2,
+    smaller=2,
+)
 
 traced_steps, traced_penalty = jax.jit(two_steps), jax.jit(regularization)
 value_and_grad = jax.jit(jax.value_and_grad(loss_fn))
@@ -50,16 +68,24 @@ def test_one_level_between_the_two_losses_makes_flooding_climb_and_descend(seed,
     higher = jax.tree.map(lambda p, g: p + eta * g, params, gradient)
     level = (value + value_and_grad(higher, batch)[0]) / 2
     moved = traced_steps(params, (batch, batch), jnp.array([level, level]), eta, 0.0)
-    by_hand = jax.tree.map(lambda p, h, g: h - eta * g - p, params, higher, value_and_grad(higher, batch)[1])
+    by_hand = jax.tree.map(
+        lambda p, h, g: h - eta * g - p, params, higher, value_and_grad(higher, batch)[1]
+    )
     for found, expected in zip(jax.tree.leaves(moved), jax.tree.leaves(by_hand), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-14)  # the same operations in another order
+        np.testing.assert_allclose(
+            found, expected, rtol=0, atol=1e-14
+        )  # the same operations in another order
 
 
 @pytest.mark.usefixtures("x64")
 @given(eta=steps, curvature=st.floats(-3.0, 3.0), order=orders)
-def test_two_steps_multiply_an_eigenvector_of_a_quadratic_by_one_minus_eta_squared_lambda_squared(eta, curvature, order):
+def test_two_steps_multiply_an_eigenvector_of_a_quadratic_by_one_minus_eta_squared_lambda_squared(
+    eta, curvature, order
+):
     levels, _ = ORDERS[order]
-    tx = optax.chain(flooding_transformation(level=lambda step: jnp.array(levels)[step]), optax.sgd(eta))
+    tx = optax.chain(
+        flooding_transformation(level=lambda step: jnp.array(levels)[step]), optax.sgd(eta)
+    )
     x = jnp.array(1.0)
     state = tx.init(x)
     for _ in range(2):
@@ -70,7 +96,9 @@ def test_two_steps_multiply_an_eigenvector_of_a_quadratic_by_one_minus_eta_squar
 
 @pytest.mark.usefixtures("x64")
 @given(seed=seeds, eta=steps, momentum=st.floats(0.1, 0.99), order=orders)
-def test_momentum_leaves_a_rest_of_eta_times_momentum_times_the_gradient(seed, eta, momentum, order):
+def test_momentum_leaves_a_rest_of_eta_times_momentum_times_the_gradient(
+    seed, eta, momentum, order
+):
     params, (batch, _) = problem(seed)
     levels, sign = ORDERS[order]
     moved = traced_steps(params, (batch, batch), jnp.array(levels), eta, momentum)
@@ -85,12 +113,19 @@ def test_momentum_leaves_a_rest_of_eta_times_momentum_times_the_gradient(seed, e
 def test_different_batches_leave_a_rest_that_swamps_the_penalty_like_one_over_eta(order):
     params, batches = problem(0)
     levels, sign = ORDERS[order]
-    relative = [float(deviation(params, tuple(batches), jnp.array(levels), eta, 0.0, sign)[1]) for eta in (1e-4, 1e-3)]
+    relative = [
+        float(deviation(params, tuple(batches), jnp.array(levels), eta, 0.0, sign)[1])
+        for eta in (1e-4, 1e-3)
+    ]
     assert relative[1] > 100
-    np.testing.assert_allclose(relative[0] / relative[1], 10, rtol=0.01)  # up to the next order in eta
+    np.testing.assert_allclose(
+        relative[0] / relative[1], 10, rtol=0.01
+    )  # up to the next order in eta
 
 
-@pytest.mark.parametrize(("change", "message"), [({"records": 999}, "more steps"), ({"batch_size": 60}, "smaller ones")])
+@pytest.mark.parametrize(
+    ("change", "message"), [({"records": 999}, "more steps"), ({"batch_size": 60}, "smaller ones")]
+)
 def test_settings_that_cannot_be_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         flooding.run(dataclasses.replace(SMALL, **change))
@@ -108,7 +143,8 @@ def test_plain_descent_sinks_below_the_level_and_flooding_floats_on_it(found):
     assert np.all(training["plain descent"]["sign"] == 1)
     assert training["plain descent"]["loss"][:, -1].max() < level / 2
     for name in ("flooding", "flooding, small steps", "flooding, momentum"):
-        # One step changes the loss by about learning_rate * |gradient|^2 = a few hundredths, up and down.
+        # One step changes the loss by about learning_rate * |gradient|^2 = a few hundredths, up and
+        # down.
         np.testing.assert_allclose(training[name]["loss"][:, -1], level, atol=0.05, err_msg=name)
         assert np.abs(training[name]["sign"][:, -1]).max() < 0.2, name
 

@@ -1,4 +1,5 @@
-"""gradreg frontier: the price of a cell, how gamma is chosen, and that nothing finished is computed again."""
+"""gradreg frontier: the price of a cell, how gamma is chosen, and that nothing finished is computed
+again."""
 
 import dataclasses
 
@@ -42,7 +43,14 @@ def cell(found, fraction, interval, choice="search"):
 
 @pytest.mark.parametrize(
     ("fraction", "interval", "count"),
-    [(1.0, 1, 2.0), (1.0, 4, 1.25), (0.25, 1, 1.5), (0.25, 4, 1.125), (0.25, 8, 1.0625), (0.5, 1, 2.0)],
+    [
+        (1.0, 1, 2.0),
+        (1.0, 4, 1.25),
+        (0.25, 1, 1.5),
+        (0.25, 4, 1.125),
+        (0.25, 8, 1.0625),
+        (0.5, 1, 2.0),
+    ],
 )
 def test_a_cell_costs_one_gradient_and_those_of_its_penalty(fraction, interval, count):
     assert frontier.gradients(fraction, interval) == count
@@ -52,7 +60,8 @@ def test_the_flops_of_a_cell_are_its_gradients(found):
     for fraction in CONFIG.fractions:
         for interval in CONFIG.intervals:
             one = cell(found, fraction, interval)
-            # beside the gradients there are the optimizer and the sum of two trees: a few operations per parameter
+            # beside the gradients there are the optimizer and the sum of two trees: a few
+            # operations per parameter
             assert one["flops"] == pytest.approx(one["gradients"], rel=0.02)
 
 
@@ -67,7 +76,10 @@ def test_gamma_is_the_best_of_the_choosing_seeds_and_reported_on_others(found):
     search = found["optimizers"]["sgd"]["search"]
     for i, fraction in enumerate(CONFIG.fractions):
         for j, interval in enumerate(CONFIG.intervals):
-            assert cell(found, fraction, interval)["gamma"] == CONFIG.gammas[int(np.argmax(search[i, j]))]
+            assert (
+                cell(found, fraction, interval)["gamma"]
+                == CONFIG.gammas[int(np.argmax(search[i, j]))]
+            )
 
 
 def test_the_rule_scales_the_gamma_of_the_full_penalty_by_the_ratio_of_the_squared_norms(found):
@@ -76,8 +88,12 @@ def test_the_rule_scales_the_gamma_of_the_full_penalty_by_the_ratio_of_the_squar
     for interval in CONFIG.intervals:
         assert cell(found, 1.0, interval, "rule")["gamma"] == gamma
         # gamma is rounded to two digits
-        assert cell(found, 0.25, interval, "rule")["gamma"] == pytest.approx(gamma * norm[0] / norm[1], rel=0.05)
-    assert 0.25 * 0.9 < norm[0] / norm[1] < 1  # between f and 1 in expectation; a tenth for the noise of 16 batches
+        assert cell(found, 0.25, interval, "rule")["gamma"] == pytest.approx(
+            gamma * norm[0] / norm[1], rel=0.05
+        )
+    assert (
+        0.25 * 0.9 < norm[0] / norm[1] < 1
+    )  # between f and 1 in expectation; a tenth for the noise of 16 batches
 
 
 def test_one_setting_trains_to_one_result_whatever_chose_it(found):
@@ -97,7 +113,9 @@ def test_a_second_start_trains_nothing_and_gives_the_same(made, monkeypatch):
 
 def test_table_and_figure_show_every_cell(found, tmp_path):
     text = frontier.table(found)
-    assert text.count("\nF-GR  ") == 7  # four cells by search, four by rule, and the full penalty only once
+    assert (
+        text.count("\nF-GR  ") == 7
+    )  # four cells by search, four by rule, and the full penalty only once
     assert "twice the steps" in text
     assert "factor on gamma for f = 0.25" in text
     (path,) = frontier.plot(found, tmp_path)
@@ -105,25 +123,50 @@ def test_table_and_figure_show_every_cell(found, tmp_path):
 
 
 def test_the_kick_is_how_far_a_penalised_step_goes_on_a_quadratic():
-    curvature, rate, gammas, intervals = np.array([0.5, 2.0]), 0.2, np.array([0.5, 1.0, 3.0]), np.array([1, 4])
-    probes = {"eigenvalue": np.stack([0.5 * curvature, 1.5 * curvature])}  # the mean over the training counts
-    made = {"gammas": gammas, "intervals": intervals, "optimizers": {"sgd": {"learning_rate": rate, "probes": probes}}}
+    curvature, rate, gammas, intervals = (
+        np.array([0.5, 2.0]),
+        0.2,
+        np.array([0.5, 1.0, 3.0]),
+        np.array([1, 4]),
+    )
+    probes = {
+        "eigenvalue": np.stack([0.5 * curvature, 1.5 * curvature])
+    }  # the mean over the training counts
+    made = {
+        "gammas": gammas,
+        "intervals": intervals,
+        "optimizers": {"sgd": {"learning_rate": rate, "probes": probes}},
+    }
     kick = frontier.kicks(made)
     assert kick.shape == (2, 2, 3)
     for i, value in enumerate(curvature):
         for j, interval in enumerate(intervals):
             for k, gamma in enumerate(gammas):
-                tx = fd_gradreg(lambda p, h=value: h * p**2 / 2, gamma=gamma, epsilon=0.1, interval=int(interval))
-                update, _ = tx.update(jnp.float32(value), tx.init(jnp.float32(1.0)), jnp.float32(1.0))
+                tx = fd_gradreg(
+                    lambda p, h=value: h * p**2 / 2,
+                    gamma=gamma,
+                    epsilon=0.1,
+                    interval=int(interval),
+                )
+                update, _ = tx.update(
+                    jnp.float32(value), tx.init(jnp.float32(1.0)), jnp.float32(1.0)
+                )
                 assert kick[i, j, k] == pytest.approx(rate * float(update), rel=1e-4)
 
 
 def test_the_search_is_shown_with_every_accuracy(found):
     text = frontier.table(found)
     rows = text[text.index("seeds that choose gamma") :].splitlines()[2:6]
-    assert [row.split()[:2] for row in rows] == [["1", "1"], ["1", "4"], ["0.25", "1"], ["0.25", "4"]]
+    assert [row.split()[:2] for row in rows] == [
+        ["1", "1"],
+        ["1", "4"],
+        ["0.25", "1"],
+        ["0.25", "4"],
+    ]
     shown = [[float(value) for value in row.split()[2::2]] for row in rows]
-    np.testing.assert_allclose(shown, 100 * found["optimizers"]["sgd"]["search"].reshape(4, -1), atol=0.05 + 1e-9)
+    np.testing.assert_allclose(
+        shown, 100 * found["optimizers"]["sgd"]["search"].reshape(4, -1), atol=0.05 + 1e-9
+    )
 
 
 def test_a_cell_keeps_up_until_it_is_one_standard_error_below():
@@ -132,19 +175,28 @@ def test_a_cell_keeps_up_until_it_is_one_standard_error_below():
     error = 0.01 / np.sqrt(3)
     assert frontier.keeps_up({"accuracy": full["accuracy"] + spread - 0.99 * error}, full)
     assert not frontier.keeps_up({"accuracy": full["accuracy"] + spread - 1.01 * error}, full)
-    assert not frontier.keeps_up({"accuracy": np.array([0.9, np.nan, 0.9])}, full)  # a run has diverged
+    assert not frontier.keeps_up(
+        {"accuracy": np.array([0.9, np.nan, 0.9])}, full
+    )  # a run has diverged
 
 
 def test_the_share_of_the_gain_is_one_for_the_full_penalty_and_zero_for_the_plain_optimizer():
     plain, full = {"accuracy": np.array([0.7, 0.7])}, {"accuracy": np.array([0.8, 0.9])}
     assert frontier.gain_share(full, full, plain) == 1
     assert frontier.gain_share(plain, full, plain) == 0
-    assert frontier.gain_share({"accuracy": np.array([0.75, 0.8])}, full, plain) == pytest.approx(0.5)
+    assert frontier.gain_share({"accuracy": np.array([0.75, 0.8])}, full, plain) == pytest.approx(
+        0.5
+    )
 
 
 @pytest.mark.parametrize(
     ("start", "first", "middle", "last"),
-    [("gamma from the start", 3, 3, 3), ("gamma rises", 0.3, 1.5, 3), ("gamma switched on", 0, 0, 3), ("epsilon rises", 3, 3, 3)],
+    [
+        ("gamma from the start", 3, 3, 3),
+        ("gamma rises", 0.3, 1.5, 3),
+        ("gamma switched on", 0, 0, 3),
+        ("epsilon rises", 3, 3, 3),
+    ],
 )
 def test_each_start_reaches_the_full_penalty_after_the_warm_up(start, first, middle, last):
     # On a quadratic the difference is exact for every epsilon, so that the update shows gamma.
@@ -154,7 +206,9 @@ def test_each_start_reaches_the_full_penalty_after_the_warm_up(start, first, mid
     for _ in range(12):
         updates, state = tx.update(params, state, params, value_fn=lambda p: jnp.sum(p**2) / 2)
         seen.append(float((updates[0] - params[0]) / params[0]))
-    np.testing.assert_allclose([seen[0], seen[4], seen[10]], [first, middle, last], rtol=1e-5)  # float32 rounding of a difference
+    np.testing.assert_allclose(
+        [seen[0], seen[4], seen[10]], [first, middle, last], rtol=1e-5
+    )  # float32 rounding of a difference
 
 
 def test_the_learning_rate_warms_up_along_a_line_and_falls_along_a_cosine():
@@ -164,11 +218,15 @@ def test_the_learning_rate_warms_up_along_a_line_and_falls_along_a_cosine():
     for _ in range(31):
         update, state = optimizer.update(jnp.float32(-1.0), state, params)
         rates.append(float(update))
-    np.testing.assert_allclose([rates[i] for i in (0, 5, 10, 20, 30)], [0, 0.25, 0.5, 0.25, 0], atol=1e-6)
+    np.testing.assert_allclose(
+        [rates[i] for i in (0, 5, 10, 20, 30)], [0, 0.25, 0.5, 0.25, 0], atol=1e-6
+    )
 
 
 def test_a_warm_up_beyond_the_training_is_named():
-    with pytest.raises(ValueError, match="warmup_steps must be at least 0 and below the 10 steps, got 10"):
+    with pytest.raises(
+        ValueError, match="warmup_steps must be at least 0 and below the 10 steps, got 10"
+    ):
         Recipe(steps=10, warmup_steps=10)
 
 

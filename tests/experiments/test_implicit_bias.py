@@ -12,9 +12,19 @@ from scipy.optimize import linprog
 
 from gradreg_optax import fd_value_and_grad
 from gradreg_optax.experiments import implicit_bias, results
-from gradreg_optax.experiments.implicit_bias import Config, Flow, hyperbolic_entropy, least_entropy, loss_fn, slope, velocity
+from gradreg_optax.experiments.implicit_bias import (
+    Config,
+    Flow,
+    hyperbolic_entropy,
+    least_entropy,
+    loss_fn,
+    slope,
+    velocity,
+)
 
-SMALL = Config(seeds=3, samples=10, features=20, support=2, horizon=150.0, few=4, epsilons=(-0.2, 0.0, 0.2))
+SMALL = Config(
+    seeds=3, samples=10, features=20, support=2, horizon=150.0, few=4, epsilons=(-0.2, 0.0, 0.2)
+)
 
 seeds = st.integers(0, 2**32 - 1)
 gammas = st.floats(0.0, 2.0)
@@ -23,7 +33,11 @@ epsilons = st.floats(0.01, 1.0)
 
 def problem(seed, samples=3, features=5):
     rng = np.random.default_rng(seed)
-    return rng.normal(size=(samples, features)), rng.normal(size=samples), Flow(*rng.uniform(0.5, 1.5, size=(3, features)))
+    return (
+        rng.normal(size=(samples, features)),
+        rng.normal(size=samples),
+        Flow(*rng.uniform(0.5, 1.5, size=(3, features))),
+    )
 
 
 traced_velocity = jax.jit(velocity, static_argnums=0)  # epsilon may be negative where it is traced
@@ -44,7 +58,8 @@ def test_the_packages_gradient_is_the_closed_form_of_the_flow(seed, gamma, epsil
     ahead = np.asarray(slope((flow.u * (1 + epsilon * s), flow.v * (1 - epsilon * s)), x, y))
     bracket = s + gamma / epsilon * (ahead - s)
     u, v, decay = rates("difference", flow, x, y, gamma, epsilon)
-    # Rounding of the difference, eps(float64) * |s'| * gamma / |epsilon|, with room for |s'| of some thousands.
+    # Rounding of the difference, eps(float64) * |s'| * gamma / |epsilon|, with room for |s'| of
+    # some thousands.
     tolerance = {"rtol": 1e-9, "atol": 1e-10}
     np.testing.assert_allclose(u, -bracket - gamma * s * ahead, **tolerance)
     np.testing.assert_allclose(v, bracket - gamma * s * ahead, **tolerance)
@@ -52,21 +67,29 @@ def test_the_packages_gradient_is_the_closed_form_of_the_flow(seed, gamma, epsil
 
 
 @pytest.mark.usefixtures("x64")
-@given(seed=seeds, gamma=gammas, epsilon=epsilons, method=st.sampled_from(["difference", "product"]))
+@given(
+    seed=seeds, gamma=gammas, epsilon=epsilons, method=st.sampled_from(["difference", "product"])
+)
 def test_u_times_v_decays_at_twice_gamma_s_s_prime(seed, gamma, epsilon, method):
     x, y, flow = problem(seed)
     u, v, decay = rates(method, flow, x, y, gamma, epsilon)
     # u and v cancel to leave the decay: absolute rounding of the size of their rates.
-    np.testing.assert_allclose(u + v, -2 * gamma * decay, rtol=1e-9, atol=1e-10 * (1 + np.abs(u).max()))
+    np.testing.assert_allclose(
+        u + v, -2 * gamma * decay, rtol=1e-9, atol=1e-10 * (1 + np.abs(u).max())
+    )
 
 
 @pytest.mark.usefixtures("x64")
 @given(seed=seeds, gamma=gammas, epsilon=epsilons)
 def test_a_negative_epsilon_is_the_backward_difference(seed, gamma, epsilon):
     x, y, flow = problem(seed)
-    _, gradient = fd_value_and_grad(loss_fn, gamma=gamma, epsilon=epsilon, scheme="backward")((flow.u, flow.v), x, y)
+    _, gradient = fd_value_and_grad(loss_fn, gamma=gamma, epsilon=epsilon, scheme="backward")(
+        (flow.u, flow.v), x, y
+    )
     rate = traced_velocity("difference", flow, x, y, gamma, -epsilon)
-    np.testing.assert_allclose(rate.u, -gradient[0], rtol=1e-12, atol=1e-12)  # the same operations up to signs
+    np.testing.assert_allclose(
+        rate.u, -gradient[0], rtol=1e-12, atol=1e-12
+    )  # the same operations up to signs
     np.testing.assert_allclose(rate.v, -gradient[1], rtol=1e-12, atol=1e-12)
 
 
@@ -74,8 +97,13 @@ def test_a_negative_epsilon_is_the_backward_difference(seed, gamma, epsilon):
 def test_the_flow_of_the_product_is_the_limit_of_the_difference():
     x, y, flow = problem(0)
     exact = np.concatenate(rates("product", flow, x, y, 0.5, 0.0))
-    errors = [np.linalg.norm(np.concatenate(rates("difference", flow, x, y, 0.5, e)) - exact) for e in (1e-3, 1e-4)]
-    np.testing.assert_allclose(errors[0] / errors[1], 10, rtol=0.05)  # first order in epsilon, up to the next order's 1e-3 * constant
+    errors = [
+        np.linalg.norm(np.concatenate(rates("difference", flow, x, y, 0.5, e)) - exact)
+        for e in (1e-3, 1e-4)
+    ]
+    np.testing.assert_allclose(
+        errors[0] / errors[1], 10, rtol=0.05
+    )  # first order in epsilon, up to the next order's 1e-3 * constant
 
 
 @given(seed=seeds, log_scale=st.floats(-3.0, 2.0))
@@ -83,9 +111,12 @@ def test_the_dual_solution_is_feasible_and_optimal(seed, log_scale):
     x, y, flow = problem(seed)
     scale = 10**log_scale * np.asarray(flow.u)
     beta = least_entropy(x, y, scale)
-    # Rounding of X beta: the sinh carries the relative error eps * |X^T nu| (tens), and X a condition number (hundreds at times).
+    # Rounding of X beta: the sinh carries the relative error eps * |X^T nu| (tens), and X a
+    # condition number (hundreds at times).
     np.testing.assert_allclose(x @ beta, y, rtol=1e-9, atol=1e-9 * np.abs(y).max())
-    slopes = np.arcsinh(beta / (2 * scale**2))  # the entropy's gradient, which must lie in the row space of X
+    slopes = np.arcsinh(
+        beta / (2 * scale**2)
+    )  # the entropy's gradient, which must lie in the row space of X
     multiplier = np.linalg.lstsq(x.T, slopes)[0]
     np.testing.assert_allclose(x.T @ multiplier, slopes, atol=1e-8 * (1 + np.abs(slopes).max()))
 
@@ -95,7 +126,9 @@ def test_no_feasible_weights_have_a_smaller_entropy(seed, log_scale, length):
     x, y, flow = problem(seed)
     scale = 10**log_scale * np.asarray(flow.v)
     beta = least_entropy(x, y, scale)
-    direction = np.linalg.svd(x)[2][len(x) :].T @ np.random.default_rng(seed).normal(size=x.shape[1] - len(x))
+    direction = np.linalg.svd(x)[2][len(x) :].T @ np.random.default_rng(seed).normal(
+        size=x.shape[1] - len(x)
+    )
     other = beta + length * direction / np.linalg.norm(direction)
     assert hyperbolic_entropy(other, scale) > hyperbolic_entropy(beta, scale)
 
@@ -109,7 +142,9 @@ def test_a_small_scale_gives_the_least_l1_norm_and_a_large_one_the_least_l2_norm
     assert l1[0] > l1[1] > l1[2] >= -1e-9
     assert l1[2] < 0.02
     # asinh(z) = z up to z^3 / 6, z = beta / 2a^2 ~ 1e-4
-    np.testing.assert_allclose(least_entropy(x, y, 1e2 * ones), np.linalg.lstsq(x, y)[0], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        least_entropy(x, y, 1e2 * ones), np.linalg.lstsq(x, y)[0], rtol=1e-6, atol=1e-7
+    )
 
 
 def test_dependent_rows_are_refused():
@@ -132,7 +167,9 @@ def test_epsilons_out_of_order_are_refused():
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """The results of a small run, as they come back from disk."""
-    path = results.save(tmp_path_factory.mktemp("implicit_bias"), "implicit-bias", SMALL, implicit_bias.run(SMALL))
+    path = results.save(
+        tmp_path_factory.mktemp("implicit_bias"), "implicit-bias", SMALL, implicit_bias.run(SMALL)
+    )
     return results.load(path)
 
 
@@ -140,8 +177,12 @@ def found(tmp_path_factory):
 def test_the_flow_reaches_the_weights_of_least_entropy(found, name):
     part = found[name]
     assert part["agreement"].shape == (3, 4)  # three data sets; the plain flow and three epsilons
-    assert part["agreement"].max() < 2e-6  # the integrator's tolerance 1e-9, times some hundreds of steps
-    assert part["conservation"].max() < 1e-4  # an absolute error of 1e-9 per step in v, which falls to 1e-4
+    assert (
+        part["agreement"].max() < 2e-6
+    )  # the integrator's tolerance 1e-9, times some hundreds of steps
+    assert (
+        part["conservation"].max() < 1e-4
+    )  # an absolute error of 1e-9 per step in v, which falls to 1e-4
     np.testing.assert_allclose(part["scale"][:, 0], 1)  # without regularization nothing decays
     np.testing.assert_allclose(part["reached"], part["predicted"], atol=2e-6)
 
@@ -158,7 +199,9 @@ def test_alpha_eff_falls_strictly_with_epsilon(found):
 def test_tracing_adds_no_program_when_epsilon_changes(found):
     del found  # its programs are those of this module's configuration
     before = implicit_bias.integrate._cache_size()
-    implicit_bias.run(dataclasses.replace(SMALL, epsilons=(-0.1, 0.0, 0.3), gamma=0.05, seed=7, horizon=1.0))
+    implicit_bias.run(
+        dataclasses.replace(SMALL, epsilons=(-0.1, 0.0, 0.3), gamma=0.05, seed=7, horizon=1.0)
+    )
     assert implicit_bias.integrate._cache_size() == before
 
 

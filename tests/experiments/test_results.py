@@ -21,17 +21,28 @@ class Config:
     data_dir: Path | None = None
 
 
-@given(array=hnp.arrays(np.float64, hnp.array_shapes(max_dims=3, max_side=4), elements=st.floats(-1e6, 1e6)))
+@given(
+    array=hnp.arrays(
+        np.float64, hnp.array_shapes(max_dims=3, max_side=4), elements=st.floats(-1e6, 1e6)
+    )
+)
 def test_what_is_saved_is_loaded_to_nine_digits(array, tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
-    loaded = results.load(results.save(folder, "test", Config(), {"array": array, "deep": [{"name": "x", "values": array[0]}]}))
+    loaded = results.load(
+        results.save(
+            folder, "test", Config(), {"array": array, "deep": [{"name": "x", "values": array[0]}]}
+        )
+    )
     np.testing.assert_allclose(loaded["array"], array, rtol=1e-8)  # nine significant digits
     np.testing.assert_allclose(loaded["deep"][0]["values"], array[0], rtol=1e-8)
 
 
 def test_what_is_not_finite_comes_back_as_nan_and_the_file_is_plain_json(tmp_path):
     path = results.save(
-        tmp_path, "test", Config(), {"accuracy": jnp.array([0.5, jnp.nan, jnp.inf]), "diverged": np.array([False, True, True])}
+        tmp_path,
+        "test",
+        Config(),
+        {"accuracy": jnp.array([0.5, jnp.nan, jnp.inf]), "diverged": np.array([False, True, True])},
     )
     assert "NaN" not in path.read_text()
     loaded = results.load(tmp_path)

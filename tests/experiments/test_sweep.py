@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from gradreg_optax.experiments import results, sweep, training
 
 TINY = sweep.Config(
-    seeds=3, report_seeds=2, gammas=(1.0, 2.0), epsilons=(0.1, 1.0), train_size=40, test_size=40, steps=20, width=4, batch_size=16, lanes=4
+    seeds=3,
+    report_seeds=2,
+    gammas=(1.0, 2.0),
+    epsilons=(0.1, 1.0),
+    train_size=40,
+    test_size=40,
+    steps=20,
+    width=4,
+    batch_size=16,
+    lanes=4,
 )
 
 
@@ -27,11 +36,19 @@ class Pretended:
 
     def __call__(self, settings, seeds, *, progress=False):
         Pretended.calls += 1
-        gamma, epsilon = settings.get("gamma", np.zeros(len(seeds))), settings.get("epsilon", np.zeros(len(seeds)))
+        gamma, epsilon = (
+            settings.get("gamma", np.zeros(len(seeds))),
+            settings.get("epsilon", np.zeros(len(seeds))),
+        )
         best = {"SGD": 0.0, "DB": 0.1, "B-GR": 0.1, "F-GR": 0.2}[self.method.label]
         accuracy = 0.5 + best * gamma / 2 + 0.01 * (seeds % 7) - 0.01 * epsilon
         diverged = (self.method.label == "B-GR") & (epsilon == 1) & (seeds == 1)
-        return {"accuracy": np.where(diverged, np.nan, accuracy), "train_loss": accuracy, "grad_norm": accuracy, "diverged": diverged}
+        return {
+            "accuracy": np.where(diverged, np.nan, accuracy),
+            "train_loss": accuracy,
+            "grad_norm": accuracy,
+            "diverged": diverged,
+        }
 
 
 @pytest.fixture
@@ -42,7 +59,9 @@ def pretended(monkeypatch):
 
 
 def run(folder, **changes):
-    return results.plain(sweep.run(dataclasses.replace(TINY, output=folder, **changes), progress=False))
+    return results.plain(
+        sweep.run(dataclasses.replace(TINY, output=folder, **changes), progress=False)
+    )
 
 
 def loaded(folder, **changes):
@@ -53,19 +72,34 @@ def loaded(folder, **changes):
 def test_the_best_sound_setting_is_chosen_on_some_seeds_and_reported_on_others(tmp_path, pretended):
     found = loaded(tmp_path)
     assert not set(found["seeds"]) & set(found["report_seeds"])
-    chosen = {m["label"]: {name: values[m["chosen"]] for name, values in m["settings"].items()} for m in found["methods"]}
-    assert chosen == {"SGD": {}, "DB": {"gamma": 2}, "B-GR": {"gamma": 2, "epsilon": 0.1}, "F-GR": {"gamma": 2, "epsilon": 0.1}}
+    chosen = {
+        m["label"]: {name: values[m["chosen"]] for name, values in m["settings"].items()}
+        for m in found["methods"]
+    }
+    assert chosen == {
+        "SGD": {},
+        "DB": {"gamma": 2},
+        "B-GR": {"gamma": 2, "epsilon": 0.1},
+        "F-GR": {"gamma": 2, "epsilon": 0.1},
+    }
     forward = found["methods"][3]
-    np.testing.assert_allclose(forward["report"]["accuracy"], [0.5 + 0.2 + 0.03 - 0.001, 0.5 + 0.2 + 0.04 - 0.001])
+    np.testing.assert_allclose(
+        forward["report"]["accuracy"], [0.5 + 0.2 + 0.03 - 0.001, 0.5 + 0.2 + 0.04 - 0.001]
+    )
     assert forward["accuracy"].shape == (4, 3)
     assert "F-GR minus SGD   +19.90 ± 0.00" in sweep.table(found)
     assert [path.name for path in sweep.plot(found, tmp_path)] == ["sweep.png"]
 
 
-@given(values=st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=1, max_size=5), data=st.data())
+@given(
+    values=st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=1, max_size=5),
+    data=st.data(),
+)
 def test_a_setting_with_a_diverged_run_is_never_chosen(values, data):
     accuracy = np.array(values)
-    diverged = np.array(data.draw(st.lists(st.booleans(), min_size=accuracy.size, max_size=accuracy.size))).reshape(accuracy.shape)
+    diverged = np.array(
+        data.draw(st.lists(st.booleans(), min_size=accuracy.size, max_size=accuracy.size))
+    ).reshape(accuracy.shape)
     index = sweep.choose(np.where(diverged, np.nan, accuracy), diverged)
     sound = ~diverged.any(axis=1)
     if index < 0:
@@ -78,7 +112,12 @@ def test_a_setting_with_a_diverged_run_is_never_chosen(values, data):
 def test_a_method_that_always_diverges_is_named(tmp_path, monkeypatch):
     def diverge(self, settings, seeds, *, progress=False):
         nothing = np.full(len(seeds), np.nan)
-        return {"accuracy": nothing, "train_loss": nothing, "grad_norm": nothing, "diverged": np.ones(len(seeds))}
+        return {
+            "accuracy": nothing,
+            "train_loss": nothing,
+            "grad_norm": nothing,
+            "diverged": np.ones(len(seeds)),
+        }
 
     monkeypatch.setattr(sweep, "Trainer", type("Diverging", (Pretended,), {"__call__": diverge}))
     found = loaded(tmp_path, methods=("SGD", "DB"))
@@ -99,17 +138,32 @@ def test_what_is_finished_is_not_computed_again_and_what_is_missing_is(tmp_path,
 
 @pytest.mark.parametrize(
     "change",
-    [{"steps": 21}, {"label_noise": 0.0}, {"seed": 100}, {"learning_rate": 0.1}, {"model": "cnn"}, {"gammas": (1.5, 2.5)}, {"lanes": 5}],
+    [
+        {"steps": 21},
+        {"label_noise": 0.0},
+        {"seed": 100},
+        {"learning_rate": 0.1},
+        {"model": "cnn"},
+        {"gammas": (1.5, 2.5)},
+        {"lanes": 5},
+    ],
 )
 def test_a_changed_configuration_uses_no_stale_part(tmp_path, pretended, change):
     run(tmp_path, methods=("DB",))
     before = pretended.calls
     run(tmp_path, methods=("DB",), **change)
-    assert pretended.calls == before + sweep._units(dataclasses.replace(TINY, methods=("DB",), **change))
+    assert pretended.calls == before + sweep._units(
+        dataclasses.replace(TINY, methods=("DB",), **change)
+    )
 
 
 def test_a_changed_file_uses_no_stale_part(tmp_path, pretended):
-    arrays = {"x_train": np.ones((50, 3)), "y_train": np.arange(50) % 2, "x_test": np.ones((50, 3)), "y_test": np.arange(50) % 2}
+    arrays = {
+        "x_train": np.ones((50, 3)),
+        "y_train": np.arange(50) % 2,
+        "x_test": np.ones((50, 3)),
+        "y_test": np.arange(50) % 2,
+    }
     np.savez(tmp_path / "mine.npz", **arrays)
     run(tmp_path, methods=("SGD",), dataset=str(tmp_path / "mine.npz"))
     before = pretended.calls
@@ -132,7 +186,10 @@ def test_nothing_to_do_is_refused(tmp_path, name):
         run(tmp_path, **{name: 0})
 
 
-COMMAND = "--output parts_here --seeds 3 --report-seeds 2 --methods F-GR --gammas 1 2 --epsilons 0.1 1 --train-size 40 --test-size 40"
+COMMAND = (
+    "--output parts_here --seeds 3 --report-seeds 2 --methods F-GR --gammas 1 2 --epsilons 0.1 1"
+    " --train-size 40 --test-size 40"
+)
 COMMAND += " --steps 20 --width 4 --batch-size 16 --lanes 1"
 
 
@@ -146,11 +203,18 @@ def test_a_killed_sweep_continues_where_it_ended_and_compiles_once(tmp_path, mon
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
-    while process.poll() is None and len(list(parts.glob("*.json"))) < 2 and time.monotonic() < deadline:
+    while (
+        process.poll() is None
+        and len(list(parts.glob("*.json"))) < 2
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    finished = {path: (path.stat().st_mtime_ns, json.loads(path.read_text())) for path in parts.glob("*.json")}
+    finished = {
+        path: (path.stat().st_mtime_ns, json.loads(path.read_text()))
+        for path in parts.glob("*.json")
+    }
     assert 2 <= len(finished) < sweep._units(config)
     assert not (config.output / "results.json").exists()
 
@@ -168,7 +232,9 @@ def test_a_killed_sweep_continues_where_it_ended_and_compiles_once(tmp_path, mon
     monkeypatch.setattr(sweep, "Trainer", Watched)
     continued = loaded(config.output, methods=("F-GR",), lanes=1)
     assert len(calls) == sweep._units(config) - len(finished)
-    assert {path: (path.stat().st_mtime_ns, json.loads(path.read_text())) for path in finished} == finished
+    assert {
+        path: (path.stat().st_mtime_ns, json.loads(path.read_text())) for path in finished
+    } == finished
     uninterrupted = loaded(tmp_path / "other", methods=("F-GR",), lanes=1)
     assert sweep.table(continued) == sweep.table(uninterrupted)
     assert len(calls) == 2 * sweep._units(config) - len(finished)

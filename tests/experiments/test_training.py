@@ -7,7 +7,9 @@ import pytest
 from gradreg_optax import fd_gradreg, make_train_step
 from gradreg_optax.experiments import data, training
 
-RECIPE = training.Recipe(width=6, train_size=40, test_size=50, batch_size=16, steps=130, eigenvalue=False)  # 130: the last chunk is short
+RECIPE = training.Recipe(
+    width=6, train_size=40, test_size=50, batch_size=16, steps=130, eigenvalue=False
+)  # 130: the last chunk is short
 DIGITS = data.load("digits")
 
 
@@ -28,10 +30,16 @@ def forward():
 
 
 def test_without_a_penalty_every_method_is_the_plain_one_on_the_same_seed(plain, forward):
-    found = {"DB": train("DB", {"gamma": 0.0}, [0, 1]), "SAM": train("SAM", {"rho": 1e-12}, [0, 1]), "F-GR": forward[1]}
+    found = {
+        "DB": train("DB", {"gamma": 0.0}, [0, 1]),
+        "SAM": train("SAM", {"rho": 1e-12}, [0, 1]),
+        "F-GR": forward[1],
+    }
     for label, other in found.items():
         # the same numbers in another order of additions: float32 rounding, grown over 130 steps
-        np.testing.assert_allclose(other["train_loss"][1], plain["train_loss"][1], rtol=1e-3, err_msg=label)
+        np.testing.assert_allclose(
+            other["train_loss"][1], plain["train_loss"][1], rtol=1e-3, err_msg=label
+        )
 
 
 def test_hyperparameters_are_traced_and_nothing_is_compiled_twice(forward):
@@ -45,28 +53,39 @@ def test_lanes_do_not_see_each_other(forward):
     trainer, first = forward
     swapped = trainer({"gamma": np.array([0.0, 2.0]), "epsilon": 0.5}, [1, 0])
     for name, values in first.items():
-        np.testing.assert_allclose(swapped[name][::-1], values, rtol=1e-4, err_msg=name)  # float32 rounding
+        np.testing.assert_allclose(
+            swapped[name][::-1], values, rtol=1e-4, err_msg=name
+        )  # float32 rounding
 
 
 def test_a_lane_is_the_loop_that_one_would_write_by_hand(forward):
-    """An epoch shows every sample at most once; the step, the schedule and the metrics are those of the public functions."""
+    """An epoch shows every sample at most once; the step, the schedule and the metrics are those of
+    the public functions."""
     split, problem = data.draw(DIGITS, 0, 40, 50, 0.3), training.problem(DIGITS, RECIPE)
     x, y = (DIGITS.inputs / 16 - DIGITS.mean).astype(np.float32), DIGITS.labels
     schedule = optax.cosine_decay_schedule(RECIPE.learning_rate, RECIPE.steps)
-    init, step = make_train_step(problem.loss, optax.sgd(schedule), fd_gradreg(gamma=2.0, epsilon=0.5))
+    init, step = make_train_step(
+        problem.loss, optax.sgd(schedule), fd_gradreg(gamma=2.0, epsilon=0.5)
+    )
     state = init(jax.tree.map(lambda p: p[0], problem.init(jnp.zeros(1, jnp.uint32))))
     orders = np.asarray(training._shuffles(jnp.uint32(0), jnp.arange(65), 40))
     np.testing.assert_array_equal(np.sort(orders, axis=1), np.tile(np.arange(40), (65, 1)))
     for i in range(RECIPE.steps):
         rows = orders[i // 2, 16 * (i % 2) : 16 * (i % 2 + 1)]  # 40 samples make two batches of 16
-        state, _ = step(state, (jnp.asarray(x[split.train[rows]]), jnp.asarray(split.train_labels[rows])))
+        state, _ = step(
+            state, (jnp.asarray(x[split.train[rows]]), jnp.asarray(split.train_labels[rows]))
+        )
     found = {name: values[0] for name, values in forward[1].items()}
     batch = jnp.asarray(x[split.train]), jnp.asarray(split.train_labels)
     # float32 rounding, grown over 130 steps
     np.testing.assert_allclose(found["train_loss"], problem.loss(state.params, batch), rtol=1e-3)
-    np.testing.assert_allclose(found["grad_norm"], optax.tree.norm(jax.grad(problem.loss)(state.params, batch)), rtol=1e-2)
+    np.testing.assert_allclose(
+        found["grad_norm"], optax.tree.norm(jax.grad(problem.loss)(state.params, batch)), rtol=1e-2
+    )
     guesses = np.argmax(problem.model.apply(state.params, jnp.asarray(x[split.test])), axis=1)
-    assert abs(found["accuracy"] - np.mean(guesses == y[split.test])) <= 1 / 50  # one sample may lie on the boundary
+    assert (
+        abs(found["accuracy"] - np.mean(guesses == y[split.test])) <= 1 / 50
+    )  # one sample may lie on the boundary
 
 
 def test_a_run_that_blows_up_is_named_and_its_neighbour_is_not(forward):
@@ -76,11 +95,19 @@ def test_a_run_that_blows_up_is_named_and_its_neighbour_is_not(forward):
 
 
 def test_a_lazy_penalty_at_every_step_is_the_penalty(forward):
-    found = train("F-GR", {"gamma": np.array([2.0, 0.0]), "epsilon": 0.5, "interval": np.array([1, 7])}, [0, 1])
-    np.testing.assert_allclose(found["train_loss"], forward[1]["train_loss"], rtol=1e-3)  # float32 rounding over 130 steps
+    found = train(
+        "F-GR",
+        {"gamma": np.array([2.0, 0.0]), "epsilon": 0.5, "interval": np.array([1, 7])},
+        [0, 1],
+    )
+    np.testing.assert_allclose(
+        found["train_loss"], forward[1]["train_loss"], rtol=1e-3
+    )  # float32 rounding over 130 steps
 
 
-@pytest.mark.parametrize("settings", [{}, {"gamma": 1.0}, {"gamma": 1.0, "epsilon": 1.0, "rho": 1.0}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"gamma": 1.0}, {"gamma": 1.0, "epsilon": 1.0, "rho": 1.0}]
+)
 def test_settings_of_another_method_are_refused(settings, forward):
     with pytest.raises(ValueError, match=r"F-GR needs settings for \['epsilon', 'gamma'\]"):
         forward[0](settings, [0])
@@ -96,9 +123,15 @@ def test_settings_of_another_method_are_refused(settings, forward):
 )
 def test_a_recipe_that_cannot_be_followed_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        training.Trainer(DIGITS, training.METHODS["SGD"], training.Recipe(train_size=40, **({"batch_size": 16} | change)))
+        training.Trainer(
+            DIGITS,
+            training.METHODS["SGD"],
+            training.Recipe(train_size=40, **({"batch_size": 16} | change)),
+        )
 
 
 def test_the_difference_costs_two_gradients_as_xla_counts_them(forward):
     plain = training.Trainer(DIGITS, training.METHODS["SGD"], RECIPE)
-    assert forward[0].flops() / plain.flops() == pytest.approx(2, abs=0.05)  # the optimizer and the loss are not doubled
+    assert forward[0].flops() / plain.flops() == pytest.approx(
+        2, abs=0.05
+    )  # the optimizer and the loss are not doubled

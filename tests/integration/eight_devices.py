@@ -1,6 +1,8 @@
-"""Trains one small network on one and on eight virtual devices and prints, as JSON, what came out and what was communicated.
+"""Trains one small network on one and on eight virtual devices and prints, as JSON, what came out
+and what was communicated.
 
-A program of its own, because the number of devices is fixed once JAX has started; ``test_sharding.py`` runs it.
+A program of its own, because the number of devices is fixed once JAX has started;
+``test_sharding.py`` runs it.
 """
 
 import collections
@@ -42,10 +44,17 @@ def batch():
 
 
 def collectives(compiled):
-    """How often each collective stands in the program, apart from those that carry scalars, and the number of elements each moves."""
+    """How often each collective stands in the program, apart from those that carry scalars, and the
+    number of elements each moves."""
     counts, elements = collections.Counter(), collections.Counter()
-    for shapes, kind in re.findall(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(", compiled.as_text()):
-        sizes = [math.prod(int(n) for n in shape.split(",") if n) for shape in re.findall(r"\w+\[([\d,]*)\]", shapes)]
+    for shapes, kind in re.findall(
+        r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(",
+        compiled.as_text(),
+    ):
+        sizes = [
+            math.prod(int(n) for n in shape.split(",") if n)
+            for shape in re.findall(r"\w+\[([\d,]*)\]", shapes)
+        ]
         counts["scalars" if max(sizes) == 1 else kind] += 1
         elements[kind] += sum(sizes)
     return {"counts": counts, "elements": elements}
@@ -56,21 +65,29 @@ def spread(mesh, tree, fsdp):
     devices = mesh.devices.size
 
     def place(x):
-        return jax.device_put(x, NamedSharding(mesh, P("data") if fsdp and x.shape[0] % devices == 0 else P()))
+        return jax.device_put(
+            x, NamedSharding(mesh, P("data") if fsdp and x.shape[0] % devices == 0 else P())
+        )
 
     return jax.tree.map(place, tree)
 
 
 def train(loss, regularizer, mesh=None, fsdp=False, **options):
-    """STEPS steps of ``make_train_step``: (parameters, the collectives of one step, whether all parameters stayed where they were)."""
+    """STEPS steps of ``make_train_step``: (parameters, the collectives of one step, whether all
+    parameters stayed where they were)."""
     init, step = gr.make_train_step(loss, optax.adam(1e-2), regularizer, **options)
     params, data = initial_params(), batch()
     if mesh is not None:
-        params, data = spread(mesh, params, fsdp), jax.device_put(data, NamedSharding(mesh, P("data")))
+        params, data = (
+            spread(mesh, params, fsdp),
+            jax.device_put(data, NamedSharding(mesh, P("data"))),
+        )
     state = init(params)
     compiled = step.lower(state, data).compile()
     for _ in range(STEPS):
-        state, _ = jax.block_until_ready(compiled(state, data))  # steps in flight could starve each other of threads
+        state, _ = jax.block_until_ready(
+            compiled(state, data)
+        )  # steps in flight could starve each other of threads
     like = {leaf.shape: leaf.sharding for leaf in jax.tree.leaves(params)}
     moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
     stayed = all(leaf.sharding.is_equivalent_to(like[leaf.shape], leaf.ndim) for leaf in moments)
@@ -78,16 +95,24 @@ def train(loss, regularizer, mesh=None, fsdp=False, **options):
 
 
 def varying(tree):
-    """A copy of replicated values that may differ from device to device; ``pvary`` is its name before JAX 0.9."""
-    return jax.lax.pcast(tree, "data", to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(tree, "data")
+    """A copy of replicated values that may differ from device to device; ``pvary`` is its name
+    before JAX 0.9."""
+    return (
+        jax.lax.pcast(tree, "data", to="varying")
+        if hasattr(jax.lax, "pcast")
+        else jax.lax.pvary(tree, "data")
+    )
 
 
 def train_in_shard_map(mesh, local):
-    """The gradient function inside ``shard_map``: every device climbs along its own gradient, or all along the common one."""
+    """The gradient function inside ``shard_map``: every device climbs along its own gradient, or
+    all along the common one."""
     tx = optax.adam(1e-2)
 
     def device_step(params, opt_state, data):
-        if local:  # without pcast the gradient with respect to replicated parameters would already be the sum over the devices
+        # without pcast the gradient with respect to replicated parameters would already be the sum
+        # over the devices
+        if local:
             mine, loss = varying(params), loss_fn
         else:
             mine, loss = params, lambda p, b: jax.lax.pmean(loss_fn(p, b), "data")
@@ -96,7 +121,9 @@ def train_in_shard_map(mesh, local):
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    step = jax.jit(jax.shard_map(device_step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=(P(), P())))
+    step = jax.jit(
+        jax.shard_map(device_step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=(P(), P()))
+    )
     params = initial_params()
     state = params, tx.init(params)
     compiled = step.lower(*state, batch()).compile()
@@ -108,7 +135,10 @@ def train_in_shard_map(mesh, local):
 def main():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     explicit = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
-    groups, dbp = functools.partial(train, loss_fn, FD, ascent_groups=8), functools.partial(train, loss_fn, gr.dbp_gradreg(gamma=0.05))
+    groups, dbp = (
+        functools.partial(train, loss_fn, FD, ascent_groups=8),
+        functools.partial(train, loss_fn, gr.dbp_gradreg(gamma=0.05)),
+    )
     fd, plain = functools.partial(train, loss_fn, FD), functools.partial(train, loss_fn, None)
     accumulated = functools.partial(train, gr.microbatched(loss_fn, 4), FD)
     one = {"plain": plain()[0], "fd": fd()[0], "dbp": dbp()[0], "groups": groups()[0]}
@@ -132,7 +162,11 @@ def main():
     for name, (reference, (params, moved, stayed)) in runs.items():
         expected = np.concatenate([np.ravel(x) for x in jax.tree.leaves(one[reference])])
         found = np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)])
-        report[name] = {"error": float(np.linalg.norm(found - expected) / np.linalg.norm(expected)), "stayed": stayed, **moved}
+        report[name] = {
+            "error": float(np.linalg.norm(found - expected) / np.linalg.norm(expected)),
+            "stayed": stayed,
+            **moved,
+        }
     print(json.dumps(report))
 
 

@@ -1,4 +1,5 @@
-"""Micro-batches: k of them are one batch, at the memory of one, and what MultiSteps makes of a regularizer that stands inside it."""
+"""Micro-batches: k of them are one batch, at the memory of one, and what MultiSteps makes of a
+regularizer that stands inside it."""
 
 import itertools
 
@@ -24,8 +25,14 @@ def loss_fn(params, batch):
 def problem(dtype, samples=32, inputs=8, width=16, depth=2):
     rng = np.random.default_rng(0)
     sizes = [inputs] + [width] * depth + [2]
-    params = [jnp.asarray(rng.normal(size=shape) / shape[0] ** 0.5, dtype) for shape in itertools.pairwise(sizes)]
-    return params, (jnp.asarray(rng.normal(size=(samples, inputs)), dtype), jnp.asarray(rng.normal(size=(samples, 2)), dtype))
+    params = [
+        jnp.asarray(rng.normal(size=shape) / shape[0] ** 0.5, dtype)
+        for shape in itertools.pairwise(sizes)
+    ]
+    return params, (
+        jnp.asarray(rng.normal(size=(samples, inputs)), dtype),
+        jnp.asarray(rng.normal(size=(samples, 2)), dtype),
+    )
 
 
 def relative(found, expected):
@@ -40,7 +47,8 @@ def value_and_grad(method, loss):
 @pytest.mark.parametrize("method", ["fd", "dbp"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-12)])
 def test_four_micro_batches_are_one_batch(method, dtype, tolerance):
-    # The tolerances are those of the precision, times gamma / epsilon = 10: only the order of summation differs.
+    # The tolerances are those of the precision, times gamma / epsilon = 10: only the order of
+    # summation differs.
     with jax.enable_x64(dtype is np.float64):
         params, batch = problem(dtype)
         value, grad = value_and_grad(method, loss_fn)(params, batch)
@@ -54,7 +62,11 @@ def test_four_micro_batches_are_one_batch(method, dtype, tolerance):
 @pytest.mark.parametrize("method", ["fd", "dbp"])
 def test_a_train_step_on_micro_batches_is_the_step_on_the_batch(method):
     params, batch = problem(np.float32)
-    regularizer = gr.fd_gradreg(gamma=GAMMA, epsilon=EPSILON) if method == "fd" else gr.dbp_gradreg(gamma=GAMMA)
+    regularizer = (
+        gr.fd_gradreg(gamma=GAMMA, epsilon=EPSILON)
+        if method == "fd"
+        else gr.dbp_gradreg(gamma=GAMMA)
+    )
     states = []
     for loss in (loss_fn, gr.microbatched(loss_fn, 4)):
         init, step = gr.make_train_step(loss, optax.adam(1e-2), regularizer)
@@ -66,7 +78,13 @@ def test_a_train_step_on_micro_batches_is_the_step_on_the_batch(method):
 
 
 def temporary_memory(method, loss, params, batch):
-    return value_and_grad(method, loss).lower(params, batch).compile().memory_analysis().temp_size_in_bytes
+    return (
+        value_and_grad(method, loss)
+        .lower(params, batch)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+    )
 
 
 @pytest.mark.parametrize("method", ["fd", "dbp"])
@@ -78,16 +96,24 @@ def test_four_micro_batches_take_the_memory_of_one_and_of_the_accumulators(metho
     parts = temporary_memory(method, gr.microbatched(loss_fn, 4), params, batch)
     accumulator = sum(p.nbytes for p in params)
     assert whole > 2.5 * one  # activations dominate, so there is something to save
-    # One accumulator for each of the two quantities that are summed over the micro-batches: g, and g ahead or the product.
+    # One accumulator for each of the two quantities that are summed over the micro-batches: g, and
+    # g ahead or the product.
     assert parts <= 1.15 * one + 2 * accumulator
 
 
 def test_optax_microbatching_does_the_same_for_a_gradient_function():
-    """optax.microbatching accumulates a gradient, which serves the difference: it needs nothing but gradients."""
+    """optax.microbatching accumulates a gradient, which serves the difference: it needs nothing but
+    gradients."""
     params, (x, y) = problem(np.float32)
     microbatch = optax.microbatching.microbatch
     mean = optax.microbatching.AccumulationType.MEAN
-    grad_fn = microbatch(jax.grad(lambda p, x, y: loss_fn(p, (x, y))), argnums=(), argnames=("x", "y"), microbatch_size=8, accumulator=mean)
+    grad_fn = microbatch(
+        jax.grad(lambda p, x, y: loss_fn(p, (x, y))),
+        argnums=(),
+        argnames=("x", "y"),
+        microbatch_size=8,
+        accumulator=mean,
+    )
 
     @jax.jit
     def by_hand(params):
@@ -106,7 +132,9 @@ def part(batch, j):
 def accumulate(tx, params, batch):
     """Four updates on four micro-batches; the sum of what comes out."""
     state, total = tx.init(params), jax.tree.map(jnp.zeros_like, params)
-    update = jax.jit(lambda g, s, x, y: tx.update(g, s, params, value_fn=lambda p: loss_fn(p, (x, y))))
+    update = jax.jit(
+        lambda g, s, x, y: tx.update(g, s, params, value_fn=lambda p: loss_fn(p, (x, y)))
+    )
     for j in range(4):
         piece = part(batch, j)
         updates, state = update(jax.grad(loss_fn)(params, piece), state, *piece)
@@ -128,19 +156,23 @@ def accumulation_case():
 def test_a_regularizer_inside_multisteps_differences_gradients_of_two_losses(accumulation_case):
     """Silently wrong: the mean gradient comes in, but the loss is that of the last micro-batch.
 
-    g + c (g'_last - g) with c = gamma / epsilon contains c (g_last - g), which has nothing to do with curvature.
+    g + c (g'_last - g) with c = gamma / epsilon contains c (g_last - g), which has nothing to do
+    with curvature.
     """
     params, batch, pieces, fd, whole, _ = accumulation_case
     found = accumulate(optax.MultiSteps(fd, 4).gradient_transformation(), params, batch)
     assert relative(found, whole) > 0.5
     g = jax.grad(loss_fn)(params, batch)
-    last_ahead = jax.grad(loss_fn)(jax.tree.map(lambda p, d: p + EPSILON * d, params, g), pieces[-1])
+    last_ahead = jax.grad(loss_fn)(
+        jax.tree.map(lambda p, d: p + EPSILON * d, params, g), pieces[-1]
+    )
     explained = jax.tree.map(lambda a, b: a + GAMMA / EPSILON * (b - a), g, last_ahead)
     assert relative(found, explained) < 1e-5
 
 
 def test_a_regularizer_in_front_of_multisteps_penalizes_each_micro_batch(accumulation_case):
-    """Well defined: the mean of the regularized gradients, which penalizes the mean of the micro-batches' squared norms."""
+    """Well defined: the mean of the regularized gradients, which penalizes the mean of the
+    micro-batches' squared norms."""
     params, batch, _, fd, _, mean_of_parts = accumulation_case
     behind = optax.MultiSteps(optax.identity(), 4).gradient_transformation()
     assert relative(accumulate(optax.chain(fd, behind), params, batch), mean_of_parts) < 1e-5
@@ -149,6 +181,8 @@ def test_a_regularizer_in_front_of_multisteps_penalizes_each_micro_batch(accumul
 def test_micro_batches_inside_the_loss_are_the_right_way_to_accumulate(accumulation_case):
     params, batch, _, fd, whole, mean_of_parts = accumulation_case
     loss = gr.microbatched(loss_fn, 4)
-    found, _ = fd.update(jax.grad(loss)(params, batch), fd.init(params), params, value_fn=lambda p: loss(p, batch))
+    found, _ = fd.update(
+        jax.grad(loss)(params, batch), fd.init(params), params, value_fn=lambda p: loss(p, batch)
+    )
     assert relative(found, whole) < 1e-5
     assert relative(mean_of_parts, whole) > 1e-2

@@ -19,7 +19,11 @@ def loss_fn(params, batch, key):
 
 def fresh():
     keys = jax.random.split(jax.random.key(0), 3)
-    params = {"w1": jax.random.normal(keys[0], (8, 16)) / 3, "b1": jnp.zeros(16), "w2": jax.random.normal(keys[1], (16, 2)) / 4}
+    params = {
+        "w1": jax.random.normal(keys[0], (8, 16)) / 3,
+        "b1": jnp.zeros(16),
+        "w2": jax.random.normal(keys[1], (16, 2)) / 4,
+    }
     return params, keys[2]
 
 
@@ -29,12 +33,15 @@ def batch(step):
 
 
 def regularizer():
-    """Its penalty grows over all of the run, and falls on every third step: both go by the counter in its state."""
+    """Its penalty grows over all of the run, and falls on every third step: both go by the counter
+    in its state."""
     return gr.fd_gradreg(gamma=optax.linear_schedule(0.0, 0.2, 40), epsilon=0.01, interval=3)
 
 
 def train_step_run():
-    init, step_fn = gr.make_train_step(loss_fn, optax.adamw(optax.cosine_decay_schedule(1e-2, 40)), regularizer())
+    init, step_fn = gr.make_train_step(
+        loss_fn, optax.adamw(optax.cosine_decay_schedule(1e-2, 40)), regularizer()
+    )
 
     def start():
         params, key = fresh()
@@ -49,10 +56,13 @@ def train_step_run():
 
 
 def chain_run():
-    """A chain in a named_chain, with gamma as an injected hyperparameter: the largest state that one is likely to meet."""
+    """A chain in a named_chain, with gamma as an injected hyperparameter: the largest state that
+    one is likely to meet."""
     fd = optax.inject_hyperparams(gr.fd_gradreg, static_args=("interval",))
     inner = fd(gamma=optax.linear_schedule(0.0, 0.2, 40), epsilon=0.01, interval=3)
-    tx = optax.named_chain(("gradreg", inner), ("flooding", gr.flooding(level=0.01)), ("adam", optax.adam(1e-2)))
+    tx = optax.named_chain(
+        ("gradreg", inner), ("flooding", gr.flooding(level=0.01)), ("adam", optax.adam(1e-2))
+    )
 
     def start():
         params, key = fresh()
@@ -63,16 +73,26 @@ def chain_run():
         key, dropout_key = jax.random.split(state["key"])
         value, grads = jax.value_and_grad(loss_fn)(state["params"], batch, dropout_key)
         updates, opt_state = tx.update(
-            grads, state["opt_state"], state["params"], value=value, value_fn=lambda p: loss_fn(p, batch, dropout_key)
+            grads,
+            state["opt_state"],
+            state["params"],
+            value=value,
+            value_fn=lambda p: loss_fn(p, batch, dropout_key),
         )
-        return {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state, "key": key}
+        return {
+            "params": optax.apply_updates(state["params"], updates),
+            "opt_state": opt_state,
+            "key": key,
+        }
 
     return start, lambda state, number: advance(state, batch(number))
 
 
 def bits(state):
     def plain(leaf):
-        return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+        return np.asarray(
+            jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        )
 
     return [plain(leaf) for leaf in jax.tree.leaves(state)]
 
@@ -113,4 +133,7 @@ def test_a_checkpoint_without_the_counter_or_the_key_is_another_run(lost):
     else:
         kept["key"] = jax.random.key(7)
     found, expected = step(kept, 6), step(state, 6)
-    assert any((a != b).any() for a, b in zip(bits(found["train"].params), bits(expected["train"].params), strict=True))
+    assert any(
+        (a != b).any()
+        for a, b in zip(bits(found["train"].params), bits(expected["train"].params), strict=True)
+    )

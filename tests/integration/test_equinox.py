@@ -56,7 +56,9 @@ def problem():
 @eqx.filter_jit
 def by_hand(params, *args):
     (_, new_state), g = jax.value_and_grad(loss_fn, has_aux=True)(params, *args)
-    g_ahead = jax.grad(loss_fn, has_aux=True)(jax.tree.map(lambda p, d: p + EPSILON * d, params, g), *args)[0]
+    g_ahead = jax.grad(loss_fn, has_aux=True)(
+        jax.tree.map(lambda p, d: p + EPSILON * d, params, g), *args
+    )[0]
     return jax.tree.map(lambda a, b: a + GAMMA / EPSILON * (b - a), g, g_ahead), new_state
 
 
@@ -71,17 +73,27 @@ def gradient_function(params, batch, static, net_state, key):
 
 
 def transformation_in_a_chain(params, batch, static, net_state, key):
-    tx = optax.chain(gr.fd_gradreg(loss_fn, gamma=GAMMA, epsilon=EPSILON, has_aux=True), optax.sgd(RATE))
-    (_, new_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, static, net_state, key)
-    updates, _ = tx.update(grads, tx.init(params), params, batch=batch, static=static, net_state=net_state, key=key)
+    tx = optax.chain(
+        gr.fd_gradreg(loss_fn, gamma=GAMMA, epsilon=EPSILON, has_aux=True), optax.sgd(RATE)
+    )
+    (_, new_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        params, batch, static, net_state, key
+    )
+    updates, _ = tx.update(
+        grads, tx.init(params), params, batch=batch, static=static, net_state=net_state, key=key
+    )
     return eqx.apply_updates(params, updates), new_state
 
 
 def train_step(params, batch, static, net_state, key):
-    def closed(params, batch, net_state, key):  # activation functions and integers do not pass through jax.jit
+    def closed(
+        params, batch, net_state, key
+    ):  # activation functions and integers do not pass through jax.jit
         return loss_fn(params, batch, static, net_state, key)
 
-    init, step = gr.make_train_step(closed, optax.sgd(RATE), gr.fd_gradreg(gamma=GAMMA, epsilon=EPSILON), has_aux=True)
+    init, step = gr.make_train_step(
+        closed, optax.sgd(RATE), gr.fd_gradreg(gamma=GAMMA, epsilon=EPSILON), has_aux=True
+    )
     state, info = step(init(params), batch, net_state, key)
     return state.params, info.aux
 
@@ -90,20 +102,31 @@ def train_step(params, batch, static, net_state, key):
 def test_one_step_with_batchnorm_and_dropout_is_the_one_written_by_hand(problem, way):
     params, batch, static, net_state, key = problem
     regularized, new_state = by_hand(*problem)
-    found, found_state = (way if way is train_step else eqx.filter_jit(way))(params, batch, static, net_state, key)
+    found, found_state = (way if way is train_step else eqx.filter_jit(way))(
+        params, batch, static, net_state, key
+    )
     step = jax.tree.map(lambda p, q: (p - q) / RATE, params, found)
-    # 1e-5: float32 rounding of two gradients, times gamma / epsilon = 5, and of the parameters they moved.
+    # 1e-5: float32 rounding of two gradients, times gamma / epsilon = 5, and of the parameters they
+    # moved.
     assert relative(step, regularized) < 1e-5
-    leaves = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(s)]) for s in (found_state, new_state, net_state)]
+    leaves = [
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(s)])
+        for s in (found_state, new_state, net_state)
+    ]
     np.testing.assert_allclose(leaves[0], leaves[1], rtol=1e-6, atol=1e-7)
     assert np.abs(leaves[1] - leaves[2]).max() > 1e-4
     assert eqx.combine(found, static).depth == 2
 
 
 def test_what_is_partitioned_away_is_neither_perturbed_nor_moved(problem):
-    """Freezing by a partition: the penalty is that of the rest of the parameters alone, as in the reference on the same partition."""
+    """Freezing by a partition: the penalty is that of the rest of the parameters alone, as in the
+    reference on the same partition."""
     params, batch, static, net_state, key = problem
-    frozen = eqx.tree_at(lambda p: (p.first.weight, p.first.bias), jax.tree.map(lambda _: True, params), (False, False))
+    frozen = eqx.tree_at(
+        lambda p: (p.first.weight, p.first.bias),
+        jax.tree.map(lambda _: True, params),
+        (False, False),
+    )
     trained, fixed = eqx.partition(params, frozen)
     static = eqx.combine(static, fixed)
     found, _ = eqx.filter_jit(gradient_function)(trained, batch, static, net_state, key)

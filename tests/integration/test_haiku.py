@@ -39,7 +39,9 @@ def problem():
 @jax.jit
 def by_hand(params, *args):
     (_, new_state), g = jax.value_and_grad(loss_fn, has_aux=True)(params, *args)
-    g_ahead = jax.grad(loss_fn, has_aux=True)(jax.tree.map(lambda p, d: p + EPSILON * d, params, g), *args)[0]
+    g_ahead = jax.grad(loss_fn, has_aux=True)(
+        jax.tree.map(lambda p, d: p + EPSILON * d, params, g), *args
+    )[0]
     return jax.tree.map(lambda a, b: a + GAMMA / EPSILON * (b - a), g, g_ahead), new_state
 
 
@@ -48,19 +50,27 @@ def relative(found, expected):
 
 
 def transformation_in_a_chain(params, batch, net_state, key):
-    tx = optax.chain(gr.fd_gradreg(loss_fn, gamma=GAMMA, epsilon=EPSILON, has_aux=True), optax.sgd(RATE))
+    tx = optax.chain(
+        gr.fd_gradreg(loss_fn, gamma=GAMMA, epsilon=EPSILON, has_aux=True), optax.sgd(RATE)
+    )
 
     @jax.jit
     def step(params):
-        (_, new_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, net_state, key)
-        updates, _ = tx.update(grads, tx.init(params), params, batch=batch, net_state=net_state, key=key)
+        (_, new_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            params, batch, net_state, key
+        )
+        updates, _ = tx.update(
+            grads, tx.init(params), params, batch=batch, net_state=net_state, key=key
+        )
         return optax.apply_updates(params, updates), new_state
 
     return step(params)
 
 
 def train_step(params, batch, net_state, key):
-    init, step = gr.make_train_step(loss_fn, optax.sgd(RATE), gr.fd_gradreg(gamma=GAMMA, epsilon=EPSILON), has_aux=True)
+    init, step = gr.make_train_step(
+        loss_fn, optax.sgd(RATE), gr.fd_gradreg(gamma=GAMMA, epsilon=EPSILON), has_aux=True
+    )
     state, info = step(init(params), batch, net_state, key)
     return state.params, info.aux
 
@@ -71,7 +81,8 @@ def test_one_step_with_batchnorm_and_dropout_is_the_one_written_by_hand(way):
     regularized, new_state = by_hand(params, *args)
     found, found_state = way(params, *args)
     step = jax.tree.map(lambda p, q: (p - q) / RATE, params, found)
-    # 1e-5: float32 rounding of two gradients, times gamma / epsilon = 5, and of the parameters they moved.
+    # 1e-5: float32 rounding of two gradients, times gamma / epsilon = 5, and of the parameters they
+    # moved.
     assert relative(step, regularized) < 1e-5
     assert relative(found_state, new_state) < 1e-6
     assert relative(new_state, args[1]) > 1e-3
@@ -85,6 +96,9 @@ def test_a_loss_argument_called_state_is_refused_with_the_remedy():
 
     params = {"w": jnp.ones(2)}
     tx = gr.fd_gradreg(with_reserved_name, gamma=GAMMA, epsilon=EPSILON)
-    message = "fd_gradreg: the loss needs 'state', a name that Optax's update keeps for itself: rename the argument"
+    message = (
+        "fd_gradreg: the loss needs 'state', a name that Optax's update keeps for itself: rename"
+        " the argument"
+    )
     with pytest.raises(TypeError, match=re.escape(message)):
         tx.update(params, tx.init(params), params)

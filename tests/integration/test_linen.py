@@ -1,8 +1,8 @@
 """Flax linen: the stock ``TrainState``, BatchNorm and dropout.
 
-Written out by hand, one regularized gradient of a network with BatchNorm statistics s and dropout key k is
-g + (gamma / epsilon) (grad L(theta + epsilon g; s, k) - g): both passes in training mode, with the same statistics and the same key, and
-the new statistics are those of the first pass.
+Written out by hand, one regularized gradient of a network with BatchNorm statistics s and dropout
+key k is g + (gamma / epsilon) (grad L(theta + epsilon g; s, k) - g): both passes in training mode,
+with the same statistics and the same key, and the new statistics are those of the first pass.
 """
 
 from typing import Any
@@ -41,7 +41,9 @@ NET = Net()
 def loss_fn(params, batch, batch_stats, dropout_key):
     x, y = batch
     variables = {"params": params, "batch_stats": batch_stats}
-    logits, new = NET.apply(variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": dropout_key})
+    logits, new = NET.apply(
+        variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": dropout_key}
+    )
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), new["batch_stats"]
 
 
@@ -77,18 +79,24 @@ def stock_train_state(problem):
         (_, new_stats), grads = value_and_grad(state.params, batch, state.batch_stats, key)
         return state.apply_gradients(grads=grads, batch_stats=new_stats)
 
-    state = step(TrainState.create(apply_fn=NET.apply, params=params, tx=optax.sgd(RATE), batch_stats=stats))
+    state = step(
+        TrainState.create(apply_fn=NET.apply, params=params, tx=optax.sgd(RATE), batch_stats=stats)
+    )
     return state.params, state.batch_stats
 
 
 def transformation_in_a_chain(problem):
     params, batch, stats, key = problem
-    tx = optax.chain(gr.fd_gradreg(loss_fn, gamma=GAMMA, epsilon=EPSILON, has_aux=True), optax.sgd(RATE))
+    tx = optax.chain(
+        gr.fd_gradreg(loss_fn, gamma=GAMMA, epsilon=EPSILON, has_aux=True), optax.sgd(RATE)
+    )
 
     @jax.jit
     def step(params, opt_state):
         (_, new_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, stats, key)
-        updates, _ = tx.update(grads, opt_state, params, batch=batch, batch_stats=stats, dropout_key=key)
+        updates, _ = tx.update(
+            grads, opt_state, params, batch=batch, batch_stats=stats, dropout_key=key
+        )
         return optax.apply_updates(params, updates), new_stats
 
     return step(params, tx.init(params))
@@ -96,7 +104,9 @@ def transformation_in_a_chain(problem):
 
 def train_step(problem):
     params, batch, stats, key = problem
-    init, step = gr.make_train_step(loss_fn, optax.sgd(RATE), gr.fd_gradreg(gamma=GAMMA, epsilon=EPSILON), has_aux=True)
+    init, step = gr.make_train_step(
+        loss_fn, optax.sgd(RATE), gr.fd_gradreg(gamma=GAMMA, epsilon=EPSILON), has_aux=True
+    )
     state, info = step(init(params), batch, batch_stats=stats, dropout_key=key)
     return state.params, info.aux
 
@@ -107,7 +117,8 @@ def test_one_step_with_batchnorm_and_dropout_is_the_one_written_by_hand(problem,
     _, gradient, new_stats = by_hand(*problem)
     found, found_stats = way(problem)
     step = jax.tree.map(lambda p, q: (p - q) / RATE, params, found)
-    # 1e-5: rounding of gradient differences in float32, times gamma / epsilon = 5, and of parameters of order one.
+    # 1e-5: rounding of gradient differences in float32, times gamma / epsilon = 5, and of
+    # parameters of order one.
     assert relative(step, gradient) < 1e-5
     # The running statistics are those of one clean pass in training mode.
     assert relative(found_stats, new_stats) < 1e-6
@@ -116,7 +127,8 @@ def test_one_step_with_batchnorm_and_dropout_is_the_one_written_by_hand(problem,
 
 @pytest.mark.parametrize("mistake", ["another dropout key", "evaluation mode"])
 def test_the_second_pass_must_see_the_same_dropout_mask_and_mode(problem, mistake):
-    """What the tests above would report if the second pass saw another function: an error of 100% and more, not of a few percent."""
+    """What the tests above would report if the second pass saw another function: an error of 100%
+    and more, not of a few percent."""
     params, batch, stats, _ = problem
     g, right, _ = by_hand(*problem)
 
@@ -124,7 +136,11 @@ def test_the_second_pass_must_see_the_same_dropout_mask_and_mode(problem, mistak
         logits = NET.apply({"params": params, "batch_stats": stats}, batch[0], train=False)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
-    second = evaluated if mistake == "evaluation mode" else lambda p: loss_fn(p, batch, stats, jax.random.key(3))[0]
+    second = (
+        evaluated
+        if mistake == "evaluation mode"
+        else lambda p: loss_fn(p, batch, stats, jax.random.key(3))[0]
+    )
     tx = gr.fd_gradreg(gamma=GAMMA, epsilon=EPSILON)
     wrong, _ = jax.jit(lambda: tx.update(g, tx.init(params), params, value_fn=second))()
     penalty = optax.tree.sub(right, g)
@@ -132,7 +148,8 @@ def test_the_second_pass_must_see_the_same_dropout_mask_and_mode(problem, mistak
 
 
 def test_apply_gradients_does_not_forward_arguments_to_the_chain(problem):
-    """Why linen's stock TrainState takes the gradient function: extra arguments would be taken for fields of the state."""
+    """Why linen's stock TrainState takes the gradient function: extra arguments would be taken for
+    fields of the state."""
     params, _, stats, _ = problem
     tx = optax.chain(gr.fd_gradreg(gamma=GAMMA, epsilon=EPSILON), optax.sgd(RATE))
     state = TrainState.create(apply_fn=NET.apply, params=params, tx=tx, batch_stats=stats)

@@ -1,7 +1,8 @@
 """Flax NNX: ``make_nnx_train_step`` with the stock ``nnx.Optimizer``, BatchNorm and dropout.
 
-The reference is written by hand on the pure function: the module is split into parameters theta and the rest r (statistics and dropout
-counters), loss(theta, r) returns the new rest, and both gradients are taken at the same r, the one from before the step.
+The reference is written by hand on the pure function: the module is split into parameters theta and
+the rest r (statistics and dropout counters), loss(theta, r) returns the new rest, and both
+gradients are taken at the same r, the one from before the step.
 """
 
 import functools
@@ -58,7 +59,8 @@ def model_and_optimizer(tx, wrt=nnx.Param):
 
 @functools.cache
 def by_hand(wrt=nnx.Param, part=None):
-    """(gradient, regularized gradient, rest after one clean pass), with the penalty on the first ``part`` samples."""
+    """(gradient, regularized gradient, rest after one clean pass), with the penalty on the first
+    ``part`` samples."""
     graphdef, *states = nnx.split(Net(nnx.Rngs(0)), wrt, ...)
 
     @jax.jit
@@ -72,7 +74,11 @@ def by_hand(wrt=nnx.Param, part=None):
         own = jax.grad(pure_loss, has_aux=True)(params, x[:part], y[:part])[0]
         ahead = jax.tree.map(lambda p, d: p + EPSILON * d, params, own)
         own_ahead = jax.grad(pure_loss, has_aux=True)(ahead, x[:part], y[:part])[0]
-        return g, jax.tree.map(lambda a, b, c: a + GAMMA / EPSILON * (c - b), g, own, own_ahead), new_rest
+        return (
+            g,
+            jax.tree.map(lambda a, b, c: a + GAMMA / EPSILON * (c - b), g, own, own_ahead),
+            new_rest,
+        )
 
     return tuple(map(nnx.to_pure_dict, gradients(*map(pure, states))))
 
@@ -97,12 +103,17 @@ def assert_rest_moved_once(model):
 def test_one_step_with_batchnorm_and_dropout_is_the_one_written_by_hand(place, has_aux):
     fd = gr.fd_gradreg(**PENALTY)
     chained = place == "in the chain"
-    model, optimizer = model_and_optimizer(optax.chain(fd, optax.sgd(RATE)) if chained else optax.sgd(RATE))
+    model, optimizer = model_and_optimizer(
+        optax.chain(fd, optax.sgd(RATE)) if chained else optax.sgd(RATE)
+    )
     _, before, _ = split(model)
-    step = gr.make_nnx_train_step(loss_with_aux if has_aux else loss_fn, None if chained else fd, has_aux=has_aux)
+    step = gr.make_nnx_train_step(
+        loss_with_aux if has_aux else loss_fn, None if chained else fd, has_aux=has_aux
+    )
     info = step(model, optimizer, *batch())
     g, regularized, _ = by_hand()
-    # 1e-5: float32 rounding of two gradients, times gamma / epsilon = 5, and of the parameters they moved.
+    # 1e-5: float32 rounding of two gradients, times gamma / epsilon = 5, and of the parameters they
+    # moved.
     assert relative(gradient_of_step(before, split(model)[1]), regularized) < 1e-5
     assert abs(float(info.grad_norm / optax.tree.norm(g)) - 1) < 1e-6
     assert info.aux is None if not has_aux else info.aux.shape == (32, 3)
@@ -111,11 +122,14 @@ def test_one_step_with_batchnorm_and_dropout_is_the_one_written_by_hand(place, h
 
 @pytest.mark.parametrize("mistake", ["live variables", "state after the clean pass"])
 def test_state_from_after_the_clean_pass_is_a_silent_error_of_hundreds_of_percent(mistake):
-    """The mistake that make_nnx_train_step exists to prevent: the second pass draws the next dropout mask."""
+    """The mistake that make_nnx_train_step exists to prevent: the second pass draws the next
+    dropout mask."""
     model, _ = model_and_optimizer(optax.sgd(RATE))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     params = pure(params)
-    grads = pure(nnx.jit(nnx.grad(loss_fn))(model, *batch()))  # moves the counters that `rest` refers to
+    grads = pure(
+        nnx.jit(nnx.grad(loss_fn))(model, *batch())
+    )  # moves the counters that `rest` refers to
     if mistake == "state after the clean pass":
         _, _, rest = nnx.split(model, nnx.Param, ...)
 
@@ -130,7 +144,9 @@ def test_state_from_after_the_clean_pass_is_a_silent_error_of_hundreds_of_percen
 def test_the_penalty_on_a_fraction_of_the_batch_is_the_one_written_by_hand():
     model, optimizer = model_and_optimizer(optax.sgd(RATE))
     _, before, _ = split(model)
-    step = gr.make_nnx_train_step(lambda model, pair: loss_fn(model, *pair), gr.fd_gradreg(**PENALTY), penalty_fraction=0.25)
+    step = gr.make_nnx_train_step(
+        lambda model, pair: loss_fn(model, *pair), gr.fd_gradreg(**PENALTY), penalty_fraction=0.25
+    )
     step(model, optimizer, batch())
     assert relative(gradient_of_step(before, split(model)[1]), by_hand(part=8)[1]) < 1e-5
     assert_rest_moved_once(model)
@@ -138,7 +154,9 @@ def test_the_penalty_on_a_fraction_of_the_batch_is_the_one_written_by_hand():
 
 def test_a_subset_of_the_parameters_is_perturbed_and_moved_alone():
     wrt = nnx.All(nnx.Param, nnx.PathContains("last"))
-    model, optimizer = model_and_optimizer(optax.chain(gr.fd_gradreg(**PENALTY), optax.sgd(RATE)), wrt)
+    model, optimizer = model_and_optimizer(
+        optax.chain(gr.fd_gradreg(**PENALTY), optax.sgd(RATE)), wrt
+    )
     (_, before, _), (_, _, others) = split(model, wrt), split(model, wrt)
     gr.make_nnx_train_step(loss_fn)(model, optimizer, *batch())
     _, after, others_after = split(model, wrt)
@@ -151,8 +169,12 @@ def test_interval_counts_the_steps_of_the_optimizer(place):
     """With interval=2 the first and the third step carry a doubled penalty, the second none."""
     fd = gr.fd_gradreg(interval=2, **PENALTY)
     chained = place != "in the step"
-    model, optimizer = model_and_optimizer(optax.chain(fd, optax.sgd(RATE)) if chained else optax.sgd(RATE))
-    step = functools.partial(gr.make_nnx_train_step(loss_fn, None if chained else fd), model, optimizer)
+    model, optimizer = model_and_optimizer(
+        optax.chain(fd, optax.sgd(RATE)) if chained else optax.sgd(RATE)
+    )
+    step = functools.partial(
+        gr.make_nnx_train_step(loss_fn, None if chained else fd), model, optimizer
+    )
     if place == "cached":  # NNX's own way to pay less for its bookkeeping
         step = nnx.cached_partial(step.func, model, optimizer)
     functional = jax.jit(functional_step)
@@ -172,12 +194,17 @@ def functional_step(params, rest, gamma):
         model = nnx.merge(graphdef, nnx.State(params), nnx.State(rest))
         return loss_fn(model, *batch()), nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
 
-    (_, rest), grads = gr.fd_value_and_grad(pure_loss, gamma=gamma, epsilon=EPSILON, has_aux=True)(params, rest)
+    (_, rest), grads = gr.fd_value_and_grad(pure_loss, gamma=gamma, epsilon=EPSILON, has_aux=True)(
+        params, rest
+    )
     return jax.tree.map(lambda p, g: p - RATE * g, params, grads), rest
 
 
 def test_a_regularizer_with_state_of_its_own_is_refused_with_the_remedy():
     model, optimizer = model_and_optimizer(optax.sgd(RATE))
     step = gr.make_nnx_train_step(loss_fn, optax.chain(gr.fd_gradreg(**PENALTY), optax.trace(0.9)))
-    with pytest.raises(ValueError, match=r"make_nnx_train_step: the regularizer keeps state of its own.*put it in front"):
+    with pytest.raises(
+        ValueError,
+        match=r"make_nnx_train_step: the regularizer keeps state of its own.*put it in front",
+    ):
         step(model, optimizer, *batch())

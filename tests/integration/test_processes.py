@@ -1,4 +1,5 @@
-"""Several processes: ``examples/distributed.py`` on localhost, with JAX's own runtime and gloo collectives."""
+"""Several processes: ``examples/distributed.py`` on localhost, with JAX's own runtime and gloo
+collectives."""
 
 import contextlib
 import importlib.util
@@ -33,14 +34,24 @@ def free_port():
 
 @contextlib.contextmanager
 def processes(count, *options):
-    """``count`` processes of the example, one CPU device each; whatever happens, none of them outlives the test."""
+    """``count`` processes of the example, one CPU device each; whatever happens, none of them
+    outlives the test."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    command = [sys.executable, PROGRAM, "--distributed", f"--coordinator=127.0.0.1:{free_port()}", f"--processes={count}", *options]
+    command = [
+        sys.executable,
+        PROGRAM,
+        "--distributed",
+        f"--coordinator=127.0.0.1:{free_port()}",
+        f"--processes={count}",
+        *options,
+    ]
     started = []
     try:
         for number in range(count):
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            started.append(subprocess.Popen([*command, f"--process={number}"], env=environment, **pipes))
+            started.append(
+                subprocess.Popen([*command, f"--process={number}"], env=environment, **pipes)
+            )
         yield started
     finally:
         for process in started:
@@ -60,7 +71,8 @@ def two_processes(tmp_path_factory):
 
 
 def trained_here(example, folder):
-    """The state after the same steps in this process, which resumes from ``folder`` if it holds a checkpoint."""
+    """The state after the same steps in this process, which resumes from ``folder`` if it holds a
+    checkpoint."""
     return example.train(example.parse_arguments([f"--checkpoints={folder}", *OPTIONS]))
 
 
@@ -80,7 +92,9 @@ def test_two_processes_and_one_end_at_the_same_parameters(example, two_processes
     assert relative(vector(together), vector(alone)) < 1e-5
     assert int(together["train"].step) == 12
     report = [line.split("  ")[:3] for line in capsys.readouterr().out.splitlines()]
-    assert report == [line.split("  ")[:3] for line in printed.splitlines() if line.startswith("step")]
+    assert report == [
+        line.split("  ")[:3] for line in printed.splitlines() if line.startswith("step")
+    ]
 
 
 def test_one_process_resumes_what_two_have_begun(example, two_processes, tmp_path, capsys):

@@ -1,6 +1,8 @@
-"""One device and eight: the same parameters, and no more communication than the mathematics asks for.
+"""One device and eight: the same parameters, and no more communication than the mathematics asks
+for.
 
-``eight_devices.py`` trains for ten steps in a process of its own. The collectives are counted in the compiled program of one step.
+``eight_devices.py`` trains for ten steps in a process of its own. The collectives are counted in
+the compiled program of one step.
 """
 
 import json
@@ -17,13 +19,24 @@ def report():
     program = pathlib.Path(__file__).with_name("eight_devices.py")
     # On a busy machine eight threads may take long to meet: by default XLA aborts after 40 seconds.
     patience = {"XLA_FLAGS": "--xla_cpu_collective_call_terminate_timeout_seconds=240"}
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=300, check=False, env=os.environ | patience)
+    done = subprocess.run(
+        [sys.executable, program],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | patience,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 RUNS = [
-    *(f"{method}, {layout}" for method in ("plain", "fd", "groups") for layout in ("data-parallel", "FSDP")),
+    *(
+        f"{method}, {layout}"
+        for method in ("plain", "fd", "groups")
+        for layout in ("data-parallel", "FSDP")
+    ),
     "dbp, data-parallel",
     "micro-batches, data-parallel",
     "shard_map, common ascent",
@@ -34,9 +47,11 @@ RUNS = [
 
 @pytest.mark.parametrize("run", RUNS)
 def test_the_answer_does_not_change_with_the_number_of_devices(report, run):
-    # 1e-5 over ten steps: another order of summation in float32, of which gamma / epsilon = 5 is taken and Adam normalizes.
+    # 1e-5 over ten steps: another order of summation in float32, of which gamma / epsilon = 5 is
+    # taken and Adam normalizes.
     assert report[run]["error"] < 1e-5
-    # Parameters and Adam's moments are replicated or sharded as they were at the start: no silent gathering on one device.
+    # Parameters and Adam's moments are replicated or sharded as they were at the start: no silent
+    # gathering on one device.
     assert report[run]["stayed"]
 
 
@@ -59,14 +74,20 @@ def test_data_parallel_ascent_takes_two_all_reduces_and_group_ascent_one(report,
 
 
 def test_group_ascent_moves_as_many_elements_as_a_plain_step(report):
-    plain, groups, fd = (report[f"{method}, data-parallel"]["elements"]["all-reduce"] for method in ("plain", "groups", "fd"))
+    plain, groups, fd = (
+        report[f"{method}, data-parallel"]["elements"]["all-reduce"]
+        for method in ("plain", "groups", "fd")
+    )
     assert groups == plain + 1  # the mean of the groups' squared norms
     assert fd <= 2 * plain
 
 
 def test_fsdp_takes_the_collectives_of_the_plain_step_twice(report):
-    """Parameters are gathered and gradients reduced once for each gradient; the norm's scalars in StepInfo do not double."""
-    plain, fd, groups = (report[f"{method}, FSDP"]["counts"] for method in ("plain", "fd", "groups"))
+    """Parameters are gathered and gradients reduced once for each gradient; the norm's scalars in
+    StepInfo do not double."""
+    plain, fd, groups = (
+        report[f"{method}, FSDP"]["counts"] for method in ("plain", "fd", "groups")
+    )
     assert fd["all-gather"] == 2 * plain["all-gather"]
     assert fd["all-reduce"] == 2 * plain["all-reduce"] == 2
     assert max(fd.get("scalars", 0), plain.get("scalars", 0)) <= 2  # for StepInfo.grad_norm
