@@ -1,16 +1,14 @@
 """Gradient regularization for JAX and Optax."""
 
 from gradreg_optax import curvature
+from gradreg_optax._guard import GradientMismatch, checking
+from gradreg_optax._typing import Weighted
 from gradreg_optax.gradients import dbp_value_and_grad, fd_value_and_grad
+from gradreg_optax.losses import regularized_loss
 from gradreg_optax.microbatching import microbatched
+from gradreg_optax.nnx import make_nnx_train_step, nnx_regularized_loss
 from gradreg_optax.penalty import adaptive, masked, normalized
-from gradreg_optax.training import (
-    StepInfo,
-    TrainState,
-    TrainStep,
-    make_nnx_train_step,
-    make_train_step,
-)
+from gradreg_optax.training import StepInfo, TrainState, TrainStep, make_train_step
 from gradreg_optax.transforms import (
     GradregState,
     asam,
@@ -22,12 +20,15 @@ from gradreg_optax.transforms import (
 )
 
 __all__ = [
+    "GradientMismatch",
     "GradregState",
     "StepInfo",
     "TrainState",
     "TrainStep",
+    "Weighted",
     "adaptive",
     "asam",
+    "checking",
     "curvature",
     "dbp_gradreg",
     "dbp_value_and_grad",
@@ -39,6 +40,8 @@ __all__ = [
     "make_train_step",
     "masked",
     "microbatched",
+    "nnx_regularized_loss",
     "normalized",
+    "regularized_loss",
     "sam",
 ]

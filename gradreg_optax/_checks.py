@@ -1,206 +1,278 @@
-"""What is wrong is said at once, in a sentence that names the function, the value and the remedy.
+"""What is wrong is said at once, in a sentence that names the caller, the value and the remedy.
 
 Values are checked where they are concrete; a tracer passes, so that everything can be jitted,
-vmapped and differentiated.
+vmapped and differentiated. Every argument becomes a function here that knows who asked for it and
+checks itself, so that nobody below carries names or checks.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike
 
-from gradreg_optax._typing import AscentFn, Mode, PyTree, Scheme
-
-Check: TypeAlias = Callable[[str, str, Any], jax.Array]
-
-_EPSILON_REMEDY = (
-    'for a difference on the descent side use scheme="backward"; for the limit epsilon -> 0 use'
-    " dbp_gradreg"
-)
-_RADIUS_REMEDY = (
-    'for a difference on the descent side use gradient_norm_penalty(..., scheme="backward")'
-)
+from gradreg_optax._typing import AtStep, PyTree
 
 
-def check_scalar(function: str, name: str, value: ArrayLike) -> jax.Array:
-    """Returns ``value`` as a real scalar of the default float width (or its own, if wider).
+class Rule(NamedTuple):
+    """What an argument must be.
+
+    Attributes:
+      holds: a predicate of (number, smallest normal number of its width).
+      says: the same in words, after "must".
+      remedy: what to do instead.
+      from_zero: a step, which as a JAX array may also be zero, and as a schedule zero or negative:
+        a warm-up starts there.
+    """
+
+    holds: Callable[[float, float], bool]
+    says: str
+    remedy: str
+    from_zero: bool = False
+
+
+_WHOLE = 2**31 - 1  # the range of a step counter
+_BACKWARD = "for a difference on the descent side use "
+RULES = {
+    "gamma": Rule(
+        lambda x, tiny: 0 <= x < math.inf,
+        "be finite and >= 0",
+        "it weighs a penalty; to reward large gradients negate the loss instead",
+    ),
+    "epsilon": Rule(
+        lambda x, tiny: tiny <= x < math.inf,
+        "be finite and > 0",
+        f'{_BACKWARD}scheme="backward"; for the limit epsilon -> 0 use dbp_gradreg',
+        from_zero=True,
+    ),
+    "rho": Rule(
+        lambda x, tiny: tiny <= x < math.inf,
+        "be finite and > 0",
+        f'{_BACKWARD}gradient_norm_penalty(..., scheme="backward")',
+        from_zero=True,
+    ),
+    "radius": Rule(lambda x, tiny: math.isfinite(x), "be finite", "negative steps descend"),
+    "level": Rule(lambda x, tiny: math.isfinite(x), "be finite", "it is a value of the loss"),
+    "strength": Rule(
+        lambda x, tiny: 0 <= x < math.inf,
+        "be finite and >= 0",
+        "it is the penalty's share of the step, 0 to 1",
+    ),
+    "reach": Rule(
+        lambda x, tiny: tiny <= x < math.inf,
+        "be finite and > 0",
+        f'{_BACKWARD}scheme="backward"; 1 is the default',
+    ),
+    "decay": Rule(
+        lambda x, tiny: 0 <= x < 1, "lie in [0, 1)", "it is the memory of a running mean; try 0.9"
+    ),
+    "penalty_fraction": Rule(
+        lambda x, tiny: 0 < x <= 1, "lie in (0, 1]", "1 takes the whole batch"
+    ),
+}
+WHOLE_NUMBERS = {  # the smallest, and what it means
+    "interval": (1, "1 applies the penalty on every update"),
+    "start": (0, "0 applies the penalty from the first update on"),
+    "step": (0, "0 is the first step"),
+    "ascent_groups": (1, "1 is the global ascent"),
+    "count": (1, "1 is the whole batch"),
+    "num_matvecs": (1, "30 is the default"),
+    "num_samples": (2, "one sample carries no error"),
+}
+
+
+def scalar(caller: str, name: str, value: Any, *, scheduled: bool = False) -> jax.Array:
+    """``value`` as a real scalar of the default float width (or its own, if wider) by its rule.
 
     A number stays on the host: a transformation may be built before
     ``jax.distributed.initialize()``, which must come first of all that touches a device.
     """
-    array = _as_array(value)
-    if array is None or not (
-        jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
-    ):
-        raise TypeError(f"{function}: {name} must be a real number or a schedule, got {value!r}.")
+    array = _real(caller, name, value, "a real number or a schedule")
     if array.shape:
         raise ValueError(
-            f"{function}: {name} must be a scalar, got shape {array.shape}: use jax.vmap for"
-            " several values."
+            f"{caller}: {name} must be a scalar, got shape {array.shape}: use jax.vmap for several"
+            " values."
         )
-    scalar: jax.Array = array.astype(
-        jnp.promote_types(jnp.result_type(array), jnp.result_type(float))
-    )
-    return scalar
+    number: jax.Array = array.astype(_float_dtype(array.dtype))
+    rule = RULES.get(name)
+    if rule is None or is_traced(value) or (scheduled and rule.from_zero):
+        return number
+    concrete = float(np.asarray(value).astype(number.dtype))
+    warm_up = rule.from_zero and isinstance(value, jax.Array) and concrete == 0
+    if not (warm_up or rule.holds(concrete, float(np.finfo(number.dtype).tiny))):
+        got = value if rule.from_zero else f"{concrete:g}"
+        raise ValueError(f"{caller}: {name} must {rule.says}, got {got}: {rule.remedy}.")
+    return number
 
 
-def check_gamma(function: str, name: str, value: ArrayLike) -> jax.Array:
-    """A regularization coefficient: finite and not negative."""
-    array = check_scalar(function, name, value)
-    number = _concrete(value, array.dtype)
-    if number is not None and not 0 <= number < math.inf:
-        raise ValueError(
-            f"{function}: {name} must be finite and >= 0, got {number:g}: it weighs a penalty; "
-            "to reward large gradients negate the loss instead."
-        )
-    return array
+def hyperparameter(caller: str, name: str, value: Any) -> AtStep:
+    """A number, checked now, or a schedule, checked when called: as a function of the step."""
+    if not callable(value):
+        scalar(caller, name, value)
+        return lambda step: scalar(caller, name, value)
+
+    def at_step(step: Any) -> jax.Array:
+        return scalar(caller, name, value(check_step(caller, step)), scheduled=True)
+
+    return at_step
 
 
-def check_epsilon(function: str, name: str, value: ArrayLike) -> jax.Array:
-    """An ascent step: finite and positive; as a JAX array also zero, where a warm-up by
-    ``optax.inject_hyperparams`` starts.
-    """
-    array = check_scalar(function, name, value)
-    number = _concrete(value, array.dtype)
-    if number == 0 and isinstance(value, jax.Array):
-        return array
-    if number is not None and not np.finfo(array.dtype).tiny <= number < math.inf:
-        remedy = _RADIUS_REMEDY if name == "rho" else _EPSILON_REMEDY
-        raise ValueError(f"{function}: {name} must be finite and > 0, got {value}: {remedy}.")
-    return array
-
-
-def check_interval(function: str, interval: ArrayLike) -> ArrayLike:
-    """A whole number of updates, at least one."""
-    if callable(interval):
+def constant(caller: str, name: str, value: Any) -> AtStep:
+    """A hyperparameter of a function that counts no steps."""
+    if callable(value):
         raise TypeError(
-            f"{function}: interval must be a whole number, got a schedule: schedule gamma instead."
+            f"{caller}: {name} is a schedule, but a gradient function counts no steps: pass"
+            f" {name}=schedule(step), or use the transformation of the same family."
         )
-    number = _concrete(interval, check_scalar(function, "interval", interval).dtype)
-    if number is None:
-        return interval
-    if not 1 <= number < math.inf or number != int(number):
-        raise ValueError(
-            f"{function}: interval must be a whole number >= 1, got {number:g}: 1 applies the"
-            " penalty on every update."
+    return hyperparameter(caller, name, value)
+
+
+def whole_number(caller: str, name: str, value: Any) -> Any:
+    """An int where the value is concrete; a traced one as it came, in the counter's int32."""
+    least, remedy = WHOLE_NUMBERS[name]
+    wanted = f"{caller}: {name} must be a whole number >= {least}"
+    if callable(value):
+        raise TypeError(
+            f"{caller}: {name} must be a whole number, got a schedule: schedule gamma instead."
         )
+    array = _real(caller, name, value, f"a whole number >= {least}")
+    if array.shape:
+        raise ValueError(f"{wanted}, got shape {array.shape}.")
+    if is_traced(value):
+        return jnp.maximum(array.astype(jnp.int32), least)  # out of range it counts as the least
+    number = np.asarray(value)[()]
+    if not (least <= number <= _WHOLE and number == np.floor(number)):
+        shown = f"{number:g}" if isinstance(number, np.floating) else number
+        limit = f"the largest is {_WHOLE}" if number > _WHOLE else remedy
+        raise ValueError(f"{wanted}, got {shown}: {limit}.")
     return int(number)
 
 
-def check_choice(function: str, name: str, value: Any, choices: Any) -> None:
+def fraction(caller: str, name: str, value: Any) -> float:
+    """A part of the batch as the decimal that was written, whatever float it came in."""
+    if is_traced(value):
+        raise TypeError(f"{caller}: {name} shapes the program and cannot be traced: pass a number.")
+    number = np.asarray(scalar(caller, name, value))
+    return float(str(np.asarray(value)[()])) if number < 1 else 1.0
+
+
+def check_choice(caller: str, name: str, value: Any, choices: Any) -> None:
     """One of the strings of a ``Literal``."""
     allowed = get_args(choices)
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(
-            f"{function}: unknown {name} {value!r}, choose one of {', '.join(map(repr, allowed))}."
+            f"{caller}: unknown {name} {value!r}, choose one of {', '.join(map(repr, allowed))}."
         )
 
 
-def check_scheme(function: str, scheme: Scheme) -> None:
-    """A finite-difference scheme."""
-    check_choice(function, "scheme", scheme, Scheme)
-
-
-def check_mode(function: str, mode: Mode) -> None:
-    """An order of differentiation."""
-    check_choice(function, "mode", mode, Mode)
-
-
-def check_ascent(function: str, ascent: AscentFn | None) -> None:
-    """An ascent direction is a function."""
-    if ascent is not None and not callable(ascent):
+def check_transformation(caller: str, name: str, value: Any) -> None:
+    """An Optax transformation, made already."""
+    if not isinstance(value, optax.GradientTransformation):
+        made = ", made by calling it" if callable(value) else ""
+        got = getattr(value, "__name__", type(value).__name__)
         raise TypeError(
-            f"{function}: ascent must be a function (gradient, params) -> direction, got"
-            f" {type(ascent).__name__}: for a mask use ascent=masked(mask)."
+            f"{caller}: {name} must be an Optax transformation{made}, got {got}: write"
+            f" {name}=fd_gradreg(gamma=..., epsilon=...) or any optax optimizer."
         )
 
 
-def check_loss(function: str, loss_fn: Any) -> None:
-    """A loss is a function, or left to ``update``."""
-    if loss_fn is not None and not callable(loss_fn):
+def check_step(caller: str, step: Any) -> Any:
+    """The step is counted."""
+    if step is None:
         raise TypeError(
-            f"{function}: the loss must be a function of the parameters, got"
-            f" {type(loss_fn).__name__}."
+            f"{caller}: a schedule, start or interval > 1 needs the step, which a loss does not"
+            " count: call loss(..., step=step)."
         )
+    return step
 
 
-def check_constant(function: str, name: str, value: Any, check: Check) -> None:
-    """A gradient function has no step counter, so it takes no schedules."""
-    if callable(value):
+def check_state(caller: str, state: Any, kind: type) -> None:
+    """The state is what ``init`` made, not what became of it in a file."""
+    if not isinstance(state, kind):
         raise TypeError(
-            f"{function}: {name} is a schedule, but a gradient function counts no steps: pass"
-            f" {name}=schedule(step), or use the transformation of the same family."
+            f"{caller}: the state must be the {kind.__name__} that init made, got"
+            f" {type(state).__name__}: call init(params), or restore a checkpoint with"
+            " init(params) as its target."
         )
-    check(function, name, value)
 
 
-def check_schedule(function: str, name: str, value: Any, check: Check) -> None:
-    """A transformation takes a number, checked at once, or a schedule, checked when it is
-    called.
-    """
-    if not callable(value):
-        check(function, name, value)
-
-
-def check_params(function: str, params: PyTree) -> None:
-    """Parameters are there, and none of them is hidden by ``optax.masked`` around us."""
+def check_params(caller: str, params: PyTree) -> None:
+    """Parameters are there, differentiable, and none is hidden by ``optax.masked`` around us."""
     if params is None:
-        raise ValueError(f"{function}: needs the parameters: call update(grads, state, params).")
+        raise ValueError(f"{caller}: needs the parameters: call update(grads, state, params).")
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
     if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
         raise ValueError(
-            f"{function}: some parameters are hidden (MaskedNode) by optax.masked or"
-            " optax.partition around it, so the loss cannot be evaluated: put it in front, as in"
-            f" optax.chain({function}(...), optax.masked(tx, mask)), and to climb in some"
-            " parameters only give fd_gradreg or dbp_gradreg ascent=masked(mask)."
+            f"{caller}: some parameters are hidden (MaskedNode) by optax.masked or optax.partition"
+            f" around it, so the loss cannot be evaluated: put it in front, as in"
+            f" optax.chain({caller}(...), optax.masked(tx, mask)), and to climb in some parameters"
+            " only give fd_gradreg or dbp_gradreg ascent=masked(mask)."
         )
+    check_inexact(caller, "the parameters", params)
 
 
-def check_like(function: str, name: str, tree: PyTree, params: PyTree) -> None:
-    """``tree`` has the structure and shapes of the parameters."""
-    found: Any = jax.tree.structure(tree)
-    expected: Any = jax.tree.structure(params)
-    if found != expected:
-        raise ValueError(
-            f"{function}: {name} and the parameters differ in structure: {found} against"
-            f" {expected}."
-        )
-    for (path, leaf), parameter in zip(
-        jax.tree.leaves_with_path(tree), jax.tree.leaves(params), strict=True
-    ):
-        if jnp.shape(leaf) != jnp.shape(parameter):
-            raise ValueError(
-                f"{function}: {name}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, its"
-                f" parameter {jnp.shape(parameter)}."
+def check_inexact(caller: str, name: str, tree: PyTree) -> None:
+    """All leaves are real or complex numbers: nothing else has a gradient."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if not is_inexact(leaf):
+            kind = getattr(leaf, "dtype", type(leaf).__name__)
+            raise TypeError(
+                f"{caller}: {name}{jax.tree_util.keystr(path)} has dtype {kind}, and only real and"
+                " complex numbers have a gradient: close over everything else, or pass it as a"
+                " further argument of the loss."
             )
 
 
-def at_step(function: str, name: str, value: Any, check: Check, step: jax.Array) -> jax.Array:
-    """The value of a number or schedule at ``step``, checked; a scheduled ascent step may be zero
-    or negative.
-    """
-    if not callable(value):
-        return check(function, name, value)
-    return (
-        check_scalar(function, name, value(step))
-        if check is check_epsilon
-        else check(function, name, value(step))
-    )
+def check_like(caller: str, name: str, tree: PyTree, params: PyTree) -> None:
+    """``tree`` has the structure and shapes of the parameters, and numbers that can be added."""
+    given: Any = jax.tree.structure(tree)
+    expected: Any = jax.tree.structure(params)
+    if given != expected:
+        raise ValueError(
+            f"{caller}: {name} and the parameters differ in structure: {given} against {expected}."
+        )
+    leaves, parameters = jax.tree.leaves_with_path(tree), jax.tree.leaves(params)
+    for (path, leaf), parameter in zip(leaves, parameters, strict=True):
+        if jnp.shape(leaf) != jnp.shape(parameter):
+            raise ValueError(
+                f"{caller}: {name}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, its"
+                f" parameter {jnp.shape(parameter)}."
+            )
+    check_inexact(caller, name, tree)
 
 
-def _as_array(value: Any) -> Any:
-    """``value`` as an array, JAX's where it is one already and NumPy's otherwise; None where it
-    holds no numbers.
-    """
-    array = value if isinstance(value, jax.Array) else np.asarray(value)
-    return array if jnp.issubdtype(array.dtype, jnp.number) else None
+def is_inexact(leaf: Any) -> bool:
+    """Whether a leaf is made of real or complex numbers."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        return isinstance(leaf, float | complex)
+    return bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
-def _concrete(value: Any, dtype: Any) -> float | None:
-    """The number that ``value`` is once rounded to ``dtype``; None while it is traced."""
-    return None if isinstance(value, jax.core.Tracer) else float(np.asarray(value).astype(dtype))
+def is_traced(value: Any) -> bool:
+    """Whether a value is known only when the program runs."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def _real(caller: str, name: str, value: Any, wanted: str) -> Any:
+    """``value`` as an array, JAX's where it is one already and NumPy's otherwise."""
+    try:
+        array = value if isinstance(value, jax.Array) else np.asarray(value)
+    except ValueError:  # a ragged list
+        array = np.asarray(None)
+    floating, integer = (jnp.issubdtype(array.dtype, t) for t in (jnp.floating, jnp.integer))
+    if not (floating or integer) or array.dtype.kind == "m" or array.dtype.itemsize > 8:
+        raise TypeError(f"{caller}: {name} must be {wanted}, got {value!r}.")
+    return array
+
+
+def _float_dtype(dtype: Any) -> Any:
+    """The default float dtype, or ``dtype`` itself if it is a wider one that JAX has switched on."""
+    default = jax.dtypes.canonicalize_dtype(float)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return default
+    own = jax.dtypes.canonicalize_dtype(dtype)
+    return own if jnp.finfo(own).bits > jnp.finfo(default).bits else default

@@ -4,132 +4,225 @@ Inside the package a loss is always a function of the parameters that returns ``
 ``value`` a real scalar.
 """
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradreg_optax._checks import check_loss, check_params
-from gradreg_optax._typing import LossFn, PyTree, ValueFn
+from gradreg_optax._checks import check_params
+from gradreg_optax._typing import LateLoss, LossFn, PyTree, ValueFn, Weighted
 
 # Names that Optax's update, or its line searches, keep for themselves: a loss cannot receive them
 # by name.
-RESERVED = frozenset({"updates", "state", "params", "value", "grad", "value_fn", "reuse_updates"})
+RESERVED = frozenset(
+    {"updates", "state", "params", "value", "grad", "value_fn", "reuse_updates", "held_out_fn"}
+)
 
 
-def with_aux(function: str, loss_fn: LossFn, has_aux: bool) -> Callable[..., tuple[jax.Array, Any]]:
-    """``loss_fn`` as a function that returns ``(value, aux)`` and says what is wrong with its
-    value.
-    """
-    check_loss(function, loss_fn)
+def check_loss(caller: str, loss_fn: Any) -> None:
+    """A loss is a function."""
+    if not callable(loss_fn):
+        raise TypeError(
+            f"{caller}: the loss must be a function of the parameters, got"
+            f" {type(loss_fn).__name__}."
+        )
 
-    def loss(params: PyTree, *args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
-        output = loss_fn(params, *args, **kwargs)
-        if not has_aux:
-            return _real_scalar(function, output), None
-        if not (isinstance(output, tuple) and len(output) == 2):
-            raise TypeError(
-                f"{function}: with has_aux=True the loss must return (value, aux), got"
-                f" {type(output).__name__}."
-            )
-        return _real_scalar(function, output[0]), output[1]
+
+def with_aux(caller: str, loss_fn: LossFn, has_aux: bool) -> Callable[..., tuple[jax.Array, Any]]:
+    """``loss_fn`` as a function that returns ``(value, aux)`` and says what is wrong with it."""
+    weighted = with_weight(caller, loss_fn, has_aux)
+
+    def loss(*args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
+        mean, aux = weighted(*args, **kwargs)
+        return mean_of(mean), aux
 
     return loss
 
 
-def bind(
-    function: str,
-    loss_fn: LossFn | None,
-    has_aux: bool,
-    params: PyTree,
-    extra_args: Mapping[str, Any],
-) -> ValueFn:
-    """The loss of this update as a function of the parameters alone.
+def with_weight(caller: str, loss_fn: LossFn, has_aux: bool) -> Callable[..., tuple[Weighted, Any]]:
+    """``loss_fn`` as a function that returns ``(Weighted(total, weight), aux)``.
+
+    A plain scalar is a total without a weight, None, and counts as one.
+    """
+    check_loss(caller, loss_fn)
+
+    def loss(*args: Any, **kwargs: Any) -> tuple[Weighted, Any]:
+        output, aux = loss_fn(*args, **kwargs), None
+        if has_aux:
+            pair = isinstance(output, tuple) and not isinstance(output, Weighted)
+            if not (pair and len(output) == 2):
+                raise TypeError(
+                    f"{caller}: with has_aux=True the loss must return (value, aux), got"
+                    f" {type(output).__name__}."
+                )
+            output, aux = output
+        if not isinstance(output, Weighted):
+            return Weighted(_real_scalar(caller, output), None), aux
+        total, weight = (_real_scalar(caller, part, cast=True) for part in output)
+        return Weighted(total, jax.lax.stop_gradient(weight.astype(total.dtype))), aux
+
+    return loss
+
+
+def mean_of(mean: Weighted) -> jax.Array:
+    """The mean; 0 where nothing weighs anything."""
+    if mean.weight is None:
+        return mean.total
+    return mean.total / jnp.where(mean.weight == 0, 1, mean.weight)
+
+
+def late_loss(caller: str, loss_fn: LossFn | None, has_aux: bool) -> LateLoss:
+    """The loss of an update, ``(params, extra_args) -> value_fn``, of the parameters alone.
 
     It is ``loss_fn`` if there is one, and Optax's ``value_fn=`` otherwise; further arguments are
     picked from ``extra_args`` by name.
     """
-    check_params(function, params)
-    if loss_fn is None:
-        loss_fn, has_aux = extra_args.get("value_fn"), False
-    if loss_fn is None:
-        raise ValueError(
-            f"{function}: has no loss: give it at construction, {function}(loss_fn, ...), or pass "
-            "update(grads, state, params, value_fn=loss_of_params)."
-        )
-    loss = with_aux(function, loss_fn, has_aux)
-    arguments = pick_arguments(function, loss_fn, extra_args)
-    return lambda params: loss(params, **arguments)[0]
+    if loss_fn is not None:
+        check_loss(caller, loss_fn)
+
+    def bind(params: PyTree, extra_args: Mapping[str, Any]) -> ValueFn:
+        check_params(caller, params)
+        given = extra_args.get("value_fn") if loss_fn is None else loss_fn
+        if given is None:
+            raise ValueError(
+                f"{caller}: has no loss: give it at construction, {caller}(loss_fn, ...), pass"
+                " update(grads, state, params, value_fn=loss_of_params), or let make_train_step or"
+                " make_nnx_train_step pass it; for a trainer that passes nothing on, use"
+                " regularized_loss."
+            )
+        loss = with_aux(caller, given, has_aux and loss_fn is not None)
+        arguments = pick_arguments(caller, given, extra_args)
+        return lambda params: loss(params, **arguments)[0]
+
+    return bind
 
 
-def pick_arguments(function: str, loss_fn: LossFn, available: Mapping[str, Any]) -> dict[str, Any]:
+def pick_arguments(caller: str, loss_fn: LossFn, available: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of ``loss_fn`` after its first, taken from ``available`` by name."""
     offered = {name: value for name, value in available.items() if name not in RESERVED}
     wanted = _parameters_after_first(loss_fn)
-    if any(p.kind is p.VAR_KEYWORD for p in wanted):
-        picked = offered
-    else:
-        picked = {p.name: offered[p.name] for p in wanted if p.name in offered}
-    named = [
-        p
-        for p in wanted
-        if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.default is p.empty
-    ]
-    missing = [p.name for p in named if p.kind is p.POSITIONAL_ONLY or p.name not in picked]
+    greedy = any(p.kind is p.VAR_KEYWORD for p in wanted)
+    picked = offered if greedy else {p.name: offered[p.name] for p in wanted if p.name in offered}
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    named = [p for p in wanted if p.kind not in variadic and p.default is p.empty]
+    missing = [p for p in named if p.kind is p.POSITIONAL_ONLY or p.name not in picked]
     if missing:
-        raise TypeError(
-            f"{function}: the loss needs {', '.join(map(repr, missing))},"
-            f" {_remedy(missing, named)}."
-        )
+        names = ", ".join(repr(p.name) for p in missing)
+        raise TypeError(f"{caller}: the loss needs {names}, {_remedy(missing)}.")
     return picked
 
 
-def _remedy(missing: list[str], named: list[inspect.Parameter]) -> str:
-    if RESERVED.intersection(missing):
+def named_arguments(loss_fn: LossFn, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """A call's arguments after the first by name: what a regularizer's own loss picks from."""
+    signature = signature_of(loss_fn)
+    if signature is None:
+        return kwargs
+    bound, named = signature.bind(*args, **kwargs).arguments, dict[str, Any]()
+    for parameter in list(signature.parameters.values())[1:]:
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named.update(bound.get(parameter.name, {}))
+        elif parameter.kind is not parameter.VAR_POSITIONAL and parameter.name in bound:
+            named[parameter.name] = bound[parameter.name]
+    return {name: value for name, value in named.items() if name not in RESERVED}
+
+
+def arguments_at(
+    caller: str, argnums: int | Sequence[int], args: tuple[Any, ...]
+) -> tuple[PyTree, Callable[[PyTree], tuple[Any, ...]]]:
+    """The arguments at ``argnums``, one or a tuple of them, and what puts others in their place."""
+    numbers = [argnums] if isinstance(argnums, int) else list(argnums)
+    single = isinstance(argnums, int)
+    if not numbers or not all(isinstance(n, int) for n in numbers):
+        raise TypeError(f"{caller}: argnums must be an integer or several, got {argnums!r}.")
+    if not all(-len(args) <= n < len(args) for n in numbers):
+        raise ValueError(
+            f"{caller}: argnums={argnums} names an argument that the call does not have: it has"
+            f" {len(args)} positional arguments."
+        )
+
+    def put(params: PyTree) -> tuple[Any, ...]:
+        full = list(args)
+        for number, value in zip(numbers, [params] if single else params, strict=True):
+            full[number] = value
+        return tuple(full)
+
+    chosen = tuple(args[n] for n in numbers)
+    return (chosen[0] if single else chosen), put
+
+
+def positional(
+    caller: str, loss_fn: LossFn, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call of ``loss_fn`` with all arguments by position that can be: at least parameters, batch.
+
+    Whoever binds keywords may name them as the loss does.
+    """
+    signature = signature_of(loss_fn)
+    if signature is not None:
+        bound = signature.bind(*args, **kwargs)
+        args, kwargs = bound.args, dict(bound.kwargs)
+    if len(args) < 2:
+        raise TypeError(
+            f"{caller}: the loss needs a batch as its second positional argument, which it goes"
+            " through in parts."
+        )
+    return args, kwargs
+
+
+def keeps_signature(function: Any, loss_fn: LossFn) -> Any:
+    """``function`` under the name and signature of the loss that it stands for."""
+    return functools.update_wrapper(function, loss_fn, updated=())
+
+
+def signature_of(loss_fn: LossFn) -> inspect.Signature | None:
+    """The signature of a loss; None of a builtin that has none."""
+    try:
+        return inspect.signature(loss_fn)
+    except ValueError:
+        return None
+
+
+def _remedy(missing: list[inspect.Parameter]) -> str:
+    if any(p.name in RESERVED for p in missing):
         return (
             "a name that Optax's update keeps for itself: rename the argument, or pass value_fn="
             " with it closed over"
         )
-    if any(p.kind is p.POSITIONAL_ONLY and p.name in missing for p in named):
+    if any(p.kind is p.POSITIONAL_ONLY for p in missing):
         return (
             "which is positional-only and cannot be picked by name: pass value_fn= with it closed"
             " over"
         )
-    call = ", ".join(f"{name}=..." for name in missing)
+    call = ", ".join(f"{p.name}=..." for p in missing)
     return f"which update was not given: call update(grads, state, params, {call})"
 
 
 def _parameters_after_first(loss_fn: LossFn) -> list[inspect.Parameter]:
-    try:
-        parameters = list(inspect.signature(loss_fn).parameters.values())
-    except ValueError:  # a builtin without a signature takes the parameters alone
-        return []
+    signature = signature_of(loss_fn)
+    parameters = [] if signature is None else list(signature.parameters.values())
     first_is_variadic = bool(parameters) and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
     return parameters if first_is_variadic else parameters[1:]
 
 
-def _real_scalar(function: str, value: Any) -> jax.Array:
+def _real_scalar(caller: str, value: Any, *, cast: bool = False) -> jax.Array:
+    """``value``, said to be a real scalar; with ``cast`` a count may be an integer or a bool."""
+    must = f"{caller}: the loss must return a real scalar, got"
     if isinstance(value, tuple):
         raise TypeError(
-            f"{function}: the loss returned a tuple: if it is (value, aux), pass has_aux=True;"
-            " value_fn= returns the value alone."
+            f"{caller}: the loss returned a tuple: if it is (value, aux), pass has_aux=True;"
+            " value_fn= returns the value alone; a sum with its weight is Weighted(total, weight)."
         )
     if not isinstance(value, jax.Array | np.ndarray | np.generic | float | int | complex):
-        raise TypeError(
-            f"{function}: the loss must return a real scalar, got {type(value).__name__}."
-        )
+        raise TypeError(f"{must} {type(value).__name__}.")
     array = jnp.asarray(value)
     if array.shape:
-        raise TypeError(
-            f"{function}: the loss must return a real scalar, got shape {array.shape}: take its"
-            " mean or sum."
-        )
+        raise TypeError(f"{must} shape {array.shape}: take its mean or sum.")
+    if cast and array.dtype.kind in "iub":
+        return array.astype(jax.dtypes.canonicalize_dtype(float))
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(
-            f"{function}: the loss must return a real scalar, got dtype {array.dtype}: take its"
-            " real part or cast it."
-        )
+        raise TypeError(f"{must} dtype {array.dtype}: take its real part or cast it.")
     return array

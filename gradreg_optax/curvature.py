@@ -6,7 +6,6 @@ Everywhere ``value_fn(params)`` is a real scalar, with batch and other arguments
 All functions can be jitted and vmapped.
 """
 
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,17 +15,19 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from gradreg_optax._batch import split_batch
-from gradreg_optax._checks import check_epsilon, check_scheme
+from gradreg_optax._checks import check_inexact, check_like, constant, fraction, whole_number
 from gradreg_optax._convolutions import canonical_convolutions
-from gradreg_optax._loss import with_aux
+from gradreg_optax._loss import mean_of, with_aux, with_weight
 from gradreg_optax._typing import LossFn, PyTree, Scalar, Scheme, ValueFn
 from gradreg_optax.penalty import (
-    ascent_direction,
-    difference_product,
-    exact_product,
+    Point,
+    cast,
+    difference,
     global_norm,
     normalized,
+    product,
     shift,
+    widen,
 )
 
 
@@ -85,11 +86,15 @@ def hessian_vector_product(value_fn: ValueFn, params: PyTree, vector: PyTree) ->
     Example:
       >>> import jax.numpy as jnp
       >>> from gradreg_optax.curvature import hessian_vector_product
-      >>> print(hessian_vector_product(lambda p: jnp.sum(p**3), jnp.array([1.0, 2.0]), jnp.array([1.0, 1.0])))
+      >>> params, ones = jnp.array([1.0, 2.0]), jnp.array([1.0, 1.0])
+      >>> print(hessian_vector_product(lambda p: jnp.sum(p**3), params, ones))
       [ 6. 12.]
     """
-    tangent = jax.tree.map(lambda v, p: jnp.asarray(v, jnp.result_type(p)), vector, params)
-    return jax.jvp(_gradient(value_fn, "hessian_vector_product"), (params,), (tangent,))[1]
+    caller = "hessian_vector_product"
+    grad_fn = _gradient(caller, value_fn, params)
+    check_like(caller, "vector", vector, params)
+    tangent = jax.tree.map(lambda v, p: cast(jnp.asarray(v), p), vector, params)
+    return jax.jvp(grad_fn, (params,), (tangent,))[1]
 
 
 def gradient_norm(value_fn: ValueFn, params: PyTree) -> jax.Array:
@@ -112,7 +117,7 @@ def gradient_norm(value_fn: ValueFn, params: PyTree) -> jax.Array:
       >>> print(gradient_norm(lambda p: jnp.sum(p**2) / 2, jnp.array([3.0, 4.0])))
       5.0
     """
-    return global_norm(_gradient(value_fn, "gradient_norm")(params))
+    return global_norm(_gradient("gradient_norm", value_fn, params)(params))
 
 
 def top_hessian_eigenvalue(
@@ -142,19 +147,17 @@ def top_hessian_eigenvalue(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from gradreg_optax.curvature import top_hessian_eigenvalue
-      >>> value, residual = top_hessian_eigenvalue(lambda p: p @ (jnp.array([1.0, -7.0, 3.0]) * p) / 2, jnp.ones(3), jax.random.key(0))
+      >>> loss = lambda p: p @ (jnp.array([1.0, -7.0, 3.0]) * p) / 2
+      >>> value, residual = top_hessian_eigenvalue(loss, jnp.ones(3), jax.random.key(0))
       >>> print(value.round(4), residual < 1e-4)
       3.0 True
 
     References:
       Lanczos, *An iteration method for the solution of the eigenvalue problem*, 1950.
     """
-    if num_matvecs < 1:
-        raise ValueError(
-            f"top_hessian_eigenvalue: num_matvecs must be at least 1, got {num_matvecs}: 30 is the"
-            " default."
-        )
-    product, size, dtype = _flat_product(value_fn, params, "top_hessian_eigenvalue")
+    caller = "top_hessian_eigenvalue"
+    num_matvecs = whole_number(caller, "num_matvecs", num_matvecs)
+    product, size, dtype = _flat_product(caller, value_fn, params)
     basis, projection = _krylov(
         product, jax.random.normal(key, (min(num_matvecs, size), size), dtype)
     )
@@ -183,8 +186,8 @@ def hessian_trace(
       ``Trace(mean, standard_error)``.
 
     Raises:
-      ImportError: matfree is not installed.
-      ValueError: fewer than two samples, which carry no error.
+      ValueError: fewer than two samples, which carry no error; no parameters.
+      TypeError: a loss that is no real scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -197,17 +200,16 @@ def hessian_trace(
       Hutchinson, *A stochastic estimator of the trace of the influence matrix*, 1990. The integrand
       is matfree's.
     """
-    if num_samples < 2:
-        raise ValueError(
-            f"hessian_trace: num_samples must be at least 2, got {num_samples}: one sample carries"
-            " no error."
-        )
-    (stochtrace,) = _matfree("stochtrace")
-    product, size, dtype = _flat_product(value_fn, params, "hessian_trace")
-    sampler = stochtrace.sampler_signs(jnp.zeros(size, dtype), num=1)
-    one = stochtrace.estimator_monte_carlo(stochtrace.monte_carlo_trace(), sampler)
-    samples = jax.lax.map(lambda k: one(product, k), jax.random.split(key, num_samples))
-    return Trace(jnp.mean(samples), jnp.std(samples, ddof=1) / jnp.sqrt(num_samples))
+    caller = "hessian_trace"
+    num_samples = whole_number(caller, "num_samples", num_samples)
+    product, size, dtype = _flat_product(caller, value_fn, params)
+
+    def sample(key: jax.Array) -> jax.Array:
+        signs = jax.random.rademacher(key, (size,), dtype)
+        return _dot(signs, product(signs))
+
+    samples = jax.lax.map(sample, jax.random.split(key, num_samples))
+    return Trace(jnp.mean(samples), jnp.std(samples, ddof=1) / num_samples**0.5)
 
 
 def perturbed_sharpness(value_fn: ValueFn, params: PyTree, rho: Scalar) -> jax.Array:
@@ -230,17 +232,20 @@ def perturbed_sharpness(value_fn: ValueFn, params: PyTree, rho: Scalar) -> jax.A
     Example:
       >>> import jax.numpy as jnp
       >>> from gradreg_optax.curvature import perturbed_sharpness
-      >>> print(perturbed_sharpness(lambda p: jnp.sum(p**2) / 2, jnp.array([3.0, 4.0]), 1.0))  # (6**2 - 5**2) / 2
+      >>> loss, params = lambda p: jnp.sum(p**2) / 2, jnp.array([3.0, 4.0])
+      >>> print(perturbed_sharpness(loss, params, 1.0))  # (6**2 - 5**2) / 2
       5.5
 
     References:
       Foret et al., *Sharpness-Aware Minimization*, ICLR 2021.
     """
-    loss = with_aux("perturbed_sharpness", value_fn, has_aux=False)
+    caller = "perturbed_sharpness"
+    radius = constant(caller, "radius", rho)(None)
+    loss = with_aux(caller, value_fn, has_aux=False)
+    check_inexact(caller, "the parameters", params)
     (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-    direction = ascent_direction("perturbed_sharpness", gradient, params, normalized)
-    sharpness: jax.Array = loss(shift(params, direction, jnp.asarray(rho)))[0] - value
-    return sharpness
+    direction = normalized(jax.tree.map(lambda g: jnp.conj(widen(g)), gradient), params)
+    return loss(shift(params, direction, radius))[0] - value
 
 
 def difference_error(
@@ -271,22 +276,22 @@ def difference_error(
     Example:
       >>> import jax.numpy as jnp
       >>> from gradreg_optax.curvature import difference_error
-      >>> print(difference_error(lambda p: jnp.sum(p**2), jnp.array([1.0, 2.0]), 1e-9).unmoved)  # 1 + 2e-9 == 1
+      >>> loss, params = lambda p: jnp.sum(p**2), jnp.array([1.0, 2.0])
+      >>> print(difference_error(loss, params, 1e-9).unmoved)  # 1 + 2e-9 == 1
       1.0
     """
-    function = "difference_error"
-    check_scheme(function, scheme)
-    step = check_epsilon(function, "epsilon", epsilon)
-    grad_fn = _gradient(value_fn, function)
-    gradient, _, product = exact_product(
-        function, lambda p: (grad_fn(p), None), params, "forward_over_reverse"
-    )
-    direction = ascent_direction(function, gradient, params, None)
-    exact = product(direction)
-    estimate = difference_product(grad_fn, params, gradient, direction, step, scheme)
-    error = global_norm(jax.tree.map(lambda a, b: a - b.astype(a.dtype), estimate, exact))
-    size = global_norm(exact)
-    moved = shift(params, direction, -step if scheme == "backward" else step)
+    caller = "difference_error"
+    grad_fn, step = _gradient(caller, value_fn, params), constant(caller, "epsilon", epsilon)
+    by_difference = difference(caller, step, scheme, None)
+    exactly = product(caller, "forward_over_reverse", None)
+    exact = exactly.estimate(Point(lambda p: (grad_fn(p), None), params))
+    estimate = by_difference.estimate(
+        Point(lambda p: (grad_fn(p), None), params, exact.gradient)
+    ).product
+    errors = jax.tree.map(lambda a, b: a - b.astype(a.dtype), estimate, exact.product)
+    error, size = global_norm(errors), global_norm(exact.product)
+    direction = jax.tree.map(lambda g: jnp.conj(widen(g)), exact.gradient)
+    moved = shift(params, direction, -step(None) if scheme == "backward" else step(None))
     wanted = sum(jnp.sum(d != 0) for d in jax.tree.leaves(direction))
     lost = sum(
         jnp.sum((d != 0) & (m == p))
@@ -313,8 +318,7 @@ class PenaltyScale(NamedTuple):
 def penalty_scale(
     loss_fn: LossFn, params: PyTree, batch: PyTree, *, penalty_fraction: float
 ) -> PenaltyScale:
-    r"""The factor on gamma that keeps the penalty as strong as it was when it is taken on a
-    fraction of the batch.
+    r"""The factor on gamma that keeps the penalty as strong on a fraction of the batch.
 
     On b samples drawn at random, whose gradients have mean :math:`\bar g` and covariance
     :math:`\Sigma`, the penalty is on average :math:`\tfrac{\gamma}{2} \mathbb{E}\|g_b\|^2 =
@@ -355,54 +359,59 @@ def penalty_scale(
       PenaltyScale(factor=Array(0.9, dtype=float32), whole=Array(9., dtype=float32), part=Array(10.,
       dtype=float32))
     """
-    function = "penalty_scale"
-    parts = round(1 / penalty_fraction) if 0 < penalty_fraction <= 1 else 0
-    if not parts or abs(parts * penalty_fraction - 1) > 1e-6:
+    caller = "penalty_scale"
+    kept = fraction(caller, "penalty_fraction", penalty_fraction)
+    parts = round(1 / kept)
+    if abs(parts * kept - 1) > 1e-6:
         raise ValueError(
-            f"{function}: penalty_fraction must be one over a whole number, such as 0.25, got"
+            f"{caller}: penalty_fraction must be one over a whole number, such as 0.25, got"
             f" {penalty_fraction}."
         )
-    groups = split_batch(function, "1 / penalty_fraction", batch, parts)
-    gradients = jax.vmap(lambda group: _gradient(lambda p: loss_fn(p, group), function)(params))(
-        groups
-    )
+    loss = with_weight(caller, loss_fn, has_aux=False)
+    check_inexact(caller, "the parameters", params)
+
+    def on_part(group: PyTree) -> tuple[PyTree, jax.Array | None]:
+        def value(params: PyTree) -> tuple[jax.Array, jax.Array | None]:
+            mean, _ = loss(params, group)
+            return mean_of(mean), mean.weight
+
+        return jax.grad(value, has_aux=True)(params)
+
+    groups = split_batch(caller, "1 / penalty_fraction", batch, parts)
+    gradients, weights = jax.vmap(on_part)(groups)
     part = jnp.mean(jax.vmap(global_norm)(gradients) ** 2)
-    whole = global_norm(jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients)) ** 2
+    whole = global_norm(jax.tree.map(lambda g: jnp.average(g, 0, weights), gradients)) ** 2
     return PenaltyScale(jnp.where(part > 0, whole / jnp.where(part > 0, part, 1), 1), whole, part)
 
 
-def _gradient(value_fn: ValueFn, function: str) -> Callable[[PyTree], PyTree]:
-    loss = with_aux(function, value_fn, has_aux=False)
+def _gradient(caller: str, value_fn: ValueFn, params: PyTree) -> Callable[[PyTree], PyTree]:
+    loss = with_aux(caller, value_fn, has_aux=False)
+    check_inexact(caller, "the parameters", params)
     return jax.grad(lambda params: loss(params)[0])
 
 
 def _flat_product(
-    value_fn: ValueFn, params: PyTree, function: str
+    caller: str, value_fn: ValueFn, params: PyTree
 ) -> tuple[Callable[[jax.Array], jax.Array], int, Any]:
-    """The Hessian-vector product on one real vector, in float32 or wider, with its size and
-    dtype.
-    """
+    """The Hessian-vector product on one real vector, in float32 or wider, with its size, dtype."""
+    check_inexact(caller, "the parameters", params)
     params = jax.tree.map(jnp.asarray, params)
     parts = jax.tree.map(lambda p: (p.real, p.imag) if jnp.iscomplexobj(p) else p, params)
-    flat, unravel = ravel_pytree(
-        jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), parts)
-    )
+    wide = [widen(p) for p in jax.tree.leaves(parts)]
+    if not sum(p.size for p in wide):
+        raise ValueError(f"{caller}: there are no parameters, and so there is no Hessian.")
+    dtype = np.result_type(*(p.dtype for p in wide))
+    flat, unravel = ravel_pytree(jax.tree.map(lambda p: p.astype(dtype), parts))
 
-    def whole(vector: jax.Array) -> PyTree:
-        return jax.tree.map(
-            lambda p, part: (jax.lax.complex(*part) if jnp.iscomplexobj(p) else part).astype(
-                p.dtype
-            ),
-            params,
-            unravel(vector),
-        )
+    def point(vector: jax.Array) -> PyTree:
+        def leaf(p: jax.Array, part: Any) -> jax.Array:
+            return (jax.lax.complex(*part) if jnp.iscomplexobj(p) else part).astype(p.dtype)
 
-    grad_fn = _gradient(lambda vector: value_fn(whole(vector)), function)
-    return (
-        canonical_convolutions(lambda vector: jax.jvp(grad_fn, (flat,), (vector,))[1]),
-        flat.size,
-        flat.dtype,
-    )
+        return jax.tree.map(leaf, params, unravel(vector))
+
+    grad_fn = _gradient(caller, lambda vector: value_fn(point(vector)), flat)
+    multiply = jax.jit(lambda vector: jax.jvp(grad_fn, (flat,), (vector,))[1])
+    return canonical_convolutions(multiply), flat.size, dtype
 
 
 def _krylov(
@@ -440,18 +449,8 @@ def _krylov(
 
 
 def _unit(vector: jax.Array) -> jax.Array:
-    unit: jax.Array = vector / jnp.linalg.norm(vector)
-    return unit
+    return vector / jnp.linalg.norm(vector)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.dot(a, b, precision="highest")
-
-
-def _matfree(*modules: str) -> list[Any]:
-    try:
-        return [importlib.import_module(f"matfree.{name}") for name in modules]
-    except ImportError as error:
-        raise ImportError(
-            'hessian_trace needs matfree: pip install "gradreg-optax[curvature]".'
-        ) from error

@@ -1,21 +1,21 @@
 """Gradient functions: regularization for any training loop, in place of ``jax.value_and_grad``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from gradreg_optax._checks import (
-    check_ascent,
-    check_constant,
-    check_epsilon,
-    check_gamma,
-    check_mode,
-    check_scheme,
+from gradreg_optax._checks import check_inexact, constant
+from gradreg_optax._loss import arguments_at, keeps_signature, with_aux
+from gradreg_optax._typing import Ascent, AtStep, LossFn, Mode, PyTree, Scalar, Scheme
+from gradreg_optax.penalty import (
+    Estimator,
+    Point,
+    add_penalty,
+    difference,
+    product,
+    without_state,
 )
-from gradreg_optax._loss import with_aux
-from gradreg_optax._typing import AscentFn, LossFn, Mode, PyTree, Scalar, Scheme
-from gradreg_optax.penalty import add_penalty, ascent_direction, difference_product, exact_product
 
 
 def fd_value_and_grad(
@@ -24,7 +24,8 @@ def fd_value_and_grad(
     gamma: Scalar,
     epsilon: Scalar,
     scheme: Scheme = "forward",
-    ascent: AscentFn | None = None,
+    ascent: Ascent | None = None,
+    argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
 ) -> Callable[..., tuple[Any, PyTree]]:
     r"""The loss and its gradient, regularized by a finite difference of gradients.
@@ -34,8 +35,8 @@ def fd_value_and_grad(
 
     .. math::
 
-        g + \frac{\gamma}{\epsilon} \big(\nabla L(\theta + \epsilon d) - g\big), \qquad g = \nabla
-        L(\theta), \quad d = g,
+        g + \frac{\gamma}{\epsilon} \big(\nabla L(\theta + \epsilon d) - g\big),
+        \qquad g = \nabla L(\theta), \quad d = g,
 
     and correspondingly for the other schemes, see :func:`gradreg_optax.fd_gradreg`. Value and aux
     are those at :math:`\theta`; the loss at the perturbed parameters sees the same arguments
@@ -49,8 +50,10 @@ def fd_value_and_grad(
       gamma: the regularization coefficient :math:`\gamma \ge 0`, in units of 1 / curvature.
       epsilon: the ascent step :math:`\epsilon > 0`, in the same units.
       scheme: "forward", "backward" or "central".
-      ascent: the direction :math:`d` as a function ``(gradient, params) -> direction``; by default
-        the gradient itself.
+      ascent: the direction :math:`d` as a function ``(gradient, params) -> direction``, or an Optax
+        transformation that keeps no state; by default the gradient itself.
+      argnums: which positional argument, or arguments, are the parameters, as for ``jax.grad``; of
+        several, all together are penalised, and ``grad`` is a tuple.
       has_aux: whether ``loss_fn`` returns ``(value, aux)``.
 
     Returns:
@@ -59,7 +62,8 @@ def fd_value_and_grad(
 
     Raises:
       ValueError: gamma < 0, epsilon <= 0 (where concrete), or an unknown scheme.
-      TypeError: a schedule for gamma or epsilon, or a loss that is no real scalar.
+      TypeError: a schedule for gamma or epsilon, an ascent with state, parameters that are no real
+        or complex numbers, or a loss that is no real scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -73,32 +77,10 @@ def fd_value_and_grad(
     References:
       Karakida et al., *Understanding Gradient Regularization in Deep Learning*, ICML 2023.
     """
-    function = "fd_value_and_grad"
-    check_scheme(function, scheme)
-    check_ascent(function, ascent)
-    check_constant(function, "gamma", gamma, check_gamma)
-    check_constant(function, "epsilon", epsilon, check_epsilon)
-    loss = with_aux(function, loss_fn, has_aux)
-
-    def value_and_grad(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        def grad_fn(point: PyTree) -> PyTree:
-            return jax.grad(loss, has_aux=True)(point, *args, **kwargs)[0]
-
-        (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(params, *args, **kwargs)
-        direction = ascent_direction(function, gradient, params, ascent)
-        product = difference_product(
-            grad_fn,
-            params,
-            gradient,
-            direction,
-            check_epsilon(function, "epsilon", epsilon),
-            scheme,
-        )
-        return ((value, aux) if has_aux else value), add_penalty(
-            gradient, check_gamma(function, "gamma", gamma), product
-        )
-
-    return value_and_grad
+    caller = "fd_value_and_grad"
+    estimator = difference(caller, constant(caller, "epsilon", epsilon), scheme, ascent)
+    gamma_at = constant(caller, "gamma", gamma)
+    return _value_and_grad(caller, loss_fn, gamma_at, estimator, argnums=argnums, has_aux=has_aux)
 
 
 def dbp_value_and_grad(
@@ -106,7 +88,8 @@ def dbp_value_and_grad(
     *,
     gamma: Scalar,
     mode: Mode = "forward_over_reverse",
-    ascent: AscentFn | None = None,
+    ascent: Ascent | None = None,
+    argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
 ) -> Callable[..., tuple[Any, PyTree]]:
     r"""The loss and its gradient, regularized exactly, by double backpropagation.
@@ -123,8 +106,10 @@ def dbp_value_and_grad(
         ``has_aux``.
       gamma: the regularization coefficient :math:`\gamma \ge 0`, in units of 1 / curvature.
       mode: "forward_over_reverse", or "reverse_over_reverse" for a loss without forward-mode rules.
-      ascent: the direction :math:`d` as a function ``(gradient, params) -> direction``; by default
-        the gradient itself.
+      ascent: the direction :math:`d` as a function ``(gradient, params) -> direction``, or an Optax
+        transformation that keeps no state; by default the gradient itself.
+      argnums: which positional argument, or arguments, are the parameters, as for ``jax.grad``; of
+        several, all together are penalised, and ``grad`` is a tuple.
       has_aux: whether ``loss_fn`` returns ``(value, aux)``.
 
     Returns:
@@ -139,7 +124,8 @@ def dbp_value_and_grad(
     Example:
       >>> import jax.numpy as jnp
       >>> from gradreg_optax import dbp_value_and_grad
-      >>> value, grad = dbp_value_and_grad(lambda p: jnp.sum(p**4) / 4, gamma=0.5)(jnp.array([1.0, 2.0]))
+      >>> loss_fn, params = lambda p: jnp.sum(p**4) / 4, jnp.array([1.0, 2.0])
+      >>> value, grad = dbp_value_and_grad(loss_fn, gamma=0.5)(params)
       >>> print(value, grad)  # p**3 + 0.5 * 3 p**2 * p**3
       4.25 [ 2.5 56. ]
 
@@ -147,22 +133,37 @@ def dbp_value_and_grad(
       Drucker and LeCun, *Improving generalization performance using double backpropagation*, 1992.
       Karakida et al., ICML 2023.
     """
-    function = "dbp_value_and_grad"
-    check_mode(function, mode)
-    check_ascent(function, ascent)
-    check_constant(function, "gamma", gamma, check_gamma)
-    loss = with_aux(function, loss_fn, has_aux)
+    caller = "dbp_value_and_grad"
+    estimator = product(caller, mode, ascent)
+    gamma_at = constant(caller, "gamma", gamma)
+    return _value_and_grad(caller, loss_fn, gamma_at, estimator, argnums=argnums, has_aux=has_aux)
 
-    def value_and_grad(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+
+def _value_and_grad(
+    caller: str,
+    loss_fn: LossFn,
+    gamma: AtStep,
+    estimator: Estimator,
+    *,
+    argnums: int | Sequence[int],
+    has_aux: bool,
+) -> Callable[..., tuple[Any, PyTree]]:
+    loss = with_aux(caller, loss_fn, has_aux)
+
+    def value_and_grad(*args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+        params, put = arguments_at(caller, argnums, args)
+        check_inexact(caller, "the parameters", params)
+
         def grad_fn(point: PyTree) -> tuple[PyTree, Any]:
-            (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(point, *args, **kwargs)
-            return gradient, (value, aux)
+            output, gradient = jax.value_and_grad(lambda p: loss(*put(p), **kwargs), has_aux=True)(
+                point
+            )
+            return gradient, output
 
-        gradient, (value, aux), product = exact_product(function, grad_fn, params, mode)
-        direction = ascent_direction(function, gradient, params, ascent)
-        regularized = add_penalty(
-            gradient, check_gamma(function, "gamma", gamma), product(direction)
-        )
-        return ((value, aux) if has_aux else value), regularized
+        ascent = without_state(caller, estimator, params)
+        found = estimator.estimate(Point(grad_fn, params, ascent=ascent))
+        value, aux = found.aux
+        gradient = add_penalty(found.gradient, gamma(None), found.product)
+        return ((value, aux) if has_aux else value), gradient
 
-    return value_and_grad
+    return keeps_signature(value_and_grad, loss_fn)

@@ -8,141 +8,207 @@ Gradient regularization penalises the squared norm of the gradient :math:`g = \n
     \nabla \tilde L(\theta) = g + \gamma H g, \qquad H = \nabla^2 L(\theta).
 
 More generally, along a direction :math:`d = M g` with a fixed linear map :math:`M` (a mask, a
-preconditioner), :math:`H d` is the gradient of :math:`\tfrac12 g^\top M g`. Everything here
-estimates :math:`H d`; gradients and trees have the structure of the parameters.
+preconditioner), :math:`H d` is the gradient of :math:`\tfrac12 g^\top M g`. An estimator evaluates
+:math:`H d`; gradients and trees have the structure of the parameters.
 
 Source: Karakida et al., *Understanding Gradient Regularization in Deep Learning*, ICML 2023.
 """
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from gradreg_optax._checks import check_like
-from gradreg_optax._typing import AscentFn, GradFn, Mode, PyTree, Scheme
+from gradreg_optax._checks import check_choice, check_like, is_inexact
+from gradreg_optax._typing import Ascent, AscentFn, AtStep, GradFn, Mode, PyTree, Scheme
 
 
-def difference_product(
-    grad_fn: GradFn,
-    params: PyTree,
-    gradient: PyTree,
-    direction: PyTree,
-    epsilon: jax.Array,
-    scheme: Scheme,
-) -> PyTree:
+class Point(NamedTuple):
+    """Where H d is estimated.
+
+    Attributes:
+      grad_fn: ``params -> (gradient, aux)``.
+      params: the parameters.
+      gradient: the gradient at the parameters, or None, to evaluate it.
+      step: the step that schedules go by, or None.
+      ascent: the state of the ascent direction.
+    """
+
+    grad_fn: GradFn
+    params: PyTree
+    gradient: PyTree = None
+    step: Any = None
+    ascent: optax.OptState = ()
+
+
+class Estimate(NamedTuple):
+    """What an estimator makes of a point.
+
+    Attributes:
+      gradient: the gradient at the parameters.
+      aux: what the loss returned beside it, or None where the gradient was given.
+      product: the estimate of H d, leaf by leaf in float32 or wider.
+      ascent: the state of the ascent direction afterwards.
+    """
+
+    gradient: PyTree
+    aux: Any
+    product: PyTree
+    ascent: optax.OptState
+
+
+class Estimator(NamedTuple):
+    """A pair of functions: ``init(params) -> ascent state``, ``estimate(point) -> Estimate``."""
+
+    init: Callable[[PyTree], optax.OptState]
+    estimate: Callable[[Point], Estimate]
+
+
+# The direction to climb along: (point, gradient) -> (direction, state)
+Direction: TypeAlias = Callable[[Point, PyTree], tuple[PyTree, optax.OptState]]
+
+
+def difference(caller: str, epsilon: AtStep, scheme: Scheme, ascent: Ascent | None) -> Estimator:
     r"""Estimates :math:`H d` by a finite difference of gradients.
 
-    ==========  ======================================================================  ===============  ===========
-    scheme      estimate                                                                further calls    error
-    ==========  ======================================================================  ===============  ===========
-    forward     :math:`(\nabla L(\theta + \epsilon d) - g) / \epsilon`                  1                O(ε)
-    backward    :math:`(g - \nabla L(\theta - \epsilon d)) / \epsilon`                  1                O(ε)
-    central     :math:`(\nabla L(\theta+\epsilon d) - \nabla L(\theta-\epsilon d)) / 2\epsilon`  2       O(ε²)
-    ==========  ======================================================================  ===============  ===========
+    ========  =================================================================  ========  =====
+    scheme    estimate                                                           gradients error
+    ========  =================================================================  ========  =====
+    forward   :math:`(\nabla L(\theta + \epsilon d) - g) / \epsilon`             1         O(ε)
+    backward  :math:`(g - \nabla L(\theta - \epsilon d)) / \epsilon`             1         O(ε)
+    central   half the difference of the two :math:`\nabla L / \epsilon`         2         O(ε²)
+    ========  =================================================================  ========  =====
 
-    The difference is formed in float32 or wider. At ``epsilon == 0`` (a warm-up schedule that
-    starts there) nothing is climbed, and the estimate is zero.
-
-    Args:
-      grad_fn: the gradient of the loss as a function of the parameters.
-      params: the parameters :math:`\theta`.
-      gradient: :math:`g`, the gradient at ``params``.
-      direction: :math:`d`, see :func:`ascent_direction`.
-      epsilon: the ascent step, a scalar. A negative one turns forward into backward.
-      scheme: "forward", "backward" or "central".
-
-    Returns:
-      The estimate, leaf by leaf in float32 or wider.
+    The gradients are those beyond :math:`g`; the difference is formed in float32 or wider. At
+    ``epsilon == 0`` (a warm-up schedule that starts there) nothing is climbed, and the estimate is
+    zero. A negative ``epsilon`` turns forward into backward.
     """
-    if scheme == "forward":
-        ahead, behind, width = grad_fn(shift(params, direction, epsilon)), gradient, epsilon
-    elif scheme == "backward":
-        ahead, behind, width = gradient, grad_fn(shift(params, direction, -epsilon)), epsilon
-    else:
-        ahead, behind, width = (
-            grad_fn(shift(params, direction, epsilon)),
-            grad_fn(shift(params, direction, -epsilon)),
-            2 * epsilon,
-        )
-    climbs = jnp.abs(width) >= np.finfo(width.dtype).tiny  # below it 1 / width overflows
-    inverse = jnp.where(climbs, 1 / jnp.where(climbs, width, 1), 0)
-    return jax.tree.map(lambda a, b: _scale(inverse, _widen(a) - _widen(b)), ahead, behind)
+    check_choice(caller, "scheme", scheme, Scheme)
+    init, direction_of = ascent_direction(caller, ascent)
+
+    def estimate(point: Point) -> Estimate:
+        grad_fn, params, gradient, aux = point.grad_fn, point.params, point.gradient, None
+        if gradient is None:
+            gradient, aux = grad_fn(params)
+        (direction, state), width = direction_of(point, gradient), epsilon(point.step)
+        ahead = behind = gradient
+        if scheme != "backward":
+            ahead = grad_fn(shift(params, direction, width))[0]
+        if scheme != "forward":
+            behind = grad_fn(shift(params, direction, -width))[0]
+        widths = 2 if scheme == "central" else 1
+
+        def quotient(p: Any, a: Any, b: Any) -> jax.Array:
+            dtype = widen(p).dtype
+            change = widen(a).astype(dtype) - widen(b).astype(dtype)
+            return scale(_inverse(width, change.real.dtype) / widths, change)
+
+        return Estimate(gradient, aux, jax.tree.map(quotient, params, ahead, behind), state)
+
+    return Estimator(init, estimate)
 
 
-def shift(params: PyTree, direction: PyTree, epsilon: jax.Array) -> PyTree:
-    r"""Returns :math:`\theta + \epsilon d`, formed in float32 or wider and cast to the dtypes of
-    the parameters.
-    """
-    return jax.tree.map(
-        lambda p, d: _cast(_widen(p) + _scale(epsilon, _widen(d)), p), params, direction
-    )
-
-
-def exact_product(
-    function: str, grad_fn: GradFn, params: PyTree, mode: Mode
-) -> tuple[PyTree, Any, GradFn]:
-    r"""Evaluates the gradient once, and returns with it the function :math:`d \mapsto H d`.
+def product(caller: str, mode: Mode, ascent: Ascent | None) -> Estimator:
+    r"""Evaluates :math:`H d` exactly, and the gradient with it.
 
     ``forward_over_reverse`` linearizes the gradient; ``reverse_over_reverse`` pulls back through
     it, which is the double backpropagation of :math:`\tfrac12\|\nabla L\|^2` to the letter and
-    needs no forward-mode rules. Both cost about one further gradient evaluation.
-
-    Args:
-      function: who asks, for the error.
-      grad_fn: returns ``(gradient, aux)`` at the parameters.
-      params: the parameters.
-      mode: the order of differentiation.
-
-    Returns:
-      ``(gradient, aux, product)``.
-
-    Raises:
-      TypeError: JAX can take the gradient but not its derivative.
+    needs no forward-mode rules. Both cost one gradient, whose primal pass is shared with a gradient
+    that is evaluated anyway under one ``jit``, and about one more. A loss without a second
+    derivative is a TypeError.
     """
-    with _second_derivative(function, grad_fn, params, mode):
-        if mode == "forward_over_reverse":
-            gradient, transform, aux = jax.linearize(grad_fn, params, has_aux=True)
-        else:
-            gradient, pullback, aux = jax.vjp(grad_fn, params, has_aux=True)
+    check_choice(caller, "mode", mode, Mode)
+    init, direction_of = ascent_direction(caller, ascent)
 
-            def transform(cotangent: PyTree) -> PyTree:
-                return pullback(cotangent)[0]
+    def estimate(point: Point) -> Estimate:
+        params, forward = point.params, mode == "forward_over_reverse"
+        transform: Any = jax.linearize if forward else jax.vjp
+        with _second_derivative(caller, point, mode):
+            own, multiply, aux = transform(point.grad_fn, params, has_aux=True)
+        gradient = own if point.gradient is None else point.gradient
+        direction, state = direction_of(point, gradient)
+        with _second_derivative(caller, point, mode):
+            image = multiply(jax.tree.map(cast, direction, params))
+        return Estimate(gradient, aux, image if forward else image[0], state)
 
-    def product(direction: PyTree) -> PyTree:
-        with _second_derivative(function, grad_fn, params, mode):
-            return transform(jax.tree.map(_cast, direction, params))
-
-    return gradient, aux, product
-
-
-def add_penalty(updates: PyTree, gamma: jax.Array, product: PyTree) -> PyTree:
-    r"""Returns :math:`g + \gamma H d`, formed in float32 or wider and cast to the dtypes of
-    ``updates``.
-    """
-    return jax.tree.map(
-        lambda u, p: _cast(_widen(u) + _scale(gamma, _widen(p)), u), updates, product
-    )
+    return Estimator(init, estimate)
 
 
 def ascent_direction(
-    function: str, gradient: PyTree, params: PyTree, ascent: AscentFn | None
-) -> PyTree:
-    """The direction to climb along: the direction of steepest ascent, or what ``ascent`` makes of
-    it.
+    caller: str, ascent: Ascent | None
+) -> tuple[Callable[[PyTree], optax.OptState], Direction]:
+    """The direction of steepest ascent, or what ``ascent`` makes of it, with its state.
 
     JAX's gradient of a real loss with respect to complex parameters is the conjugate of the
-    direction of steepest ascent, so the conjugate is taken here, before ``ascent`` sees it.
+    direction of steepest ascent, so the conjugate is taken here, before ``ascent`` sees it, in
+    float32 or wider. A function ``(gradient, params) -> direction`` is a transformation without
+    state.
     """
-    steepest = jax.tree.map(lambda g: jnp.conj(_widen(g)), gradient)
-    if ascent is None:
-        return steepest
-    direction = ascent(steepest, params)
-    check_like(function, "the direction returned by ascent", direction, params)
-    return direction
+    if not (ascent is None or callable(ascent) or isinstance(ascent, optax.GradientTransformation)):
+        raise TypeError(
+            f"{caller}: ascent must be a function (gradient, params) -> direction, got"
+            f" {type(ascent).__name__}: for a mask use ascent=masked(mask), and for one with state"
+            " an Optax transformation."
+        )
+    tx = ascent if isinstance(ascent, optax.GradientTransformation) else None
+
+    def init(params: PyTree) -> optax.OptState:
+        # gradients are accumulated as they come: wide
+        return () if tx is None else tx.init(jax.tree.map(widen, params))
+
+    def direction_of(point: Point, gradient: PyTree) -> tuple[PyTree, optax.OptState]:
+        steepest = jax.tree.map(lambda g: jnp.conj(widen(g)), gradient)
+        direction, state = steepest, point.ascent
+        if tx is not None:
+            direction, state = tx.update(steepest, point.ascent, point.params)
+            state = jax.tree.map(_kept, state, point.ascent)
+        elif callable(ascent):
+            direction = ascent(steepest, point.params)
+        if ascent is not None:
+            check_like(caller, "the direction returned by ascent", direction, point.params)
+        return direction, state
+
+    return init, direction_of
+
+
+def without_state(caller: str, estimator: Estimator, params: PyTree) -> optax.OptState:
+    """The state of an ascent that keeps none, where there is no place for one."""
+    state = estimator.init(params)
+    if jax.tree.leaves(state):
+        raise TypeError(
+            f"{caller}: the ascent keeps state from step to step, which has no place here: use the"
+            " transformation of the same family, fd_gradreg(..., ascent=ascent)."
+        )
+    return state
+
+
+def shift(params: PyTree, direction: PyTree, epsilon: jax.Array) -> PyTree:
+    r"""Returns :math:`\theta + \epsilon d`, formed in float32 or wider, in the parameters' dtypes."""
+
+    def moved(p: Any, d: Any) -> jax.Array:
+        wide = widen(p)
+        return cast(wide + scale(epsilon, widen(d).astype(wide.dtype)), p)
+
+    return jax.tree.map(moved, params, direction)
+
+
+def add_penalty(updates: PyTree, gamma: jax.Array, product: PyTree) -> PyTree:
+    r"""Returns :math:`g + \gamma H d`, formed in float32 or wider, in the dtypes of ``updates``.
+
+    Where gamma is zero nothing is added, not even what overflowed at the point climbed to.
+    """
+
+    def add(u: Any, p: Any) -> jax.Array:
+        wide = widen(u)
+        image = widen(p).astype(wide.dtype)
+        image = jnp.where((gamma == 0) & ~jnp.isfinite(image), 0, image)
+        return cast(wide + scale(gamma, image), u)
+
+    return jax.tree.map(add, updates, product)
 
 
 def normalized(gradient: PyTree, params: PyTree) -> PyTree:
@@ -174,8 +240,13 @@ def normalized(gradient: PyTree, params: PyTree) -> PyTree:
     """
     del params
     norm = global_norm(gradient)
-    norm = jnp.maximum(norm, np.finfo(norm.dtype).tiny ** 0.5)
-    return jax.tree.map(lambda g: _cast(_widen(g) / norm, g), gradient)
+    norm = jnp.maximum(norm, float(np.finfo(norm.dtype).tiny) ** 0.5)
+
+    def unit(g: Any) -> jax.Array:
+        wide = widen(g)
+        return cast(wide.astype(np.promote_types(wide.dtype, norm.dtype)) / norm, g)
+
+    return jax.tree.map(unit, gradient)
 
 
 def adaptive(gradient: PyTree, params: PyTree) -> PyTree:
@@ -201,9 +272,10 @@ def adaptive(gradient: PyTree, params: PyTree) -> PyTree:
     References:
       Kwon et al., *ASAM: Adaptive Sharpness-Aware Minimization*, ICML 2021.
     """
-    size = jax.tree.map(lambda p: jnp.abs(_widen(p)), params)
-    unit = normalized(jax.tree.map(lambda s, g: s * _widen(g), size, gradient), params)
-    return jax.tree.map(lambda s, u, g: _cast(s * u, g), size, unit, gradient)
+    wide = jax.tree.map(widen, gradient)
+    size = jax.tree.map(lambda p, g: jnp.abs(widen(p)).astype(g.real.dtype), params, wide)
+    unit = normalized(jax.tree.map(jnp.multiply, size, wide), params)
+    return jax.tree.map(lambda s, u, g: cast(s * u, g), size, unit, gradient)
 
 
 def masked(mask: PyTree) -> AscentFn:
@@ -258,35 +330,58 @@ def masked(mask: PyTree) -> AscentFn:
 
 def global_norm(tree: PyTree) -> jax.Array:
     """The Euclidean norm over all leaves, in float32 or wider; its derivative at zero is zero."""
-    leaves = [_widen(x) for x in jax.tree.leaves(tree)]
-    square = sum((jnp.sum(x.real**2 + x.imag**2) for x in leaves), start=jnp.zeros([], jnp.float32))
+    leaves = [widen(x) for x in jax.tree.leaves(tree)]
+    dtype = np.result_type(np.float32, *(x.real.dtype for x in leaves))
+    squares = (jnp.sum(x.real**2 + x.imag**2).astype(dtype) for x in leaves)
+    square = sum(squares, start=jnp.zeros([], dtype))
     return jnp.where(square != 0, jnp.sqrt(jnp.where(square != 0, square, 1)), 0)
 
 
 @contextlib.contextmanager
-def _second_derivative(
-    function: str, grad_fn: GradFn, params: PyTree, mode: Mode
-) -> Iterator[None]:
+def _second_derivative(caller: str, point: Point, mode: Mode) -> Iterator[None]:
     """Says in one sentence that the loss has no second derivative, if that is what went wrong."""
     try:
         yield
     except (TypeError, ValueError, NotImplementedError) as error:
-        grad_fn(params)  # a mistake in the loss itself shows here, as it is
+        point.grad_fn(point.params)  # a mistake in the loss itself shows here, as it is
         raise TypeError(
-            f"{function}: the gradient of this loss cannot be differentiated"
-            f" {mode.replace('_', ' ')}: try the other mode, or use fd_gradreg or"
-            f" fd_value_and_grad, which need first derivatives only ({error})."
+            f"{caller}: the gradient of this loss cannot be differentiated"
+            f" {mode.replace('_', ' ')}: try the other mode, or use fd_gradreg or fd_value_and_grad,"
+            f" which need first derivatives only ({error})."
         ) from error
 
 
-def _widen(x: Any) -> jax.Array:
+def widen(x: Any) -> jax.Array:
+    """``x`` in float32 or wider (complex64 or wider)."""
     array = jnp.asarray(x)
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array if jnp.finfo(array.dtype).bits >= 32 else array.astype(jnp.float32)
 
 
-def _scale(factor: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.multiply(factor.astype(x.real.dtype), x)
+def cast(x: jax.Array, like: Any) -> jax.Array:
+    """``x`` in the dtype of ``like``, which is its own even if it is weak and made before x64."""
+    return x.astype(jax.typeof(like).dtype)
 
 
-def _cast(x: jax.Array, like: Any) -> jax.Array:
-    return x.astype(jnp.result_type(like))
+def scale(factor: jax.Array, x: jax.Array) -> jax.Array:
+    """``factor * x`` in the dtype of ``x``."""
+    return jnp.multiply(_within(factor, x.real.dtype), x)
+
+
+def _within(factor: jax.Array, dtype: Any) -> jax.Array:
+    """A scalar in ``dtype``: what lies beyond its range becomes its largest number, no infinity."""
+    if jnp.finfo(factor.dtype).bits > jnp.finfo(dtype).bits:
+        largest = float(jnp.finfo(dtype).max)
+        factor = jnp.clip(factor, -largest, largest)
+    return factor.astype(dtype)
+
+
+def _inverse(width: jax.Array, dtype: Any) -> jax.Array:
+    """``1 / width``, and 0 where nothing is climbed."""
+    width = _within(width, dtype)
+    climbs = jnp.abs(width) >= np.finfo(dtype).tiny  # below it 1 / width overflows
+    return jnp.where(climbs, 1 / jnp.where(climbs, width, 1), 0)
+
+
+def _kept(new: Any, old: Any) -> Any:
+    """A leaf of a state in the dtype that it had before."""
+    return cast(new, old) if is_inexact(old) else new

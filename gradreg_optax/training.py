@@ -1,7 +1,6 @@
 """Train steps: a regularizer, an optimizer and a loss in one jitted function."""
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from gradreg_optax._batch import first_fraction, split_batch
-from gradreg_optax._loss import RESERVED, with_aux
-from gradreg_optax._typing import LossFn, PyTree
+from gradreg_optax._checks import check_transformation, fraction, is_inexact, whole_number
+from gradreg_optax._loss import mean_of, named_arguments, with_weight
+from gradreg_optax._typing import LossFn, PyTree, Weighted
 from gradreg_optax.penalty import global_norm
 from gradreg_optax.transforms import GradregState
 
@@ -81,26 +81,33 @@ def make_train_step(
         ``has_aux``.
       optimizer: any Optax optimizer.
       regularizer: ``fd_gradreg(...)``, ``dbp_gradreg(...)``, ``flooding(...)``, a chain of them, or
-        None. It needs no loss of its own; if it has one, its arguments are picked by name from
-        those of ``loss_fn``.
+        None. It needs no loss of its own. If it has another one, say ``reuse_updates=False`` there,
+        since the gradient that comes in is that of ``loss_fn``; its arguments are picked by name
+        from those of ``loss_fn``.
       has_aux: whether ``loss_fn`` returns ``(value, aux)``.
       penalty_fraction: take the penalty on the first f of the batch's leading axis (rounded up),
         with that sub-batch's own gradient. A sub-batch of b samples penalises
         :math:`\|g\|^2 + \operatorname{tr}\Sigma / b` on average, with :math:`\Sigma` the covariance
-        of the samples' gradients, so a smaller f wants a smaller gamma.
+        of the samples' gradients, so a smaller f wants a smaller gamma. Only transformations of
+        this package know what to do with a part.
       ascent_groups: split the batch into m groups, each of which climbs along its own gradient, and
         average the results (m-sharpness). On a data-parallel mesh with m a multiple of the devices
         this takes one all-reduce where the global ascent takes two. It regularizes the mean of the
-        groups' :math:`\|g_m\|^2`, which is larger than :math:`\|g\|^2`.
+        groups' :math:`\|g_m\|^2`, which is larger than :math:`\|g\|^2`. Where the groups weigh
+        differently (a mean over unpadded tokens), let the loss return ``Weighted``. What a
+        regularizer keeps beside its counter is averaged as well.
       donate: let the step reuse the memory of the state it is given, which must not be used
         afterwards.
 
     Returns:
-      ``TrainStep(init, step)``.
+      ``TrainStep(init, step)``. A keyword ``held_out=batch`` of ``step`` is not for ``loss_fn``, but
+      for a regularizer that finds its strength on held-out samples.
 
     Raises:
       ValueError: penalty_fraction outside (0, 1], ascent_groups < 1, or either without a
         regularizer; at the first step, a batch that cannot be split.
+      TypeError: what should be an Optax transformation is none; penalty_fraction with a regularizer
+        that is not of this package.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -115,217 +122,228 @@ def make_train_step(
       Karakida et al., *Understanding Gradient Regularization in Deep Learning*, ICML 2023.
       m-sharpness: Foret et al., ICLR 2021.
     """
-    function = "make_train_step"
-    _check_split(function, regularizer, penalty_fraction, ascent_groups)
-    loss = with_aux(function, loss_fn, has_aux)
-    first = optax.with_extra_args_support(optax.identity() if regularizer is None else regularizer)
-    second = optax.with_extra_args_support(optimizer)
+    caller = "make_train_step"
+    check_transformation(caller, "optimizer", optimizer)
+    groups = whole_number(caller, "ascent_groups", ascent_groups)
+    regularized = regularized_pass(caller, regularizer, penalty_fraction, groups)
+    loss, second = with_weight(caller, loss_fn, has_aux), optax.with_extra_args_support(optimizer)
 
     def init(params: PyTree) -> TrainState:
         params = _owned(params)
-        return TrainState(
-            *_owned((params, (first.init(params), second.init(params)), jnp.zeros([], jnp.int32)))
-        )
+        opt_state = regularized.init(params), second.init(params)
+        return TrainState(*_owned((params, opt_state, jnp.zeros([], jnp.int32))))
 
     def step(
-        state: TrainState, batch: PyTree, *args: Any, **kwargs: Any
+        state: TrainState, batch: PyTree, *args: Any, held_out: PyTree = None, **kwargs: Any
     ) -> tuple[TrainState, StepInfo]:
         params, (first_state, second_state) = state.params, state.opt_state
 
-        def regularized(batch: PyTree) -> tuple[Any, PyTree, PyTree, optax.OptState]:
-            output, gradient = jax.value_and_grad(loss, has_aux=True)(
-                params, batch, *args, **kwargs
-            )
-            part, own = batch, dict[str, Any]()
-            if penalty_fraction < 1:
-                part, own = (
-                    first_fraction(function, "penalty_fraction", batch, penalty_fraction),
-                    {"reuse_updates": False},
-                )
-            extra = _named_arguments(loss_fn, (params, part, *args), kwargs) | own
-            updates, new_state = first.update(
-                gradient,
-                first_state,
-                params,
-                value=output[0],
-                value_fn=lambda p: loss(p, part, *args, **kwargs)[0],
-                **extra,
-            )
-            return output, gradient, updates, new_state
+        call = Call(loss, (batch, *args), kwargs, loss_fn, held_out)
 
-        if ascent_groups == 1:
-            (value, aux), gradient, updates, first_state = regularized(batch)
-            grad_norm = global_norm(gradient)
+        def on(batch: PyTree) -> Pass:
+            return regularized.run(call.on(batch), params, first_state)
+
+        if groups == 1:
+            found = on(batch)
+            grad_norm = global_norm(found.gradient)
         else:
-            groups = split_batch(function, "ascent_groups", batch, int(ascent_groups))
-            # The regularizer's state may depend on no group: every group counts the same step.
-            (values, aux), gradients, updates, first_state = jax.vmap(
-                regularized, out_axes=(0, 0, 0, None)
-            )(groups)
-            value, gradient, updates = jax.tree.map(
-                lambda x: jnp.mean(x, axis=0).astype(x.dtype), (values, gradients, updates)
-            )
-            grad_norm = jnp.sqrt(jnp.mean(jax.vmap(global_norm)(gradients) ** 2))
-
-        updates, second_state = second.update(
-            updates,
-            second_state,
-            params,
-            value=value,
-            grad=gradient,
-            value_fn=lambda p: loss(p, batch, *args, **kwargs)[0],
-        )
+            parts = split_batch(caller, "ascent_groups", batch, groups)
+            found, grad_norm = _mean_over_groups(caller, on, parts)
+        extra = {"value": found.value, "grad": found.gradient, "value_fn": call.value_fn}
+        updates, second_state = second.update(found.updates, second_state, params, **extra)
         params = optax.apply_updates(params, updates)
-        state = TrainState(params, (first_state, second_state), optax.safe_increment(state.step))
-        return state, StepInfo(value, grad_norm, aux)
+        state = TrainState(params, (found.state, second_state), optax.safe_increment(state.step))
+        return state, StepInfo(found.value, grad_norm, found.aux)
 
     return TrainStep(init, jax.jit(step, donate_argnums=(0,) if donate else ()))
 
 
-def make_nnx_train_step(
-    loss_fn: LossFn,
-    regularizer: optax.GradientTransformation | None = None,
-    *,
-    has_aux: bool = False,
-    penalty_fraction: float = 1.0,
-) -> Callable[..., StepInfo]:
-    r"""Builds a train step for Flax NNX modules and the stock ``nnx.Optimizer``.
+class Call(NamedTuple):
+    """A loss and the arguments that it is called with, but for the parameters.
 
-    The regularizer stands in the optimizer's chain, or is given here. The clean pass updates the
-    module (BatchNorm's statistics, dropout's counters) once; the passes of the regularizer run on
-    copies of the state *before* it, so that they see the same function.
-
-    Cost: as for :func:`make_train_step`. The bookkeeping of ``nnx.jit`` makes a step on a small
-    module several times slower than a functional step; where that matters, split the module once
-    and use :func:`make_train_step`.
-
-    Args:
-      loss_fn: ``loss_fn(model, *args, **kwargs)``, a real scalar, or ``(scalar, aux)`` with
-        ``has_aux``.
-      regularizer: a transformation of this package, or a chain of them; its step counter is the
-        optimizer's.
-      has_aux: whether ``loss_fn`` returns ``(value, aux)``.
-      penalty_fraction: as for :func:`make_train_step`; the batch is the first argument after the
-        model. Needs the regularizer here.
-
-    Returns:
-      ``step(model, optimizer, *args, **kwargs) -> StepInfo``, which updates model and optimizer in
-      place; ``optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)``.
-
-    Raises:
-      ImportError: flax is not installed.
-      ValueError: penalty_fraction outside (0, 1] or without a regularizer, or a regularizer that
-        keeps more state than a step counter.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> from flax import nnx
-      >>> from gradreg_optax import fd_gradreg, make_nnx_train_step
-      >>> model = nnx.Linear(2, 1, use_bias=False, rngs=nnx.Rngs(0))
-      >>> optimizer = nnx.Optimizer(model, optax.chain(fd_gradreg(gamma=0.5, epsilon=0.1), optax.sgd(0.1)), wrt=nnx.Param)
-      >>> step = make_nnx_train_step(lambda model, x: jnp.mean(model(x) ** 2))
-      >>> step(model, optimizer, jnp.eye(2)).loss > step(model, optimizer, jnp.eye(2)).loss
-      Array(True, dtype=bool)
+    Attributes:
+      loss: ``loss(params, *args, **kwargs) -> (Weighted, aux)``.
+      args: the positional arguments, the batch first.
+      kwargs: the keyword arguments.
+      loss_fn: the loss as the user wrote it, which knows the names of its arguments.
+      held_out: another batch, for a regularizer that asks for one.
     """
+
+    loss: Callable[..., tuple[Weighted, Any]]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    loss_fn: LossFn | None = None
+    held_out: PyTree = None
+
+    def on(self, batch: PyTree) -> "Call":
+        """The same on another batch."""
+        return self._replace(args=(batch, *self.args[1:]))
+
+    def value_fn(self, params: PyTree) -> jax.Array:
+        """The loss as a function of the parameters."""
+        return mean_of(self.loss(params, *self.args, **self.kwargs)[0])
+
+    def value_and_more(self, params: PyTree) -> tuple[jax.Array, tuple[Any, Any]]:
+        """The loss, and (its weight, what it returns beside its value)."""
+        mean, aux = self.loss(params, *self.args, **self.kwargs)
+        return mean_of(mean), (mean.weight, aux)
+
+    def named(self) -> dict[str, Any]:
+        """The arguments by name, for a regularizer that has a loss of its own."""
+        if self.loss_fn is None:
+            return {}
+        return named_arguments(self.loss_fn, None, *self.args, **self.kwargs)
+
+
+class Pass(NamedTuple):
+    """What a loss and a regularizer make of a batch.
+
+    Attributes:
+      value: the loss.
+      aux: what it returns beside its value.
+      gradient: its gradient.
+      updates: what the regularizer makes of the gradient.
+      weight: the weight of the batch, or None.
+      state: the regularizer's state afterwards.
+    """
+
+    value: jax.Array
+    aux: Any
+    gradient: PyTree
+    updates: PyTree
+    weight: jax.Array | None
+    state: optax.OptState
+
+
+class RegularizedPass(NamedTuple):
+    """A pair: ``init(params) -> state`` and ``run(call, params, state) -> Pass``."""
+
+    init: Callable[[PyTree], optax.OptState]
+    run: Callable[[Call, PyTree, optax.OptState], Pass]
+
+
+def regularized_pass(
+    caller: str,
+    regularizer: optax.GradientTransformation | None,
+    penalty_fraction: Any = 1.0,
+    groups: int = 1,
+) -> RegularizedPass:
+    """What train steps and regularized losses share: one clean pass, and the regularizer on it."""
+    kept = fraction(caller, "penalty_fraction", penalty_fraction)
+    if regularizer is None and (kept < 1 or groups > 1):
+        raise ValueError(
+            f"{caller}: penalty_fraction and ascent_groups concern the regularizer: pass one as"
+            " regularizer=."
+        )
+    if regularizer is not None:
+        check_transformation(caller, "regularizer", regularizer)
+    tx = optax.with_extra_args_support(optax.identity() if regularizer is None else regularizer)
+
+    def init(params: PyTree) -> optax.OptState:
+        state = tx.init(params)
+        if kept < 1 and not is_penalized(state):
+            raise TypeError(
+                f"{caller}: penalty_fraction needs a transformation of this package, which adds its"
+                " penalty to the whole batch's gradient: another one would throw that away. Wrap"
+                " fd_gradreg, dbp_gradreg, sam, ..., or leave penalty_fraction at 1."
+            )
+        return state
+
+    def run(call: Call, params: PyTree, state: optax.OptState) -> Pass:
+        clean = jax.value_and_grad(call.value_and_more, has_aux=True)
+        (value, (weight, aux)), gradient = clean(params)
+        extra = penalty_arguments(caller, call, kept)
+        updates, state = tx.update(gradient, state, params, value=value, **extra)
+        return Pass(value, aux, gradient, updates, weight, state)
+
+    return RegularizedPass(init, run)
+
+
+def penalty_arguments(caller: str, call: Call, kept: float) -> dict[str, Any]:
+    """What a regularizer is told beside the value: which loss it penalises, on which samples."""
+    part, own = call, dict[str, Any]()
+    if kept < 1:
+        part = call.on(first_fraction(caller, "penalty_fraction", call.args[0], kept))
+        own = {"reuse_updates": False}
+    if call.held_out is not None:
+        own["held_out_fn"] = call.on(call.held_out).value_fn
+    # jitted, so that the part's two gradients are traced once
+    value_fn = jax.jit(part.value_fn) if kept < 1 else part.value_fn
+    return part.named() | {"value_fn": value_fn} | own
+
+
+def is_penalized(state: optax.OptState) -> bool:
+    """Whether a transformation of this package is in the chain that has this state."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, GradregState))
+    return any(isinstance(leaf, GradregState) for leaf in leaves)
+
+
+def counting(caller: str, state: optax.OptState, step: Any) -> optax.OptState:
+    """The state of a regularizer at ``step``, where nothing but its counters has a place."""
+
+    def counter(leaf: Any) -> GradregState:
+        if not isinstance(leaf, GradregState) or jax.tree.leaves(leaf.ascent):
+            raise ValueError(
+                f"{caller}: the regularizer keeps state of its own beside a step counter, which has"
+                " no place here: put it in front of the optimizer, optax.chain(regularizer, tx),"
+                " in a train step or trainer that hands it the loss."
+            )
+        return leaf._replace(step=step)
+
+    return jax.tree.map(counter, state, is_leaf=lambda s: isinstance(s, GradregState))
+
+
+def _mean_over_groups(
+    caller: str, on: Callable[[PyTree], Pass], groups: PyTree
+) -> tuple[Pass, jax.Array]:
+    """The groups' passes averaged by weight, and the root mean square of their gradients' norms.
+
+    Of a regularizer's state numbers are averaged; counters and keys may depend on no group.
+    """
+    states: list[Any] = []
+
+    def apart(group: PyTree) -> tuple[Pass, list[Any]]:
+        found = on(group)
+        leaves, structure = jax.tree.flatten(found.state)
+        states.append(structure)
+        numbers = [leaf if is_inexact(leaf) else None for leaf in leaves]
+        return found._replace(state=numbers), [None if is_inexact(x) else x for x in leaves]
+
     try:
-        from flax import nnx
-    except ImportError as error:
-        raise ImportError(
-            'make_nnx_train_step needs flax: pip install "gradreg-optax[flax]".'
+        found, counters = jax.vmap(apart, out_axes=(0, None))(groups)
+    except ValueError as error:
+        if "out_axes" not in str(error):
+            raise
+        raise ValueError(
+            f"{caller}: with ascent_groups the regularizer's counters and keys may depend on no"
+            f" group: put what keeps them behind the regularizer, in the optimizer ({error})."
         ) from error
 
-    function = "make_nnx_train_step"
-    _check_split(function, regularizer, penalty_fraction, 1)
-    pure = getattr(nnx, "as_pure", None) or nnx.pure
-    loss = with_aux(function, loss_fn, has_aux)
-    first = optax.with_extra_args_support(optax.identity() if regularizer is None else regularizer)
+    def mean(x: jax.Array) -> jax.Array:
+        if found.weight is None:
+            return jnp.mean(x, axis=0).astype(x.dtype)
+        weight = found.weight / jnp.maximum(jnp.sum(found.weight), jnp.finfo(jnp.float32).tiny)
+        return jnp.tensordot(weight.astype(x.real.dtype), x, axes=1).astype(x.dtype)
 
-    @nnx.jit
-    def step(model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> StepInfo:
-        graphdef, *states = nnx.split(model, optimizer.wrt, ...)
-        params, rest = map(pure, states)  # before the clean pass moves counters and statistics
+    numbers = [None if x is None else mean(x) for x in found.state]
+    leaves = [c if n is None else n for n, c in zip(numbers, counters, strict=True)]
+    averaged = {name: jax.tree.map(mean, getattr(found, name)) for name in _AVERAGED}
+    norms = jax.vmap(global_norm)(found.gradient)
+    state = jax.tree.unflatten(states[-1], leaves)
+    return found._replace(state=state, **averaged), jnp.sqrt(mean(norms**2))
 
-        def value_of(params: PyTree, arguments: Sequence[Any]) -> jax.Array:
-            return loss(nnx.merge(graphdef, params, rest), *arguments, **kwargs)[0]
 
-        (value, aux), gradient = nnx.value_and_grad(
-            loss, argnums=nnx.DiffState(0, optimizer.wrt), has_aux=True
-        )(model, *args, **kwargs)
-        part, own = list(args), dict[str, Any]()
-        if penalty_fraction < 1:
-            own = {"reuse_updates": False}
-            part[0] = first_fraction(function, "penalty_fraction", args[0], penalty_fraction)
-        plain = pure(gradient)
-        counters = _counting(function, first.init(params), optimizer.step[...])
-        updates, _ = first.update(
-            plain, counters, params, value=value, value_fn=lambda p: value_of(p, part), **own
-        )
-        updates = jax.tree.unflatten(
-            jax.tree.structure(gradient), jax.tree.leaves(updates)
-        )  # nnx.Optimizer wants Variables
-        optimizer.update(
-            model, updates, value=value, grad=plain, value_fn=lambda p: value_of(p, args)
-        )
-        return StepInfo(value, global_norm(plain), aux)
-
-    return step
+_AVERAGED = ("value", "gradient", "updates")
 
 
 def _owned(tree: PyTree) -> PyTree:
-    """Copies, since a donated buffer may be neither the caller's nor in the state twice; without
-    weak types, which would trace twice.
+    """Copies without weak types.
+
+    A donated buffer may be neither the caller's nor in the state twice, and a weak type would be
+    traced twice.
     """
-    return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x), copy=True), tree)
+    return jax.tree.map(_copied, tree)
 
 
-def _check_split(
-    function: str, regularizer: Any, penalty_fraction: float, ascent_groups: int
-) -> None:
-    if not 0 < penalty_fraction <= 1:
-        raise ValueError(
-            f"{function}: penalty_fraction must lie in (0, 1], got {penalty_fraction}: 1 takes the"
-            " whole batch."
-        )
-    if ascent_groups < 1 or ascent_groups != int(ascent_groups):
-        raise ValueError(
-            f"{function}: ascent_groups must be a whole number >= 1, got {ascent_groups}: 1 is the"
-            " global ascent."
-        )
-    if regularizer is None and (penalty_fraction < 1 or ascent_groups > 1):
-        raise ValueError(
-            f"{function}: penalty_fraction and ascent_groups concern the regularizer: pass one as"
-            " regularizer=."
-        )
-
-
-def _named_arguments(
-    loss_fn: LossFn, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """The loss's arguments by name, for a regularizer that has a loss of its own."""
-    try:
-        signature = inspect.signature(loss_fn)
-    except ValueError:  # a builtin without a signature
-        return dict(kwargs)
-    bound = signature.bind(*args, **kwargs).arguments
-    named = {}
-    for parameter in list(signature.parameters.values())[1:]:
-        if parameter.kind is parameter.VAR_KEYWORD:
-            named.update(bound.get(parameter.name, {}))
-        elif parameter.kind is not parameter.VAR_POSITIONAL and parameter.name in bound:
-            named[parameter.name] = bound[parameter.name]
-    return {name: value for name, value in named.items() if name not in RESERVED}
-
-
-def _counting(function: str, state: optax.OptState, step: jax.Array) -> optax.OptState:
-    """The state of a regularizer at ``step``: nothing but step counters."""
-
-    def counter(leaf: Any) -> GradregState:
-        if not isinstance(leaf, GradregState):
-            raise ValueError(
-                f"{function}: the regularizer keeps state of its own beside a step counter, which"
-                " has no place here: put it in front of the optimizer, nnx.Optimizer(model,"
-                " optax.chain(regularizer, tx), wrt=nnx.Param)."
-            )
-        return GradregState(step=step.astype(leaf.step.dtype))
-
-    return jax.tree.map(counter, state, is_leaf=lambda s: isinstance(s, GradregState))
+def _copied(x: Any) -> jax.Array:
+    return jnp.array(x, dtype=jax.typeof(x).dtype, copy=True)

@@ -6,59 +6,54 @@ taken for the gradient of that same loss, so these transformations come first in
 ``reuse_updates=False`` they evaluate their own gradient and add the penalty to whatever came in.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from gradreg_optax._checks import (
-    Check,
-    at_step,
-    check_ascent,
-    check_epsilon,
-    check_gamma,
-    check_interval,
-    check_like,
-    check_loss,
-    check_mode,
-    check_params,
-    check_scalar,
-    check_schedule,
-    check_scheme,
+from gradreg_optax._checks import check_inexact, check_state, hyperparameter, scalar
+from gradreg_optax._frame import Penalty, Timing, advanced, penalized, timing
+from gradreg_optax._loss import late_loss
+from gradreg_optax._typing import (
+    Ascent,
+    AscentFn,
+    AtStep,
+    LossFn,
+    Mode,
+    PyTree,
+    ScalarOrSchedule,
+    Scheme,
 )
-from gradreg_optax._convolutions import canonical_convolutions
-from gradreg_optax._loss import bind
-from gradreg_optax._typing import AscentFn, LossFn, Mode, PyTree, ScalarOrSchedule, Scheme, ValueFn
 from gradreg_optax.penalty import (
+    Estimator,
+    Point,
     adaptive,
     add_penalty,
     ascent_direction,
-    difference_product,
-    exact_product,
+    cast,
+    difference,
     normalized,
+    product,
+    scale,
     shift,
+    widen,
 )
-
-# A number or schedule with the name that the user knows it by, and what it must satisfy
-_Named: TypeAlias = tuple[str, ScalarOrSchedule, Check]
-# Estimates H d: (value_fn, params, gradient or None to evaluate it, step) -> product
-_Product: TypeAlias = Callable[[ValueFn, PyTree, PyTree | None, jax.Array], PyTree]
-# The gradient at the point climbed to: (value_fn, params, gradient, step) -> gradient
-_Ahead: TypeAlias = Callable[[ValueFn, PyTree, PyTree, jax.Array], PyTree]
 
 
 class GradregState(NamedTuple):
-    """State of every transformation here.
+    """State of every transformation with a fixed strength.
 
     Attributes:
-      step: number of updates so far, skipped ones included; shape (), int32. Schedules and
-        ``interval`` go by it.
+      step: number of updates so far, skipped ones included; shape (), int32. Schedules, ``start``
+        and ``interval`` go by it.
+      ascent: the state of an ``ascent`` that is an Optax transformation; without one it has no
+        leaves.
     """
 
     step: jax.Array
+    ascent: optax.OptState = ()
 
 
 def fd_gradreg(
@@ -67,8 +62,9 @@ def fd_gradreg(
     gamma: ScalarOrSchedule,
     epsilon: ScalarOrSchedule,
     scheme: Scheme = "forward",
-    ascent: AscentFn | None = None,
+    ascent: Ascent | None = None,
     interval: ArrayLike = 1,
+    start: ArrayLike = 0,
     reuse_updates: bool = True,
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -78,13 +74,13 @@ def fd_gradreg(
     :math:`L(\theta) + \tfrac{\gamma}{2}\|\nabla L(\theta)\|^2`, with :math:`d = g` or the direction
     that ``ascent`` makes of it:
 
-    ==========  ==================================================================================================  =====  =====
-    scheme      result                                                                                              cost   error
-    ==========  ==================================================================================================  =====  =====
-    forward     :math:`g + \frac{\gamma}{\epsilon}(\nabla L(\theta+\epsilon d) - g)`                                1      O(ε)
-    backward    :math:`g + \frac{\gamma}{\epsilon}(g - \nabla L(\theta-\epsilon d))`                                1      O(ε)
-    central     :math:`g + \frac{\gamma}{2\epsilon}(\nabla L(\theta+\epsilon d) - \nabla L(\theta-\epsilon d))`     2      O(ε²)
-    ==========  ==================================================================================================  =====  =====
+    ========  ===================================================================  ====  =====
+    scheme    result                                                               cost  error
+    ========  ===================================================================  ====  =====
+    forward   :math:`g + \tfrac{\gamma}{\epsilon}(\nabla L(\theta+\epsilon d) - g)`  1     O(ε)
+    backward  :math:`g + \tfrac{\gamma}{\epsilon}(g - \nabla L(\theta-\epsilon d))`  1     O(ε)
+    central   the mean of these two                                                2     O(ε²)
+    ========  ===================================================================  ====  =====
 
     The cost is in gradient evaluations beyond :math:`g` itself; one more with
     ``reuse_updates=False``, and none on the updates that ``interval`` skips (a ``lax.cond``, which
@@ -99,11 +95,15 @@ def fd_gradreg(
       epsilon: the ascent step :math:`\epsilon > 0`, in the same units; a number or a schedule. A
         traced or scheduled negative one is the backward difference; at zero there is no correction.
       scheme: "forward" (the paper's choice), "backward" or "central".
-      ascent: the direction :math:`d` as a function ``(gradient, params) -> direction``, such as
-        ``normalized``, ``adaptive`` or ``masked(mask)``; by default the gradient itself. Of complex
-        parameters it receives the direction of steepest ascent, the conjugate of JAX's gradient.
-      interval: apply the penalty on every ``interval``-th update, the first included, with ``gamma
-        * interval``.
+      ascent: the direction :math:`d`: a function ``(gradient, params) -> direction``, such as
+        ``normalized``, ``adaptive`` or ``masked(mask)``, or an Optax transformation of the gradient
+        (momentum, ``scale_by_rms``, ``clip_by_global_norm``, ``add_noise``), whose state advances
+        on the updates that take the penalty; by default the gradient itself. Of complex parameters
+        it receives the direction of steepest ascent, the conjugate of JAX's gradient.
+      interval: apply the penalty on every ``interval``-th update, the first included, with
+        ``gamma * interval``; a whole number up to 2**31 - 1, the range of the counter.
+      start: apply it from this update on, from where ``interval`` counts; nothing is evaluated
+        before.
       reuse_updates: take the incoming updates for :math:`g`. With False :math:`g` is evaluated
         here, and the penalty is added to whatever comes in: after clipping, on another batch, with
         accumulated gradients. A keyword ``reuse_updates=`` of ``update`` overrides this for one
@@ -136,10 +136,11 @@ def fd_gradreg(
     References:
       Karakida et al., *Understanding Gradient Regularization in Deep Learning*, ICML 2023.
     """
-    named = ("gamma", gamma, check_gamma), ("epsilon", epsilon, check_epsilon)
-    return _difference(
-        "fd_gradreg", loss_fn, *named, scheme, ascent, interval, reuse_updates, has_aux
-    )
+    caller = "fd_gradreg"
+    estimator = difference(caller, hyperparameter(caller, "epsilon", epsilon), scheme, ascent)
+    penalty = _penalty(hyperparameter(caller, "gamma", gamma), estimator)
+    loss, when = late_loss(caller, loss_fn, has_aux), timing(caller, interval, start)
+    return penalized(caller, loss, penalty, when, reuse_updates)
 
 
 def dbp_gradreg(
@@ -147,13 +148,13 @@ def dbp_gradreg(
     *,
     gamma: ScalarOrSchedule,
     mode: Mode = "forward_over_reverse",
-    ascent: AscentFn | None = None,
+    ascent: Ascent | None = None,
     interval: ArrayLike = 1,
+    start: ArrayLike = 0,
     reuse_updates: bool = True,
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Gradient regularization by double backpropagation (DB): exact, for losses that have second
-    derivatives.
+    r"""Gradient regularization by double backpropagation (DB), exact.
 
     Turns :math:`g = \nabla L(\theta)` into :math:`g + \gamma H d` with :math:`d = g` or what
     ``ascent`` makes of it; for the default this is the gradient of
@@ -169,6 +170,7 @@ def dbp_gradreg(
         double backpropagation, for functions without a forward-mode rule.
       ascent: as for :func:`fd_gradreg`.
       interval: as for :func:`fd_gradreg`.
+      start: as for :func:`fd_gradreg`.
       reuse_updates: as for :func:`fd_gradreg`. The product is linear in :math:`d`, so after
         clipping it stays sane either way.
       has_aux: as for :func:`fd_gradreg`.
@@ -195,24 +197,11 @@ def dbp_gradreg(
       Drucker and LeCun, *Improving generalization performance using double backpropagation*, 1992.
       Karakida et al., ICML 2023.
     """
-    function = "dbp_gradreg"
-    check_mode(function, mode)
-    check_ascent(function, ascent)
-
-    def product(
-        value_fn: ValueFn, params: PyTree, gradient: PyTree | None, step: jax.Array
-    ) -> PyTree:
-        del step
-        own, _, hessian = exact_product(
-            function, lambda p: (jax.grad(value_fn)(p), None), params, mode
-        )
-        return hessian(
-            ascent_direction(function, own if gradient is None else gradient, params, ascent)
-        )
-
-    return _penalized(
-        function, product, loss_fn, ("gamma", gamma, check_gamma), interval, reuse_updates, has_aux
-    )
+    caller = "dbp_gradreg"
+    estimator = product(caller, mode, ascent)
+    penalty = _penalty(hyperparameter(caller, "gamma", gamma), estimator)
+    loss, when = late_loss(caller, loss_fn, has_aux), timing(caller, interval, start)
+    return penalized(caller, loss, penalty, when, reuse_updates)
 
 
 def flooding(
@@ -242,23 +231,22 @@ def flooding(
 
     Raises:
       ValueError: at ``update`` neither ``value=`` nor a loss.
-      TypeError: a level or a loss that is no real scalar.
+      TypeError: a level or a loss that is no real scalar, or updates that are integers.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from gradreg_optax import flooding
       >>> tx, params = flooding(level=0.3), jnp.array([1.0, 2.0])
-      >>> updates, _ = tx.update(jnp.array([0.5, -0.5]), tx.init(params), params, value=0.1)  # below the level
-      >>> print(updates)
+      >>> updates, _ = tx.update(jnp.array([0.5, -0.5]), tx.init(params), params, value=0.1)
+      >>> print(updates)  # below the level
       [-0.5  0.5]
 
     References:
       Ishida et al., *Do We Need Zero Training Loss After Achieving Zero Training Error?*, ICML
       2020. Karakida et al., ICML 2023.
     """
-    function = "flooding"
-    check_loss(function, loss_fn)
-    check_schedule(function, "level", level, check_scalar)
+    caller = "flooding"
+    level_at, bind = hyperparameter(caller, "level", level), late_loss(caller, loss_fn, has_aux)
 
     def update(
         updates: PyTree,
@@ -268,18 +256,19 @@ def flooding(
         value: Any = None,
         **extra_args: Any,
     ) -> tuple[PyTree, GradregState]:
+        check_state(caller, state, GradregState)
+        check_inexact(caller, "updates", updates)
         if value is None and loss_fn is None and extra_args.get("value_fn") is None:
             raise ValueError(
                 "flooding: has no loss: pass update(grads, state, params, value=loss), value_fn=,"
                 " or flooding(loss_fn, ...)."
             )
-        loss = (
-            bind(function, loss_fn, has_aux, params, extra_args)(params)
-            if value is None
-            else check_scalar(function, "value", value)
-        )
-        sign = jnp.sign(loss - at_step(function, "level", level, check_scalar, state.step))
-        return jax.tree.map(lambda u: sign.astype(jnp.result_type(u)) * u, updates), _advance(state)
+        if value is None:
+            value = bind(params, extra_args)(params)
+        loss = widen(scalar(caller, "value", value))
+        sign = jnp.sign(loss - level_at(state.step).astype(loss.dtype))
+        flooded = jax.tree.map(lambda u: cast(scale(sign, jnp.asarray(u)), u), updates)
+        return flooded, state._replace(step=advanced(state.step))
 
     # Needs no parameters where update is given value=, so that optax.masked may stand around it.
     return optax.GradientTransformationExtraArgs(lambda params: _start(), update)
@@ -290,13 +279,13 @@ def sam(
     *,
     rho: ScalarOrSchedule,
     interval: ArrayLike = 1,
+    start: ArrayLike = 0,
     reuse_updates: bool = True,
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Sharpness-aware minimization: the gradient at the worst point nearby,
-    :math:`\nabla L(\theta + \rho\, g/\|g\|)`.
+    r"""Sharpness-aware minimization: the gradient at the worst point nearby.
 
-    It is :func:`fd_gradreg` along :func:`normalized` with :math:`\gamma = \epsilon = \rho`, where
+    Turns :math:`g` into :math:`\nabla L(\theta + \rho\, g/\|g\|)`. It is :func:`fd_gradreg` along :func:`normalized` with :math:`\gamma = \epsilon = \rho`, where
     :math:`g` drops out of the result. A zero gradient stays zero. With ``interval`` = k the
     difference to :math:`g` is taken on every k-th update and weighted by k.
 
@@ -306,6 +295,7 @@ def sam(
       loss_fn: as for :func:`fd_gradreg`.
       rho: the radius :math:`\rho > 0`, in units of the parameters; a number or a schedule.
       interval: as for :func:`fd_gradreg`.
+      start: as for :func:`fd_gradreg`.
       reuse_updates: as for :func:`fd_gradreg`.
       has_aux: as for :func:`fd_gradreg`.
 
@@ -328,10 +318,10 @@ def sam(
       Foret et al., *Sharpness-Aware Minimization for Efficiently Improving Generalization*, ICLR
       2021.
     """
-    radius = ("rho", rho, check_epsilon)
-    return _difference(
-        "sam", loss_fn, radius, radius, "forward", normalized, interval, reuse_updates, has_aux
-    )
+    caller = "sam"
+    loss, when = late_loss(caller, loss_fn, has_aux), timing(caller, interval, start)
+    penalty = _sharpness(caller, hyperparameter(caller, "rho", rho), normalized, when)
+    return penalized(caller, loss, penalty, when, reuse_updates)
 
 
 def asam(
@@ -339,13 +329,13 @@ def asam(
     *,
     rho: ScalarOrSchedule,
     interval: ArrayLike = 1,
+    start: ArrayLike = 0,
     reuse_updates: bool = True,
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adaptive SAM: :math:`\nabla L(\theta + \rho\, \theta^2 g / \||\theta| g\|)`, which does not
-    depend on how layers are scaled.
+    r"""Adaptive SAM, which does not depend on how layers are scaled.
 
-    It is :func:`fd_gradreg` along :func:`adaptive` with :math:`\gamma = \epsilon = \rho`.
+    Turns :math:`g` into :math:`\nabla L(\theta + \rho\, \theta^2 g / \||\theta| g\|)`. It is :func:`fd_gradreg` along :func:`adaptive` with :math:`\gamma = \epsilon = \rho`.
 
     Cost: one gradient beyond :math:`g`.
 
@@ -353,6 +343,7 @@ def asam(
       loss_fn: as for :func:`fd_gradreg`.
       rho: the radius :math:`\rho > 0`, relative to the parameters; a number or a schedule.
       interval: as for :func:`fd_gradreg`.
+      start: as for :func:`fd_gradreg`.
       reuse_updates: as for :func:`fd_gradreg`.
       has_aux: as for :func:`fd_gradreg`.
 
@@ -375,10 +366,10 @@ def asam(
       Kwon et al., *ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep
       Neural Networks*, ICML 2021.
     """
-    radius = ("rho", rho, check_epsilon)
-    return _difference(
-        "asam", loss_fn, radius, radius, "forward", adaptive, interval, reuse_updates, has_aux
-    )
+    caller = "asam"
+    loss, when = late_loss(caller, loss_fn, has_aux), timing(caller, interval, start)
+    penalty = _sharpness(caller, hyperparameter(caller, "rho", rho), adaptive, when)
+    return penalized(caller, loss, penalty, when, reuse_updates)
 
 
 def gradient_norm_penalty(
@@ -388,15 +379,16 @@ def gradient_norm_penalty(
     epsilon: ScalarOrSchedule,
     scheme: Scheme = "forward",
     interval: ArrayLike = 1,
+    start: ArrayLike = 0,
     reuse_updates: bool = True,
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Penalty on the plain norm (GNP): the gradient of
-    :math:`L(\theta) + \gamma \|\nabla L(\theta)\|`, by a finite difference.
+    r"""Penalty on the plain norm (GNP), by a finite difference along the unit gradient.
 
-    It is :func:`fd_gradreg` along :func:`normalized`, :math:`g + \frac{\gamma}{\epsilon}(\nabla
-    L(\theta + \epsilon g/\|g\|) - g)` for the forward scheme; with :math:`\gamma =
-    \epsilon` it is :func:`sam`.
+    Estimates the gradient of :math:`L(\theta) + \gamma \|\nabla L(\theta)\|`. It is
+    :func:`fd_gradreg` along :func:`normalized`, with the forward scheme
+    :math:`g + \frac{\gamma}{\epsilon}(\nabla L(\theta + \epsilon g/\|g\|) - g)`; with
+    :math:`\gamma = \epsilon` it is :func:`sam`.
 
     Cost: as for :func:`fd_gradreg`.
 
@@ -408,6 +400,7 @@ def gradient_norm_penalty(
         number or a schedule.
       scheme: "forward", "backward" or "central".
       interval: as for :func:`fd_gradreg`.
+      start: as for :func:`fd_gradreg`.
       reuse_updates: as for :func:`fd_gradreg`.
       has_aux: as for :func:`fd_gradreg`.
 
@@ -430,113 +423,48 @@ def gradient_norm_penalty(
       Zhao, Zhang, Hu, *Penalizing Gradient Norm for Efficiently Improving Generalization in Deep
       Learning*, ICML 2022.
     """
-    named = ("gamma", gamma, check_gamma), ("epsilon", epsilon, check_epsilon)
-    return _difference(
-        "gradient_norm_penalty",
-        loss_fn,
-        *named,
-        scheme,
-        normalized,
-        interval,
-        reuse_updates,
-        has_aux,
-    )
+    caller = "gradient_norm_penalty"
+    estimator = difference(caller, hyperparameter(caller, "epsilon", epsilon), scheme, normalized)
+    penalty = _penalty(hyperparameter(caller, "gamma", gamma), estimator)
+    loss, when = late_loss(caller, loss_fn, has_aux), timing(caller, interval, start)
+    return penalized(caller, loss, penalty, when, reuse_updates)
 
 
-def _difference(
-    function: str,
-    loss_fn: LossFn | None,
-    gamma: _Named,
-    epsilon: _Named,
-    scheme: Scheme,
-    ascent: AscentFn | None,
-    interval: ArrayLike,
-    reuse_updates: bool,
-    has_aux: bool,
-) -> optax.GradientTransformationExtraArgs:
-    """A transformation that estimates H d by a difference."""
-    check_scheme(function, scheme)
-    check_ascent(function, ascent)
-    check_schedule(function, *epsilon)
+def _penalty(gamma: AtStep, estimator: Estimator) -> Penalty:
+    """Adds gamma H d."""
 
-    def product(
-        value_fn: ValueFn, params: PyTree, gradient: PyTree | None, step: jax.Array
-    ) -> PyTree:
-        grad_fn = jax.grad(value_fn)
-        if gradient is None:
-            gradient = grad_fn(params)
-        direction = ascent_direction(function, gradient, params, ascent)
-        return difference_product(
-            grad_fn, params, gradient, direction, at_step(function, *epsilon, step), scheme
-        )
+    def init(params: PyTree) -> GradregState:
+        return _start(estimator.init(params))
 
-    def ahead(value_fn: ValueFn, params: PyTree, gradient: PyTree, step: jax.Array) -> PyTree:
-        direction = ascent_direction(function, gradient, params, ascent)
-        return jax.grad(value_fn)(shift(params, direction, at_step(function, *epsilon, step)))
-
-    # SAM: where gamma is epsilon, g + (gamma / epsilon) (ahead - g) is the gradient ahead, and g
-    # need not be kept for it.
-    sharp = ahead if gamma is epsilon else None
-    return _penalized(function, product, loss_fn, gamma, interval, reuse_updates, has_aux, sharp)
-
-
-def _penalized(
-    function: str,
-    product: _Product,
-    loss_fn: LossFn | None,
-    gamma: _Named,
-    interval: ArrayLike,
-    reuse_updates: bool,
-    has_aux: bool,
-    ahead: _Ahead | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """A transformation that adds gamma H d on every ``interval``-th update, or puts what is
-    ``ahead`` in the place of every update.
-    """
-    check_loss(function, loss_fn)
-    check_schedule(function, *gamma)
-    interval = check_interval(function, interval)
-    reuse_by_default = reuse_updates
-
-    def update(
-        updates: PyTree,
-        state: optax.OptState,
-        params: PyTree | None = None,
-        *,
-        reuse_updates: bool = reuse_by_default,
-        **extra_args: Any,
+    def apply(
+        updates: PyTree, state: GradregState, point: Point, weight: jax.Array, _: Any
     ) -> tuple[PyTree, GradregState]:
-        value_fn = bind(function, loss_fn, has_aux, params, extra_args)
-        check_like(function, "updates", updates, params)
-        coefficient = at_step(function, *gamma, state.step) * jnp.asarray(interval)
+        found = estimator.estimate(point._replace(ascent=state.ascent))
+        return add_penalty(updates, weight, found.product), state._replace(ascent=found.ascent)
 
-        def penalize(updates: PyTree) -> PyTree:
-            estimate = product(value_fn, params, updates if reuse_updates else None, state.step)
-            return add_penalty(updates, coefficient, estimate)
-
-        if isinstance(interval, int) and interval == 1:
-            if ahead is not None and reuse_updates:
-                gradient = ahead(value_fn, params, updates, state.step)
-                return jax.tree.map(
-                    lambda g, u: g.astype(jnp.result_type(u)), gradient, updates
-                ), _advance(state)
-            return penalize(updates), _advance(state)
-        due = state.step % jnp.asarray(interval).astype(state.step.dtype) == 0
-        return jax.lax.cond(
-            due, canonical_convolutions(penalize), lambda updates: updates, updates
-        ), _advance(state)
-
-    return optax.GradientTransformationExtraArgs(lambda params: _init(function, params), update)
+    return Penalty(GradregState, init, gamma, apply)
 
 
-def _init(function: str, params: PyTree) -> GradregState:
-    check_params(function, params)
-    return _start()
+def _sharpness(caller: str, radius: AtStep, ascent: AscentFn, when: Timing) -> Penalty:
+    """The forward difference with gamma = epsilon = the radius, which is the gradient ahead.
+
+    There the gradient that came in drops out. Where every update takes the penalty it need not be
+    kept until the gradient ahead is known: one gradient less in memory, as in Optax's own SAM.
+    """
+    penalty = _penalty(radius, difference(caller, radius, "forward", ascent))
+    _, direction_of = ascent_direction(caller, ascent)
+
+    def apply(
+        updates: PyTree, state: GradregState, point: Point, weight: jax.Array, extra_args: Any
+    ) -> tuple[PyTree, GradregState]:
+        if point.gradient is None or not when.always:
+            return penalty.apply(updates, state, point, weight, extra_args)
+        direction, _ = direction_of(point, point.gradient)
+        ahead, _ = point.grad_fn(shift(point.params, direction, weight))
+        return jax.tree.map(cast, ahead, updates), state
+
+    return penalty._replace(apply=apply)
 
 
-def _start() -> GradregState:
-    return GradregState(step=jnp.zeros([], jnp.int32))
-
-
-def _advance(state: optax.OptState) -> GradregState:
-    return GradregState(step=optax.safe_increment(state.step))
+def _start(ascent: optax.OptState = ()) -> GradregState:
+    return GradregState(jnp.zeros([], jnp.int32), ascent)

@@ -381,9 +381,9 @@ def test_train_steps_refuse_what_cannot_be_split():
 
 
 def test_curvature_refuses_estimates_without_error():
-    with says(ValueError, "hessian_trace: num_samples must be at least 2, got 1"):
+    with says(ValueError, "hessian_trace: num_samples must be a whole number >= 2, got 1"):
         hessian_trace(lambda p: p**2, jnp.asarray(1.0), jax.random.key(0), num_samples=1)
-    with says(ValueError, "top_hessian_eigenvalue: num_matvecs must be at least 1, got 0"):
+    with says(ValueError, "top_hessian_eigenvalue: num_matvecs must be a whole number >= 1, got 0"):
         top_hessian_eigenvalue(lambda p: p**2, jnp.asarray(1.0), jax.random.key(0), num_matvecs=0)
 
 

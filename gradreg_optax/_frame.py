@@ -1,0 +1,123 @@
+"""The frame of every penalised transformation: which loss, which gradient, on which updates."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gradreg_optax._checks import check_like, check_params, check_state, check_step, whole_number
+from gradreg_optax._convolutions import canonical_convolutions
+from gradreg_optax._guard import compare
+from gradreg_optax._typing import AtStep, GradFn, LateLoss, PyTree
+from gradreg_optax.penalty import Point
+
+
+class Timing(NamedTuple):
+    """The updates that take a penalty: ``start``, and every ``interval``-th from there on."""
+
+    interval: Any
+    start: Any
+
+    @property
+    def always(self) -> bool:
+        """Whether it is every update, known before the program runs."""
+        return isinstance(self.interval, int) and self.interval == 1 and self._from_the_first
+
+    @property
+    def _from_the_first(self) -> bool:
+        return isinstance(self.start, int) and self.start == 0
+
+    def due(self, step: jax.Array) -> jax.Array:
+        """Whether the update at ``step`` takes it."""
+        interval, start = (jnp.asarray(n, step.dtype) for n in self)
+        due: jax.Array = (step - start) % interval == 0
+        return due if self._from_the_first else due & (step >= start)
+
+    def weigh(self, weight: jax.Array) -> jax.Array:
+        """``weight`` times the interval, so that the average over the updates stays."""
+        if isinstance(self.interval, int) and self.interval == 1:
+            return weight
+        interval = jnp.asarray(self.interval, weight.dtype)
+        largest = float(np.finfo(weight.dtype).max) / 2
+        return jnp.minimum(weight, largest / interval) * interval
+
+
+class Penalty(NamedTuple):
+    """What a transformation does on the updates that are due.
+
+    Attributes:
+      state: the type of its state, a NamedTuple with a counter called ``step``.
+      init: ``params -> state``.
+      weight: the factor at a step, evaluated on every update.
+      apply: ``(updates, state, point, weight, extra_args) -> (updates, state)``; the counter is not
+        its business.
+    """
+
+    state: type
+    init: Callable[[PyTree], Any]
+    weight: AtStep
+    apply: Callable[..., tuple[PyTree, Any]]
+
+
+def timing(caller: str, interval: Any, start: Any) -> Timing:
+    """When a penalty is due, checked."""
+    return Timing(whole_number(caller, "interval", interval), whole_number(caller, "start", start))
+
+
+def penalized(
+    caller: str, bind: LateLoss, penalty: Penalty, when: Timing, reuse_updates: bool
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation that applies ``penalty`` on the updates that are due."""
+    reuse_by_default = reuse_updates
+
+    def init(params: PyTree) -> Any:
+        check_params(caller, params)
+        return penalty.init(params)
+
+    def update(
+        updates: PyTree,
+        state: optax.OptState,
+        params: PyTree | None = None,
+        *,
+        reuse_updates: bool = reuse_by_default,
+        **extra_args: Any,
+    ) -> tuple[PyTree, Any]:
+        grad_fn = gradient_of(caller, bind, updates, params, extra_args)
+        check_state(caller, state, penalty.state)
+        if reuse_updates:
+            compare(caller, grad_fn, params, updates)
+        weight = when.weigh(penalty.weight(state.step))
+        branch_grad_fn = grad_fn if when.always else jax.jit(grad_fn)  # a branch traces it once
+
+        def penalize(updates: PyTree, state: Any) -> tuple[PyTree, Any]:
+            gradient = updates if reuse_updates else None
+            point = Point(branch_grad_fn, params, gradient, state.step)
+            return penalty.apply(updates, state, point, weight, extra_args)
+
+        if when.always:
+            updates, state = penalize(updates, state)
+        else:
+            due = when.due(check_step(caller, state.step))
+            updates, state = jax.lax.cond(
+                due, canonical_convolutions(penalize), lambda *given: given, updates, state
+            )
+        return updates, state._replace(step=advanced(state.step))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def gradient_of(
+    caller: str, bind: LateLoss, updates: PyTree, params: PyTree, extra_args: Mapping[str, Any]
+) -> GradFn:
+    """The gradient of this update's loss, ``params -> (gradient, None)``."""
+    grad = jax.grad(bind(params, extra_args))
+    check_like(caller, "updates", updates, params)
+    return lambda point: (grad(point), None)
+
+
+def advanced(step: jax.Array | None) -> jax.Array | None:
+    """The counter of the next update; None where nobody counts."""
+    return None if step is None else optax.safe_increment(step)

@@ -1,0 +1,116 @@
+"""A guard: is the gradient that comes in the gradient that the regularizer believes it to be?"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradreg_optax._typing import GradFn, PyTree
+from gradreg_optax.penalty import global_norm
+
+_WATCHES: list[list[str]] = []  # the findings of every guard that is on, innermost last
+
+
+class GradientMismatch(UserWarning):
+    """The updates that came in are not the gradient of the loss."""
+
+
+@contextlib.contextmanager
+def checking() -> Iterator[list[str]]:
+    r"""While it is on, every transformation compares what comes in with its own gradient.
+
+    By default a transformation takes the incoming updates for :math:`\nabla L(\theta)` of its loss,
+    which saves a gradient, and is wrong if they are something else: because it is not the first in
+    its chain, the loss sees another batch or dropout key, ``optax.MultiSteps`` is around it, a
+    regularizer is applied twice, or replicas average their gradients but not their losses. Under
+    this guard, in the spirit of ``jax.debug_nans``, it also evaluates its own gradient and warns,
+    once for each transformation traced, with the relative difference and the likely cause.
+
+    It looks at what is traced while it is on: build the train step inside of it. A step that was
+    compiled before stays as it was, and one compiled inside keeps its checks, silent afterwards.
+    Off, it costs nothing; on, one gradient an update.
+
+    Yields:
+      The findings so far, one sentence each.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, warnings
+      >>> from gradreg_optax import checking, fd_gradreg
+      >>> loss, params = lambda p: jnp.sum(p**4), jnp.ones(2)
+      >>> tx = optax.chain(optax.clip_by_global_norm(1.0), fd_gradreg(gamma=0.1, epsilon=0.1))
+      >>> with checking() as findings, warnings.catch_warnings():
+      ...     warnings.simplefilter("ignore")
+      ...     _ = tx.update(jax.grad(loss)(params), tx.init(params), params, value_fn=loss)
+      >>> print(findings[0][:75])
+      fd_gradreg: the updates that came in are not the gradient of the loss: they
+    """
+    findings: list[str] = []
+    _WATCHES.append(findings)
+    try:
+        yield findings
+        jax.effects_barrier()
+    finally:
+        _WATCHES.remove(findings)
+
+
+def compare(caller: str, grad_fn: GradFn, params: PyTree, updates: PyTree) -> None:
+    """Reports, if a guard is on, that ``updates`` are not the gradient."""
+    if not _WATCHES:
+        return
+    reported: list[str] = []
+
+    def report(*numbers: Any) -> None:
+        sentence = _sentence(caller, *map(float, numbers))
+        if sentence and _WATCHES and not reported:
+            reported.append(sentence)
+            _WATCHES[-1].append(sentence)
+            warnings.warn(sentence, GradientMismatch, stacklevel=2)
+
+    jax.debug.callback(report, *_compared(grad_fn(params)[0], updates))
+
+
+def _compared(gradient: PyTree, updates: PyTree) -> tuple[jax.Array, ...]:
+    """Norms of the own gradient, the incoming one and their difference, their cosine, and how far
+    rounding may take them apart.
+    """
+    own, incoming = (
+        [jnp.asarray(x).astype(jnp.complex64) for x in jax.tree.leaves(tree)]
+        for tree in (gradient, updates)
+    )
+    lengths = global_norm(own), global_norm(incoming)
+    apart = global_norm([a - b for a, b in zip(own, incoming, strict=True)])
+    inside = sum(jnp.vdot(a, b).real for a, b in zip(own, incoming, strict=True))
+    cosine = inside / jnp.maximum(lengths[0] * lengths[1], np.finfo(np.float32).tiny)
+    leaves = jax.tree.leaves((gradient, updates))
+    rounding = max((float(jnp.finfo(jax.typeof(x).dtype).eps) for x in leaves), default=0.0)
+    return *lengths, apart, cosine, jnp.asarray(max(rounding, 1e-7) ** 0.5, jnp.float32)
+
+
+def _sentence(
+    caller: str, own: float, incoming: float, apart: float, cosine: float, tolerance: float
+) -> str | None:
+    """What is wrong, if something is, and its likely cause."""
+    if np.isfinite(apart) and apart <= tolerance * max(own, incoming):
+        return None
+    if not np.isfinite(apart):
+        cause = "one of the two is not finite"
+    elif cosine > 1 - tolerance:
+        cause = (
+            f"they are {incoming / max(own, 1e-30):.3g} times as long and point the same way:"
+            " clipping or a loss scale before it, or a sum where the loss is a mean"
+        )
+    else:
+        cause = (
+            "another batch, dropout key or loss than that of the gradient, a transformation or a"
+            " regularizer before it in the chain, optax.MultiSteps around it, or gradients averaged"
+            " over replicas whose losses are not"
+        )
+    return (
+        f"{caller}: the updates that came in are not the gradient of the loss: they differ by"
+        f" {apart / max(own, 1e-30):.3g} of its norm. Likely cause: {cause}. Put it first, hand it"
+        " the same loss, or pass reuse_updates=False."
+    )

@@ -1,0 +1,53 @@
+"""Where values live: axes of a mesh over which they vary or are split."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from gradreg_optax._typing import PyTree
+
+
+def axes_of(tree: PyTree) -> frozenset[str]:
+    """The axes of ``jax.shard_map`` over which some leaf varies; none outside of it."""
+    return frozenset().union(*(_axes(leaf) for leaf in jax.tree.leaves(tree)))
+
+
+def axes_of_value(fun: Callable[[PyTree], Any], argument: PyTree) -> frozenset[str]:
+    """The axes over which the first result of a function varies, which a reduction may take off."""
+    if not axes_of(argument):
+        return frozenset()
+    return frozenset(jax.make_jaxpr(fun)(argument).out_avals[0].vma)
+
+
+def varying(tree: PyTree, axes: frozenset[str]) -> PyTree:
+    """The same leaves, allowed to vary over ``axes``: a cast whose transpose sums over them."""
+
+    lax: Any = jax.lax
+
+    def cast(leaf: Any) -> Any:
+        missing = tuple(sorted(axes - _axes(leaf)))
+        if not missing:
+            return leaf
+        if hasattr(lax, "pcast"):
+            return lax.pcast(leaf, missing, to="varying")
+        return lax.pvary(leaf, missing)  # its name before jax 0.9
+
+    return jax.tree.map(cast, tree)
+
+
+def _axes(leaf: Any) -> frozenset[str]:
+    if not isinstance(leaf, jax.Array):
+        return frozenset()
+    return frozenset(getattr(jax.typeof(leaf), "vma", None) or ())
+
+
+def leading_devices(leaf: Any) -> int:
+    """Over how many devices the type of an array splits its leading axis: 1 unless explicit."""
+    sharding: Any = getattr(jax.typeof(leaf), "sharding", None)
+    spec = getattr(sharding, "spec", ())
+    if not spec or spec[0] is None:
+        return 1
+    names = spec[0] if isinstance(spec[0], tuple) else (spec[0],)
+    return math.prod(sharding.mesh.shape[name] for name in names)

@@ -1,0 +1,213 @@
+"""A loss whose gradient is the regularized one, for trainers that keep the rest to themselves."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gradreg_optax._checks import check_params, is_inexact, whole_number
+from gradreg_optax._cotangents import scaled, with_aux_cotangent
+from gradreg_optax._loss import arguments_at, keeps_signature, mean_of, signature_of, with_weight
+from gradreg_optax._sharding import axes_of_value, varying
+from gradreg_optax._typing import LossFn, PyTree, Weighted
+from gradreg_optax.training import Call, Pass, counting, regularized_pass
+
+
+def regularized_loss(
+    loss_fn: LossFn,
+    regularizer: optax.GradientTransformation,
+    *,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+) -> LossFn:
+    r"""The same loss with the regularized gradient, for any trainer that takes a loss.
+
+    Its value, and its aux, are those of ``loss_fn``, bit for bit. Its gradient with respect to the
+    parameters is what ``regularizer`` makes of :math:`\nabla L`, such as
+    :math:`g + \frac{\gamma}{\epsilon}(\nabla L(\theta + \epsilon g) - g)`; with respect to other
+    arguments it is that of the loss. So ``jax.grad``, ``jax.value_and_grad`` and every trainer that
+    calls them train with the regularizer. Both passes see the same arguments, and aux is the clean
+    pass's. Factors of the trainer's own, a loss scale say, multiply the regularized gradient.
+
+    The loss sets the units: of a *sum* over n tokens gamma and epsilon are those of the mean
+    divided by n. A trainer that adds up the gradients of micro-batches averages their regularized
+    gradients.
+
+    Cost: of an evaluation, that of the loss; of a gradient, that of the transformation. Gradients
+    with respect to other arguments cost nothing where nobody asks for them.
+
+    Args:
+      loss_fn: ``loss_fn(params, *args, **kwargs)``, a real scalar, or ``(scalar, aux)`` with
+        ``has_aux``.
+      regularizer: ``fd_gradreg(...)``, ``dbp_gradreg(...)``, ``sam(...)``, ``flooding(...)``, or a
+        chain of them. A loss keeps no state from call to call: one with a schedule, ``start`` or
+        ``interval`` > 1 needs the step, ``loss(..., step=step)``, and one with more state than a
+        counter is refused.
+      argnums: which argument, or arguments, of ``loss_fn`` are the parameters, counted in its
+        signature; of several, all together are penalised.
+      has_aux: whether ``loss_fn`` returns ``(value, aux)``.
+
+    Returns:
+      A loss with the signature of ``loss_fn`` and a further keyword ``step``.
+
+    Raises:
+      ValueError: a regularizer with state of its own; an argument that the call does not have.
+      TypeError: the regularizer is no Optax transformation, or needs the step; a loss that is no
+        real scalar; parameters that are no real or complex numbers.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from gradreg_optax import fd_gradreg, regularized_loss
+      >>> loss_fn = lambda params, x: jnp.sum((params * x) ** 2) / 2
+      >>> loss = regularized_loss(loss_fn, fd_gradreg(gamma=0.5, epsilon=0.25))
+      >>> params, x = jnp.array([1.0, 2.0]), jnp.array([1.0, 2.0])
+      >>> print(loss(params, x), jax.grad(loss)(params, x))  # the Hessian is diag(1, 4)
+      8.5 [ 1.5 24. ]
+
+    References:
+      Karakida et al., *Understanding Gradient Regularization in Deep Learning*, ICML 2023.
+    """
+    caller = "regularized_loss"
+    regularized = regularized_pass(caller, regularizer)
+    loss, signature = with_weight(caller, loss_fn, has_aux), signature_of(loss_fn)
+    asks_for_step = signature is not None and "step" in signature.parameters
+
+    def wrapped(*args: Any, step: Any = None, **kwargs: Any) -> Any:
+        if asks_for_step and step is not None:
+            kwargs["step"] = step
+        if signature is not None:
+            bound = signature.bind(*args, **kwargs)
+            args, kwargs = bound.args, dict(bound.kwargs)
+            step = bound.arguments.get("step", step)
+        if step is not None:
+            step = jnp.asarray(whole_number(caller, "step", step), jnp.int32)
+        check_params(caller, arguments_at(caller, argnums, args)[0])
+
+        def update(call: Call, params: PyTree) -> Pass:
+            state = counting(caller, regularized.init(params), step)
+            return regularized.run(call, params, state)
+
+        value, aux = _evaluated(loss, Arguments.of(argnums, args, kwargs), update)
+        return (value, aux) if has_aux else value
+
+    return keeps_signature(wrapped, loss_fn)
+
+
+class Arguments(NamedTuple):
+    """The arguments of a call, taken apart into the numbers among their leaves and the rest.
+
+    Attributes:
+      leaves: the leaves of ``(args, kwargs)``.
+      structure: their structure.
+      numeric: of each leaf, whether it is made of real or complex numbers, which have a gradient.
+      penalised: of each number, whether it belongs to the parameters.
+      argnums: which positional arguments are the parameters.
+    """
+
+    leaves: list[Any]
+    structure: Any
+    numeric: list[bool]
+    penalised: list[bool]
+    argnums: Any
+
+    @classmethod
+    def of(cls, argnums: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Arguments":
+        """Takes the arguments of a call apart."""
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        numeric = [is_inexact(leaf) for leaf in leaves]
+        marks = jax.tree.unflatten(structure, [False] * len(leaves))
+        params, put = arguments_at("", argnums, marks[0])
+        marked = jax.tree.leaves((put(jax.tree.map(lambda _: True, params)), marks[1]))
+        penalised = [m for m, n in zip(marked, numeric, strict=True) if n]
+        return cls(leaves, structure, numeric, penalised, argnums)
+
+    def numbers(self) -> list[Any]:
+        """The leaves that have a gradient."""
+        return [x for x, numeric in zip(self.leaves, self.numeric, strict=True) if numeric]
+
+    def call(self, numbers: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) with these numbers in them."""
+        given = iter(numbers)
+        pairs = zip(self.leaves, self.numeric, strict=True)
+        leaves = [next(given) if numeric else leaf for leaf, numeric in pairs]
+        args, kwargs = jax.tree.unflatten(self.structure, leaves)
+        return args, kwargs
+
+
+def _evaluated(
+    loss: Callable[..., tuple[Weighted, Any]],
+    arguments: Arguments,
+    update: Callable[[Call, PyTree], Pass],
+) -> tuple[jax.Array, Any]:
+    """(value, aux), with the regularized gradient behind them."""
+    aux = Aside()
+
+    def plain(numbers: list[Any]) -> tuple[jax.Array, list[jax.Array]]:
+        args, kwargs = arguments.call(numbers)
+        mean, more = loss(*args, **kwargs)
+        return mean_of(mean), aux.arrays(more)
+
+    def forward(numbers: list[Any]) -> tuple[Any, Any]:
+        values = [number.value for number in numbers]
+        asked = [number.perturbed for number in numbers]
+        chosen = list(zip(asked, arguments.penalised, strict=True))
+        gradient = _gradient(plain, values, [a and not p for a, p in chosen])
+        if not any(a and p for a, p in chosen):
+            return plain(values), (values, gradient)
+        args, kwargs = arguments.call(values)
+        params, put = arguments_at("", arguments.argnums, args)
+        found = update(Call(lambda p: loss(*put(p), **kwargs), (), {}), params)
+        updates = iter(jax.tree.leaves(found.updates))
+        pairs = zip(gradient, arguments.penalised, strict=True)
+        gradient = [next(updates) if penalised else g for g, penalised in pairs]
+        return (found.value, aux.arrays(found.aux)), (values, gradient)
+
+    def backward(residual: Any, cotangent: tuple[Any, Any]) -> tuple[list[Any]]:
+        (values, gradient), (of_value, of_aux) = residual, cotangent
+        of_numbers = scaled(of_value, gradient)
+        return (with_aux_cotangent(of_numbers, lambda n: plain(n)[1], values, of_aux),)
+
+    function = jax.custom_vjp(plain)
+    function.defvjp(forward, backward, symbolic_zeros=True)
+    numbers = varying(arguments.numbers(), axes_of_value(plain, arguments.numbers()))
+    value, arrays = function(numbers)
+    return value, aux.whole(arrays)
+
+
+def _gradient(
+    plain: Callable[[list[Any]], Any], values: list[Any], asked: list[bool]
+) -> list[jax.Array]:
+    """The gradient of the loss itself in the numbers that are asked for, zeros in the others."""
+    zeros = [jnp.zeros_like(value) for value in values]
+    if not any(asked):
+        return zeros
+
+    def of_asked(some: list[Any]) -> tuple[jax.Array, Any]:
+        given = iter(some)
+        return plain([next(given) if a else v for v, a in zip(values, asked, strict=True)])
+
+    chosen = [v for v, a in zip(values, asked, strict=True) if a]
+    gradient = iter(jax.grad(of_asked, has_aux=True)(chosen)[0])
+    return [next(gradient) if a else zero for zero, a in zip(zeros, asked, strict=True)]
+
+
+class Aside:
+    """Carries what a loss returns around a function that may return arrays only."""
+
+    def __init__(self) -> None:
+        self._structure: Any = None
+        self._others: list[Any] = []
+
+    def arrays(self, tree: PyTree) -> list[jax.Array]:
+        """The arrays of JAX in a tree; the rest of it is kept aside."""
+        leaves, self._structure = jax.tree.flatten(tree)
+        self._others = [None if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
+        return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+
+    def whole(self, arrays: list[jax.Array]) -> PyTree:
+        """The tree with these arrays in it."""
+        given = iter(arrays)
+        leaves = [next(given) if other is None else other for other in self._others]
+        return jax.tree.unflatten(self._structure, leaves)
