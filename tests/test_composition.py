@@ -135,7 +135,7 @@ def test_injected_hyperparameters_can_be_changed_between_steps(x64):
     )
     update = jax.jit(lambda s: tx.update(gradient, s, params, batch=batch))
     state = tx.init(params)
-    assert set(state.hyperparams) == {"gamma", "epsilon", "interval"}
+    assert set(state.hyperparams) == {"gamma", "epsilon", "interval", "start"}
     first, state = update(state)
     np.testing.assert_allclose(
         flat(first), flat(regularized(params, batch, gamma=0.6)), **ROUNDING

@@ -21,7 +21,7 @@ from gradreg_optax import (
     normalized,
     sam,
 )
-from gradreg_optax.penalty import add_penalty, difference_product, global_norm
+from gradreg_optax.penalty import Point, add_penalty, difference, global_norm
 
 SCHEMES = ("forward", "backward", "central")
 MODES = ("forward_over_reverse", "reverse_over_reverse")
@@ -423,7 +423,8 @@ def test_the_difference_of_narrow_gradients_is_formed_in_float32(dtype):
     before = jnp.asarray(rng.normal(size=200), dtype)
     after = before + jnp.asarray(0.01 * rng.normal(size=200), dtype)
     step, gamma = jnp.float32(0.3), jnp.float32(0.7)
-    product = difference_product(lambda _: after, before, before, before, step, "forward")
+    point = Point(lambda _: (after, None), before, before)
+    product = difference("test", lambda _: step, "forward", None).estimate(point).product
     assert product.dtype == jnp.float32
     exact = (np.asarray(after, np.float64) - np.asarray(before, np.float64)) / 0.3
     np.testing.assert_allclose(

@@ -96,7 +96,7 @@ def test_without_a_gradient_the_factor_is_one_and_no_nan():
 def test_a_fraction_that_is_not_one_over_a_whole_number_is_named(fraction):
     with pytest.raises(
         ValueError,
-        match=rf"penalty_scale: penalty_fraction must be one over a whole number.*{fraction}",
+        match=rf"penalty_scale: penalty_fraction must .*got {fraction:g}",
     ):
         penalty_scale(linear_loss, jnp.zeros(2), jnp.ones((8, 2)), penalty_fraction=fraction)
 
