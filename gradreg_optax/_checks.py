@@ -34,6 +34,7 @@ class Rule(NamedTuple):
     from_zero: bool = False
 
 
+_OR_SCHEDULE = dict.fromkeys(("gamma", "epsilon", "rho", "level", "strength"), " or a schedule")
 _WHOLE = 2**31 - 1  # the range of a step counter
 _BACKWARD = "for a difference on the descent side use "
 RULES = {
@@ -54,7 +55,9 @@ RULES = {
         f'{_BACKWARD}gradient_norm_penalty(..., scheme="backward")',
         from_zero=True,
     ),
-    "radius": Rule(lambda x, tiny: math.isfinite(x), "be finite", "negative steps descend"),
+    "perturbed_sharpness: rho": Rule(
+        lambda x, tiny: math.isfinite(x), "be finite", "negative steps descend"
+    ),
     "level": Rule(lambda x, tiny: math.isfinite(x), "be finite", "it is a value of the loss"),
     "strength": Rule(
         lambda x, tiny: 0 <= x < math.inf,
@@ -90,14 +93,14 @@ def scalar(caller: str, name: str, value: Any, *, scheduled: bool = False) -> ja
     A number stays on the host: a transformation may be built before
     ``jax.distributed.initialize()``, which must come first of all that touches a device.
     """
-    array = _real(caller, name, value, "a real number or a schedule")
+    array = _real(caller, name, value, f"a real number{_OR_SCHEDULE.get(name, '')}")
     if array.shape:
         raise ValueError(
             f"{caller}: {name} must be a scalar, got shape {array.shape}: use jax.vmap for several"
             " values."
         )
     number: jax.Array = array.astype(_float_dtype(array.dtype))
-    rule = RULES.get(name)
+    rule = RULES.get(f"{caller}: {name}", RULES.get(name))
     if rule is None or is_traced(value) or (scheduled and rule.from_zero):
         return number
     concrete = float(np.asarray(value).astype(number.dtype))
@@ -221,8 +224,8 @@ def check_inexact(caller: str, name: str, tree: PyTree) -> None:
             kind = getattr(leaf, "dtype", type(leaf).__name__)
             raise TypeError(
                 f"{caller}: {name}{jax.tree_util.keystr(path)} has dtype {kind}, and only real and"
-                " complex numbers have a gradient: close over everything else, or pass it as a"
-                " further argument of the loss."
+                " complex numbers have a gradient: cast it, close over it, or pass it as a further"
+                " argument of the loss."
             )
 
 

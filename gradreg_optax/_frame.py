@@ -101,9 +101,8 @@ def penalized(
             updates, state = penalize(updates, state)
         else:
             due = when.due(check_step(caller, state.step))
-            updates, state = jax.lax.cond(
-                due, canonical_convolutions(penalize), lambda *given: given, updates, state
-            )
+            branch = canonical_convolutions(jax.jit(penalize))
+            updates, state = jax.lax.cond(due, branch, lambda *given: given, updates, state)
         return updates, state._replace(step=advanced(state.step))
 
     return optax.GradientTransformationExtraArgs(init, update)

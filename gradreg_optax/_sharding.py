@@ -18,7 +18,7 @@ def axes_of_value(fun: Callable[[PyTree], Any], argument: PyTree) -> frozenset[s
     """The axes over which the first result of a function varies, which a reduction may take off."""
     if not axes_of(argument):
         return frozenset()
-    return frozenset(jax.make_jaxpr(fun)(argument).out_avals[0].vma)
+    return _of_type(jax.make_jaxpr(fun)(argument).out_avals[0])
 
 
 def varying(tree: PyTree, axes: frozenset[str]) -> PyTree:
@@ -37,12 +37,6 @@ def varying(tree: PyTree, axes: frozenset[str]) -> PyTree:
     return jax.tree.map(cast, tree)
 
 
-def _axes(leaf: Any) -> frozenset[str]:
-    if not isinstance(leaf, jax.Array):
-        return frozenset()
-    return frozenset(getattr(jax.typeof(leaf), "vma", None) or ())
-
-
 def leading_devices(leaf: Any) -> int:
     """Over how many devices the type of an array splits its leading axis: 1 unless explicit."""
     sharding: Any = getattr(jax.typeof(leaf), "sharding", None)
@@ -51,3 +45,13 @@ def leading_devices(leaf: Any) -> int:
         return 1
     names = spec[0] if isinstance(spec[0], tuple) else (spec[0],)
     return math.prod(sharding.mesh.shape[name] for name in names)
+
+
+def _axes(leaf: Any) -> frozenset[str]:
+    return _of_type(jax.typeof(leaf)) if isinstance(leaf, jax.Array) else frozenset()
+
+
+def _of_type(aval: Any) -> frozenset[str]:
+    manual = getattr(aval, "manual_axis_type", None)
+    axes = getattr(aval, "vma", None) if manual is None else manual.varying  # vma before jax 0.10
+    return frozenset(axes or ())

@@ -240,7 +240,7 @@ def perturbed_sharpness(value_fn: ValueFn, params: PyTree, rho: Scalar) -> jax.A
       Foret et al., *Sharpness-Aware Minimization*, ICLR 2021.
     """
     caller = "perturbed_sharpness"
-    radius = constant(caller, "radius", rho)(None)
+    radius = constant(caller, "rho", rho)(None)
     loss = with_aux(caller, value_fn, has_aux=False)
     check_inexact(caller, "the parameters", params)
     (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(params)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradreg_optax._checks import check_params, is_inexact, whole_number
+from gradreg_optax._checks import check_params, check_transformation, is_inexact, whole_number
 from gradreg_optax._cotangents import scaled, with_aux_cotangent
 from gradreg_optax._loss import arguments_at, keeps_signature, mean_of, signature_of, with_weight
 from gradreg_optax._sharding import axes_of_value, varying
@@ -70,6 +70,7 @@ def regularized_loss(
       Karakida et al., *Understanding Gradient Regularization in Deep Learning*, ICML 2023.
     """
     caller = "regularized_loss"
+    check_transformation(caller, "regularizer", regularizer)
     regularized = regularized_pass(caller, regularizer)
     loss, signature = with_weight(caller, loss_fn, has_aux), signature_of(loss_fn)
     asks_for_step = signature is not None and "step" in signature.parameters

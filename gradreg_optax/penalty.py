@@ -202,10 +202,12 @@ def add_penalty(updates: PyTree, gamma: jax.Array, product: PyTree) -> PyTree:
     Where gamma is zero nothing is added, not even what overflowed at the point climbed to.
     """
 
+    nothing = gamma == 0
+
     def add(u: Any, p: Any) -> jax.Array:
         wide = widen(u)
         image = widen(p).astype(wide.dtype)
-        image = jnp.where((gamma == 0) & ~jnp.isfinite(image), 0, image)
+        image = jnp.where(nothing & ~jnp.isfinite(image), 0, image)
         return cast(wide + scale(gamma, image), u)
 
     return jax.tree.map(add, updates, product)

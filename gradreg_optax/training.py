@@ -267,9 +267,7 @@ def penalty_arguments(caller: str, call: Call, kept: float) -> dict[str, Any]:
         own = {"reuse_updates": False}
     if call.held_out is not None:
         own["held_out_fn"] = call.on(call.held_out).value_fn
-    # jitted, so that the part's two gradients are traced once
-    value_fn = jax.jit(part.value_fn) if kept < 1 else part.value_fn
-    return part.named() | {"value_fn": value_fn} | own
+    return part.named() | {"value_fn": part.value_fn} | own
 
 
 def is_penalized(state: optax.OptState) -> bool:
