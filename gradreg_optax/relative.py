@@ -1,0 +1,298 @@
+"""The penalty relative to the gradient: one number to choose, or none."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from gradreg_optax._checks import check_choice, hyperparameter
+from gradreg_optax._frame import Penalty, penalized, timing
+from gradreg_optax._loss import late_loss, with_aux
+from gradreg_optax._typing import Ascent, AtStep, LateLoss, LossFn, PyTree, ScalarOrSchedule, Scheme
+from gradreg_optax.penalty import (
+    Point,
+    add_penalty,
+    ascent_direction,
+    difference,
+    global_norm,
+)
+
+_CALLER = "relative_gradreg"
+_FIRST_REACH = 0.01  # of the length of the parameters: the first step knows no curvature yet
+_BOUND = 2.0  # times its share is the most that the penalty takes of any single step
+_MEMORY = 0.97  # of the losses and of the strength, per update that takes the penalty
+_TOLERATED = 0.1  # the share of the progress that need not carry over
+_GAIN = 4.0  # of the strength, where it is more
+
+
+class Norms(NamedTuple):
+    """Sums of norms over the updates that took the penalty, older ones weighing less.
+
+    Attributes:
+      gradient: of the incoming updates, |g|; shape ().
+      own: of the gradient that the penalty is taken of, |d|; shape ().
+      product: of the difference estimate, |R|; shape (). Zero before the first.
+    """
+
+    gradient: jax.Array
+    own: jax.Array
+    product: jax.Array
+
+
+class Losses(NamedTuple):
+    """What a strength that tunes itself remembers.
+
+    Attributes:
+      start: the training loss where the penalty began; shape ().
+      training: sum of training losses, older ones weighing less; shape ().
+      held_out: the same of the held-out losses; shape ().
+      weight: the same of ones; shape (). Zero before the first.
+    """
+
+    start: jax.Array
+    training: jax.Array
+    held_out: jax.Array
+    weight: jax.Array
+
+
+class RelativeState(NamedTuple):
+    """State of :func:`relative_gradreg`.
+
+    Attributes:
+      step: number of updates so far, skipped ones included; shape (), int32.
+      strength: the penalty's share of the step, as last used; shape ().
+      scale: the coefficient of a penalty of strength one, as last used; shape ().
+      norms: what the scale is made of.
+      losses: what a strength that tunes itself is made of; of another it has no leaves.
+      ascent: the state of an ``ascent`` that is an Optax transformation.
+    """
+
+    step: jax.Array
+    strength: jax.Array
+    scale: jax.Array
+    norms: Norms
+    losses: Losses | tuple[()] = ()
+    ascent: optax.OptState = ()
+
+
+# What the strength is: (state, point, extra_args) -> state with the strength of this update
+_Strength: TypeAlias = Callable[[RelativeState, Point, Mapping[str, Any]], RelativeState]
+
+
+def relative_gradreg(
+    loss_fn: LossFn | None = None,
+    *,
+    strength: ScalarOrSchedule | None = 0.5,
+    reach: ScalarOrSchedule = 1.0,
+    decay: ScalarOrSchedule = 0.9,
+    scheme: Scheme = "forward",
+    ascent: Ascent | None = None,
+    interval: ArrayLike = 1,
+    start: ArrayLike = 0,
+    reuse_updates: bool = True,
+    has_aux: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Gradient regularization whose share of the step is chosen, or finds itself.
+
+    With :math:`g` the incoming gradient, :math:`d` the gradient that the penalty is taken of (the
+    same, or that of a part of the batch) and :math:`R` the difference estimate of :math:`H d`
+    (along what ``ascent`` makes of it), the result is
+
+    .. math::
+
+        g + r \tau R, \qquad \tau = \frac{\sum \|g\|}{\sum \|R\|}, \qquad
+        \epsilon = s\, \frac{\sum \|d\|}{\sum \|R\|},
+
+    sums over the updates that take the penalty, in which each counts ``decay`` times as much as
+    the next: running means of :math:`\|g\|/\|R\|` and :math:`\|d\|/\|R\|` in which a batch counts
+    by its :math:`\|R\|`, so that a flat one, whose ratio is huge, cannot carry them away. So the
+    correction has :math:`r` times the norm of the gradient on average, whatever the network, the
+    optimizer, the part of the batch and the interval; in no step has it more than twice that. Up to
+    :math:`r = 1` the result is a direction of descent, and beyond it training breaks down. The
+    trajectory stays the same when the loss is multiplied by a constant and the learning rate
+    divided by it, and in parameters that are scaled by a constant.
+
+    In the terms of :func:`fd_gradreg`, :math:`\gamma = r\tau`; with ``strength = reach = 1`` the
+    result is the gradient at :math:`\theta + \tau g`, that of SAM with a radius
+    :math:`\rho = \tau\|g\|` set by the curvature.
+
+    **Strength None** tunes itself on held-out samples. It measures which share of the progress on
+    the training loss does not carry over to them, since the loss :math:`L_0` where the penalty
+    began,
+
+    .. math::
+
+        S = \frac{\bar L_\text{held out} - \bar L}{L_0 - \bar L},
+
+    and is the running mean of :math:`4 (S - 0.1)`, kept within [0, 1], over some thirty penalised
+    updates. What is memorised is penalised; while a model still learns what holds elsewhere too, or
+    where every sample is seen once, there is no penalty. The held-out samples are evaluated, not
+    differentiated: a few of them per update will do.
+
+    Cost: as for :func:`fd_gradreg`, and norms. A strength that tunes itself adds two evaluations of
+    the loss (one where ``update`` is given ``value=``, or where the compiler shares it with the
+    gradient), each a third of a gradient, on the updates that take the penalty.
+
+    Args:
+      loss_fn: as for :func:`fd_gradreg`.
+      strength: the penalty's share of the step :math:`r`, from 0 to 1; a number, an array, a
+        schedule, or None. More than 1 is allowed, and past the point where the penalty can outweigh
+        the loss. With None ``update`` needs ``held_out_fn=``, the loss of the parameters on
+        held-out samples (the train step makes it of ``held_out=batch``).
+      reach: the ascent step relative to the scale, :math:`s > 0`; a number or a schedule.
+      decay: the memory of the sums, in [0, 1); 0 takes the share of every single step.
+      scheme: as for :func:`fd_gradreg`.
+      ascent: as for :func:`fd_gradreg`. The length of the direction does not matter.
+      interval: as for :func:`fd_gradreg`, with the penalty weighted by it.
+      start: as for :func:`fd_gradreg`.
+      reuse_updates: as for :func:`fd_gradreg`.
+      has_aux: as for :func:`fd_gradreg`; ``held_out_fn`` returns the value alone.
+
+    Returns:
+      A transformation with state :class:`RelativeState`; ``optax.tree.get(state, "strength")``
+      reads the strength that was used. Where a ratio is zero or not finite, the updates pass
+      through and the scale stays as it was.
+
+    Raises:
+      ValueError: strength < 0, reach <= 0, decay outside [0, 1) (where concrete); otherwise as for
+        :func:`fd_gradreg`.
+      TypeError: strength is None and ``update`` was given no ``held_out_fn=``; otherwise as for
+        :func:`fd_gradreg`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from gradreg_optax import relative_gradreg
+      >>> loss, params = lambda params: jnp.sum(params**2), jnp.array([1.0, 2.0])
+      >>> tx = relative_gradreg(strength=0.5)
+      >>> updates, state = tx.update(jax.grad(loss)(params), tx.init(params), params, value_fn=loss)
+      >>> print(updates.round(2), state.scale.round(2))  # (1 + 0.5) g; H is 2
+      [3. 6.] 0.5
+
+    References:
+      Karakida et al., *Understanding Gradient Regularization in Deep Learning*, ICML 2023. The
+      scale and the strength are this package's own.
+    """
+    check_choice(_CALLER, "scheme", scheme, Scheme)
+    bind, when = late_loss(_CALLER, loss_fn, has_aux), timing(_CALLER, interval, start)
+    given = None if strength is None else hyperparameter(_CALLER, "strength", strength)
+    reach_at = hyperparameter(_CALLER, "reach", reach)
+    decay_at = hyperparameter(_CALLER, "decay", decay)
+    init_ascent, direction_of = ascent_direction(_CALLER, ascent)
+    strengthen = _self_tuned(bind) if given is None else _given(given)
+
+    def init(params: PyTree) -> RelativeState:
+        zero = jnp.zeros([], jax.dtypes.canonicalize_dtype(float))
+        first = 0.0 if given is None else given(jnp.zeros([], jnp.int32))
+        return RelativeState(
+            step=jnp.zeros([], jnp.int32),
+            strength=jnp.asarray(first, zero.dtype),
+            scale=zero,
+            norms=Norms(zero, zero, zero),
+            losses=Losses(zero, zero, zero, zero) if given is None else (),
+            ascent=init_ascent(params),
+        )
+
+    def apply(
+        updates: PyTree,
+        state: RelativeState,
+        point: Point,
+        weight: jax.Array,
+        extra_args: Mapping[str, Any],
+    ) -> tuple[PyTree, RelativeState]:
+        state = strengthen(state, point, extra_args)
+        dtype = state.scale.dtype
+        rate, memory = (at(point.step).astype(dtype) for at in (reach_at, decay_at))
+        gradient = point.grad_fn(point.params)[0] if point.gradient is None else point.gradient
+        direction, kept = direction_of(point._replace(ascent=state.ascent), gradient)
+        epsilon = _epsilon(state.norms, rate, point.params, direction)
+        along = difference(_CALLER, lambda _: epsilon, scheme, lambda *_: direction)
+        product = along.estimate(point._replace(gradient=gradient)).product
+        now = Norms(*(global_norm(x).astype(dtype) for x in (updates, gradient, product)))
+        bound = _BOUND * _ratio(now.gradient, now.product)
+        norms = _remembered(state.norms, now, memory)
+        scale = jnp.where(
+            bound > 0, jnp.minimum(_ratio(norms.gradient, norms.product), bound), state.scale
+        )
+        gamma = jnp.where(bound > 0, weight.astype(dtype) * state.strength * scale, 0)
+        state = state._replace(scale=scale, norms=norms, ascent=kept)
+        return add_penalty(updates, gamma, product), state
+
+    def one(step: Any) -> jax.Array:
+        return jnp.ones([], jax.dtypes.canonicalize_dtype(float))
+
+    return penalized(_CALLER, bind, Penalty(RelativeState, init, one, apply), when, reuse_updates)
+
+
+def _epsilon(norms: Norms, reach: jax.Array, params: PyTree, direction: PyTree) -> jax.Array:
+    """The ascent step; the first is a hundredth of the length of the parameters."""
+    first = _ratio(*(global_norm(x).astype(reach.dtype) for x in (params, direction)))
+    known = norms.product > 0
+    return jnp.where(known, reach * _ratio(norms.own, norms.product), _FIRST_REACH * first)
+
+
+def _remembered(norms: Norms, now: Norms, decay: jax.Array) -> Norms:
+    """The sums with this update's norms; as they were, if a ratio is zero or not finite."""
+    counts = (_ratio(now.gradient, now.product) > 0) & (_ratio(now.own, now.product) > 0)
+    return Norms(
+        *(jnp.where(counts, decay * old + new, old) for old, new in zip(norms, now, strict=True))
+    )
+
+
+def _ratio(length: jax.Array, by: jax.Array) -> jax.Array:
+    """``length / by``, and zero where that is not a finite number."""
+    sound = jnp.isfinite(length) & jnp.isfinite(by) & (by > 0)
+    ratio = jnp.where(sound, length, 0) / jnp.where(sound, by, 1)
+    return jnp.where(jnp.isfinite(ratio), ratio, 0)
+
+
+def _given(strength: AtStep) -> _Strength:
+    """A strength that the user chose."""
+
+    def strengthen(state: RelativeState, point: Point, _: Mapping[str, Any]) -> RelativeState:
+        return state._replace(strength=strength(point.step).astype(state.strength.dtype))
+
+    return strengthen
+
+
+def _self_tuned(bind: LateLoss) -> _Strength:
+    """A strength that follows the share of the progress that does not carry over."""
+
+    def strengthen(
+        state: RelativeState, point: Point, extra_args: Mapping[str, Any]
+    ) -> RelativeState:
+        held_out_fn, value = extra_args.get("held_out_fn"), extra_args.get("value")
+        if held_out_fn is None:
+            raise TypeError(
+                f"{_CALLER}: strength=None tunes itself on held-out samples: pass update(...,"
+                " held_out_fn=) with their loss as a function of the parameters, or"
+                " step(..., held_out=batch) to the train step, or choose a strength from 0 to 1."
+            )
+        if value is None:
+            value = bind(point.params, extra_args)(point.params)
+        held_out, _ = with_aux(_CALLER, held_out_fn, has_aux=False)(point.params)
+        dtype = state.strength.dtype
+        losses = _averaged(state.losses, jnp.asarray(value, dtype), held_out.astype(dtype))
+        return state._replace(strength=_followed(state.strength, losses), losses=losses)
+
+    return strengthen
+
+
+def _averaged(losses: Any, training: jax.Array, held_out: jax.Array) -> Losses:
+    """The losses remembered, with this update's; as they were, if one of these is not finite."""
+    now = Losses(training, training, held_out, jnp.ones_like(training))
+    sums = Losses(*(_MEMORY * old + new for old, new in zip(losses, now, strict=True)))
+    sums = sums._replace(start=jnp.where(losses.weight > 0, losses.start, training))
+    finite = jnp.isfinite(training) & jnp.isfinite(held_out)
+    return Losses(*(jnp.where(finite, new, old) for new, old in zip(sums, losses, strict=True)))
+
+
+def _followed(strength: jax.Array, losses: Losses) -> jax.Array:
+    """The running mean of what the losses ask for."""
+    weight = jnp.maximum(losses.weight, 1)
+    training, held_out = losses.training / weight, losses.held_out / weight
+    lost = _ratio(held_out - training, losses.start - training)
+    asked = jnp.clip(_GAIN * (lost - _TOLERATED), 0, 1)
+    return jnp.where(losses.weight > 0, strength + (asked - strength) / weight, strength)
