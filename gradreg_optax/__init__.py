@@ -8,6 +8,7 @@ from gradreg_optax.losses import regularized_loss
 from gradreg_optax.microbatching import microbatched
 from gradreg_optax.nnx import make_nnx_train_step, nnx_regularized_loss
 from gradreg_optax.penalty import adaptive, masked, normalized
+from gradreg_optax.relative import RelativeState, relative_gradreg
 from gradreg_optax.training import StepInfo, TrainState, TrainStep, make_train_step
 from gradreg_optax.transforms import (
     GradregState,
@@ -22,6 +23,7 @@ from gradreg_optax.transforms import (
 __all__ = [
     "GradientMismatch",
     "GradregState",
+    "RelativeState",
     "StepInfo",
     "TrainState",
     "TrainStep",
@@ -43,5 +45,6 @@ __all__ = [
     "nnx_regularized_loss",
     "normalized",
     "regularized_loss",
+    "relative_gradreg",
     "sam",
 ]

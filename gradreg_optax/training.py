@@ -12,6 +12,7 @@ from gradreg_optax._checks import check_transformation, fraction, is_inexact, wh
 from gradreg_optax._loss import mean_of, named_arguments, with_weight
 from gradreg_optax._typing import LossFn, PyTree, Weighted
 from gradreg_optax.penalty import global_norm
+from gradreg_optax.relative import RelativeState
 from gradreg_optax.transforms import GradregState
 
 
@@ -272,8 +273,9 @@ def penalty_arguments(caller: str, call: Call, kept: float) -> dict[str, Any]:
 
 def is_penalized(state: optax.OptState) -> bool:
     """Whether a transformation of this package is in the chain that has this state."""
-    leaves = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, GradregState))
-    return any(isinstance(leaf, GradregState) for leaf in leaves)
+    ours = GradregState, RelativeState
+    leaves = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, ours))
+    return any(isinstance(leaf, ours) for leaf in leaves)
 
 
 def counting(caller: str, state: optax.OptState, step: Any) -> optax.OptState:
