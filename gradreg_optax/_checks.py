@@ -273,7 +273,7 @@ def _real(caller: str, name: str, value: Any, wanted: str) -> Any:
 
 
 def _float_dtype(dtype: Any) -> Any:
-    """The default float dtype, or ``dtype`` itself if it is a wider one that JAX has switched on."""
+    """The default float dtype, or ``dtype`` itself if that is wider and switched on."""
     default = jax.dtypes.canonicalize_dtype(float)
     if not jnp.issubdtype(dtype, jnp.floating):
         return default

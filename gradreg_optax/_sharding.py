@@ -23,7 +23,6 @@ def axes_of_value(fun: Callable[[PyTree], Any], argument: PyTree) -> frozenset[s
 
 def varying(tree: PyTree, axes: frozenset[str]) -> PyTree:
     """The same leaves, allowed to vary over ``axes``: a cast whose transpose sums over them."""
-
     lax: Any = jax.lax
 
     def cast(leaf: Any) -> Any:

@@ -353,7 +353,7 @@ def penalty_scale(
     Example:
       >>> import jax.numpy as jnp
       >>> from gradreg_optax.curvature import penalty_scale
-      >>> loss_fn = lambda params, batch: jnp.mean(batch @ params)  # its gradient is the batch's mean
+      >>> loss_fn = lambda params, batch: jnp.mean(batch @ params)  # gradient: the batch's mean
       >>> batch = jnp.array([[3.0, 1.0], [3.0, -1.0], [3.0, 1.0], [3.0, -1.0]])
       >>> print(penalty_scale(loss_fn, jnp.zeros(2), batch, penalty_fraction=0.25))  # 9 / (9 + 1)
       PenaltyScale(factor=Array(0.9, dtype=float32), whole=Array(9., dtype=float32), part=Array(10.,

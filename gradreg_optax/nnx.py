@@ -141,8 +141,8 @@ def nnx_regularized_loss(
       >>> model = nnx.Linear(2, 1, use_bias=False, rngs=nnx.Rngs(0))
       >>> loss_fn = lambda model, x: jnp.mean(model(x) ** 2)
       >>> loss = nnx_regularized_loss(loss_fn, fd_gradreg(gamma=0.5, epsilon=0.1))
-      >>> plain, regularized = nnx.grad(loss_fn)(model, jnp.eye(2)), nnx.grad(loss)(model, jnp.eye(2))
-      >>> print((regularized.kernel[...] / plain.kernel[...]).round(4))  # the Hessian is 1
+      >>> plain, steeper = (nnx.grad(f)(model, jnp.eye(2)).kernel[...] for f in (loss_fn, loss))
+      >>> print((steeper / plain).round(4))  # the Hessian is 1
       [[1.5]
        [1.5]]
     """
@@ -250,8 +250,8 @@ def _check_place(caller: str, here: bool, state: optax.OptState, chain: optax.Op
     if here and not is_penalized(state):
         raise ValueError(
             f"{caller}: what stands in the regularizer's place is no transformation of this package"
-            f" (an optimizer?): write {caller}(loss_fn, fd_gradreg(...)), and leave the optimizer in"
-            " nnx.Optimizer(model, tx, wrt=nnx.Param)."
+            f" (an optimizer?): write {caller}(loss_fn, fd_gradreg(...)), and leave the optimizer"
+            " in nnx.Optimizer(model, tx, wrt=nnx.Param)."
         )
     if not (here or chained):
         raise ValueError(
@@ -269,8 +269,8 @@ def _explained(caller: str) -> Iterator[None]:
         yield
     except (TypeError, AttributeError) as error:
         raise TypeError(
-            f"{caller}: the optimizer's chain failed ({error}). A regularizer in it needs no loss of"
-            f" its own, since {caller} hands it one: write fd_gradreg(gamma=..., epsilon=...)"
+            f"{caller}: the optimizer's chain failed ({error}). A regularizer in it needs no loss"
+            f" of its own, since {caller} hands it one: write fd_gradreg(gamma=..., epsilon=...)"
             " without a loss."
         ) from error
 

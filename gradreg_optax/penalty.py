@@ -187,7 +187,7 @@ def without_state(caller: str, estimator: Estimator, params: PyTree) -> optax.Op
 
 
 def shift(params: PyTree, direction: PyTree, epsilon: jax.Array) -> PyTree:
-    r"""Returns :math:`\theta + \epsilon d`, formed in float32 or wider, in the parameters' dtypes."""
+    r"""Returns :math:`\theta + \epsilon d`, formed wide and cast to the parameters' dtypes."""
 
     def moved(p: Any, d: Any) -> jax.Array:
         wide = widen(p)
@@ -201,7 +201,6 @@ def add_penalty(updates: PyTree, gamma: jax.Array, product: PyTree) -> PyTree:
 
     Where gamma is zero nothing is added, not even what overflowed at the point climbed to.
     """
-
     nothing = gamma == 0
 
     def add(u: Any, p: Any) -> jax.Array:
@@ -348,8 +347,8 @@ def _second_derivative(caller: str, point: Point, mode: Mode) -> Iterator[None]:
         point.grad_fn(point.params)  # a mistake in the loss itself shows here, as it is
         raise TypeError(
             f"{caller}: the gradient of this loss cannot be differentiated"
-            f" {mode.replace('_', ' ')}: try the other mode, or use fd_gradreg or fd_value_and_grad,"
-            f" which need first derivatives only ({error})."
+            f" {mode.replace('_', ' ')}: try the other mode, or use fd_gradreg or"
+            f" fd_value_and_grad, which need first derivatives only ({error})."
         ) from error
 
 

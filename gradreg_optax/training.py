@@ -101,8 +101,8 @@ def make_train_step(
         afterwards.
 
     Returns:
-      ``TrainStep(init, step)``. A keyword ``held_out=batch`` of ``step`` is not for ``loss_fn``, but
-      for a regularizer that finds its strength on held-out samples.
+      ``TrainStep(init, step)``. A keyword ``held_out=batch`` of ``step`` is not for ``loss_fn``,
+      but for a regularizer that finds its strength on held-out samples.
 
     Raises:
       ValueError: penalty_fraction outside (0, 1], ascent_groups < 1, or either without a

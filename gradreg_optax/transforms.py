@@ -285,9 +285,10 @@ def sam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sharpness-aware minimization: the gradient at the worst point nearby.
 
-    Turns :math:`g` into :math:`\nabla L(\theta + \rho\, g/\|g\|)`. It is :func:`fd_gradreg` along :func:`normalized` with :math:`\gamma = \epsilon = \rho`, where
-    :math:`g` drops out of the result. A zero gradient stays zero. With ``interval`` = k the
-    difference to :math:`g` is taken on every k-th update and weighted by k.
+    Turns :math:`g` into :math:`\nabla L(\theta + \rho\, g/\|g\|)`. It is :func:`fd_gradreg` along
+    :func:`normalized` with :math:`\gamma = \epsilon = \rho`, where :math:`g` drops out of the
+    result. A zero gradient stays zero. With ``interval`` = k the difference to :math:`g` is taken
+    on every k-th update and weighted by k.
 
     Cost: one gradient beyond :math:`g`; the memory of one.
 
@@ -335,7 +336,8 @@ def asam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adaptive SAM, which does not depend on how layers are scaled.
 
-    Turns :math:`g` into :math:`\nabla L(\theta + \rho\, \theta^2 g / \||\theta| g\|)`. It is :func:`fd_gradreg` along :func:`adaptive` with :math:`\gamma = \epsilon = \rho`.
+    Turns :math:`g` into :math:`\nabla L(\theta + \rho\, \theta^2 g / \||\theta| g\|)`.
+    It is :func:`fd_gradreg` along :func:`adaptive` with :math:`\gamma = \epsilon = \rho`.
 
     Cost: one gradient beyond :math:`g`.
 
