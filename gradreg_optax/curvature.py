@@ -22,6 +22,7 @@ from gradreg_optax._typing import LossFn, PyTree, Scalar, Scheme, ValueFn
 from gradreg_optax.penalty import (
     Point,
     cast,
+    conjugate,
     difference,
     global_norm,
     normalized,
@@ -244,7 +245,7 @@ def perturbed_sharpness(value_fn: ValueFn, params: PyTree, rho: Scalar) -> jax.A
     loss = with_aux(caller, value_fn, has_aux=False)
     check_inexact(caller, "the parameters", params)
     (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-    direction = normalized(jax.tree.map(lambda g: jnp.conj(widen(g)), gradient), params)
+    direction = normalized(jax.tree.map(conjugate, gradient), params)
     return loss(shift(params, direction, radius))[0] - value
 
 
@@ -290,7 +291,7 @@ def difference_error(
     ).product
     errors = jax.tree.map(lambda a, b: a - b.astype(a.dtype), estimate, exact.product)
     error, size = global_norm(errors), global_norm(exact.product)
-    direction = jax.tree.map(lambda g: jnp.conj(widen(g)), exact.gradient)
+    direction = jax.tree.map(conjugate, exact.gradient)
     moved = shift(params, direction, -step(None) if scheme == "backward" else step(None))
     wanted = sum(jnp.sum(d != 0) for d in jax.tree.leaves(direction))
     lost = sum(

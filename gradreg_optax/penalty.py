@@ -15,6 +15,7 @@ Source: Karakida et al., *Understanding Gradient Regularization in Deep Learning
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
@@ -100,12 +101,12 @@ def difference(caller: str, epsilon: AtStep, scheme: Scheme, ascent: Ascent | No
             ahead = grad_fn(shift(params, direction, width))[0]
         if scheme != "forward":
             behind = grad_fn(shift(params, direction, -width))[0]
-        widths = 2 if scheme == "central" else 1
+        inverse = functools.cache(functools.partial(_inverse, width, scheme == "central"))
 
         def quotient(p: Any, a: Any, b: Any) -> jax.Array:
             dtype = widen(p).dtype
             change = widen(a).astype(dtype) - widen(b).astype(dtype)
-            return scale(_inverse(width, change.real.dtype) / widths, change)
+            return scale(inverse(change.real.dtype), change)
 
         return Estimate(gradient, aux, jax.tree.map(quotient, params, ahead, behind), state)
 
@@ -161,7 +162,7 @@ def ascent_direction(
         return () if tx is None else tx.init(jax.tree.map(widen, params))
 
     def direction_of(point: Point, gradient: PyTree) -> tuple[PyTree, optax.OptState]:
-        steepest = jax.tree.map(lambda g: jnp.conj(widen(g)), gradient)
+        steepest = jax.tree.map(conjugate, gradient)
         direction, state = steepest, point.ascent
         if tx is not None:
             direction, state = tx.update(steepest, point.ascent, point.params)
@@ -201,12 +202,12 @@ def add_penalty(updates: PyTree, gamma: jax.Array, product: PyTree) -> PyTree:
 
     Where gamma is zero nothing is added, not even what overflowed at the point climbed to.
     """
-    nothing = gamma == 0
+    something = gamma != 0
 
     def add(u: Any, p: Any) -> jax.Array:
         wide = widen(u)
         image = widen(p).astype(wide.dtype)
-        image = jnp.where(nothing & ~jnp.isfinite(image), 0, image)
+        image = jnp.where(something | jnp.isfinite(image), image, 0)
         return cast(wide + scale(gamma, image), u)
 
     return jax.tree.map(add, updates, product)
@@ -358,6 +359,12 @@ def widen(x: Any) -> jax.Array:
     return array if jnp.finfo(array.dtype).bits >= 32 else array.astype(jnp.float32)
 
 
+def conjugate(x: Any) -> jax.Array:
+    """The complex conjugate of ``x``, widened."""
+    wide = widen(x)
+    return jnp.conj(wide) if jnp.iscomplexobj(wide) else wide
+
+
 def cast(x: jax.Array, like: Any) -> jax.Array:
     """``x`` in the dtype of ``like``, which is its own even if it is weak and made before x64."""
     return x.astype(jax.typeof(like).dtype)
@@ -376,11 +383,11 @@ def _within(factor: jax.Array, dtype: Any) -> jax.Array:
     return factor.astype(dtype)
 
 
-def _inverse(width: jax.Array, dtype: Any) -> jax.Array:
-    """``1 / width``, and 0 where nothing is climbed."""
+def _inverse(width: jax.Array, halved: bool, dtype: Any) -> jax.Array:
+    """``1 / width``, or half of it, and 0 where nothing is climbed."""
     width = _within(width, dtype)
     climbs = jnp.abs(width) >= np.finfo(dtype).tiny  # below it 1 / width overflows
-    return jnp.where(climbs, 1 / jnp.where(climbs, width, 1), 0)
+    return jnp.where(climbs, (0.5 if halved else 1) / jnp.where(climbs, width, 1), 0)
 
 
 def _kept(new: Any, old: Any) -> Any:
