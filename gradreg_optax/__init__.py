@@ -20,6 +20,8 @@ from gradreg_optax.transforms import (
     sam,
 )
 
+__version__ = "0.2.0"
+
 __all__ = [
     "GradientMismatch",
     "GradregState",
