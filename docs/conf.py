@@ -10,9 +10,15 @@ PROJECT = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
 
 project = PROJECT["name"]
 author = PROJECT["authors"][0]["name"]
-copyright = author
+project_copyright = author
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "house"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "house",
+]
 exclude_patterns = ["_ext"]
 nitpicky = True
 # Types of other packages and the aliases of our own are named, not linked.

@@ -11,7 +11,6 @@ import json
 import re
 import shutil
 import sys
-import tomllib
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -33,12 +32,11 @@ LOGGER = logging.getLogger(__name__)
 def setup(app: Sphinx) -> dict[str, Any]:
     """Registers everything below."""
     copy_notebooks(ROOT / "notebooks", Path(app.srcdir) / "notebooks")
-    app.add_html_math_renderer(
-        "mathml", (inline_formula, None), (displayed_formula, None)
-    )
+    app.add_html_math_renderer("mathml", (inline_formula, None), (displayed_formula, None))
     app.config.html_math_renderer = "mathml"
     app.add_directive("floors", Floors)
     app.add_directive("benchmark-tables", BenchmarkTables)
+    app.add_directive("test-counts", TestCounts)
     app.connect("source-read", follow_the_notebooks)
     app.connect("source-read", list_public_names)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
@@ -84,7 +82,9 @@ def copy_notebooks(source: Path, target: Path) -> None:
 
 def follow_the_notebooks(app: Sphinx, docname: str, source: list[str]) -> None:
     """Turns links that hold in the repository into links that hold here."""
-    source[0] = re.sub(r"(\]\((?:\.\./)*)\.\./notebooks/(?=[^)]*\.ipynb)", r"\1notebooks/", source[0])
+    source[0] = re.sub(
+        r"(\]\((?:\.\./)*)\.\./notebooks/(?=[^)]*\.ipynb)", r"\1notebooks/", source[0]
+    )
 
 
 # The reference lists what is public, so nothing can be forgotten
@@ -162,6 +162,8 @@ def imports(package: Path) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for path in sorted(package.glob("**/*.py")):
         name = module_name(path.relative_to(package))
+        if name in ("__init__", "__main__"):  # which only gather
+            continue
         tree = ast.parse(path.read_text())
         targets = {
             target.removeprefix(PACKAGE + ".").split(".")[0]
@@ -175,9 +177,7 @@ def imports(package: Path) -> dict[str, set[str]]:
 
 def module_name(path: Path) -> str:
     """The name that a file goes by in the drawing."""
-    return PACKAGE if path.name == "__init__.py" and len(path.parts) == 1 else (
-        path.parts[0].removesuffix(".py")
-    )
+    return path.parts[0].removesuffix(".py")
 
 
 def imported(node: ast.AST) -> Iterator[str]:
@@ -260,11 +260,30 @@ class BenchmarkTables(SphinxDirective):
         return self.parse_text_to_nodes(report.table(json.loads(path.read_text())))
 
 
-def floors_of_the_contract() -> list[set[str]]:
-    """The layers that import-linter enforces, from the top down."""
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    layers = settings["tool"]["importlinter"]["contracts"][0]["layers"]
-    return [
-        {name.strip().removeprefix(PACKAGE + ".") for name in re.split(r"[|:]", layer)}
-        for layer in layers
-    ]
+# How many tests there are, counted in their files
+
+
+class TestCounts(SphinxDirective):
+    """A sentence with the number of tests; a parametrised one counts once."""
+
+    def run(self) -> list[nodes.Node]:
+        """The sentence."""
+        parts = {
+            "the package": "tests/test_*.py",
+            "its company": "tests/integration/test_*.py",
+            "the experiments": "tests/experiments/test_*.py",
+        }
+        counts = [f"{self.count(pattern)} for {what}" for what, pattern in parts.items()]
+        sentence = f"There are {', '.join(counts[:-1])} and {counts[-1]}, where one with many cases"
+        return [nodes.paragraph(text=f"{sentence} counts once.")]
+
+    def count(self, pattern: str) -> int:
+        """The number of test functions in the files."""
+        paths = sorted(ROOT.glob(pattern))
+        for path in paths:
+            self.env.note_dependency(str(path))
+        functions = (node for path in paths for node in ast.walk(ast.parse(path.read_text())))
+        return sum(
+            isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+            for node in functions
+        )

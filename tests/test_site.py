@@ -1,0 +1,126 @@
+"""The site: it builds without a warning, its links lead somewhere, nothing public is left out."""
+
+import html.parser
+import importlib
+import pathlib
+import re
+import subprocess
+import sys
+import urllib.parse
+import zlib
+
+import pytest
+
+import gradreg_optax
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [*sorted((ROOT / "docs").glob("**/*.md")), ROOT / "CONTRIBUTING.md"]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site; any warning of Sphinx, a missing reference or a formula in error among them,
+    is an error."""
+    for module in ("sphinx", "myst_nb", "furo"):
+        pytest.importorskip(module)
+    out = tmp_path_factory.mktemp("built") / "site"
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", str(out)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert built.returncode == 0, built.stderr
+    return out
+
+
+class Page(html.parser.HTMLParser):
+    """The anchors of a page, where it leads, and what it loads."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.anchors, self.links, self.loads = set(), set(), set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.anchors |= {attrs[name] for name in ("id", "name") if attrs.get(name)}
+        if tag == "a" and attrs.get("href"):
+            self.links.add(attrs["href"])
+        elif tag == "link" and "canonical" not in attrs.get("rel", ""):
+            self.loads.add(attrs.get("href", ""))
+        elif attrs.get("src"):
+            self.loads.add(attrs["src"])
+
+
+@pytest.fixture(scope="module")
+def pages(site):
+    return {path: Page(path) for path in site.glob("**/*.html")}
+
+
+def broken(pages, path, address):
+    """Whether an address on a page leads to no file of the site, or to no anchor of a page."""
+    url = urllib.parse.urlsplit(address)
+    if url.scheme or url.netloc:
+        return False
+    target = (path.parent / urllib.parse.unquote(url.path)).resolve() if url.path else path
+    anchor = urllib.parse.unquote(url.fragment)
+    if anchor and target in pages:
+        return anchor not in pages[target].anchors
+    return not target.is_file()
+
+
+def test_every_internal_link_and_anchor_leads_somewhere(pages):
+    lost = [
+        f"{path.name}: {address}"
+        for path, page in pages.items()
+        for address in sorted(page.links | page.loads)
+        if broken(pages, path, address)
+    ]
+    assert len(pages) > 20
+    assert not lost
+
+
+def test_no_page_loads_anything_from_another_host(pages):
+    """Neither a script nor a font nor a figure: the site can be read without a network."""
+    foreign = {
+        address
+        for page in pages.values()
+        for address in page.loads
+        if urllib.parse.urlsplit(address).netloc
+    }
+    assert not foreign
+
+
+def public_names():
+    curvature = importlib.import_module("gradreg_optax.curvature")
+    names = {f"gradreg_optax.{name}" for name in gradreg_optax.__all__} - {
+        "gradreg_optax.curvature"
+    }
+    return names | {
+        f"gradreg_optax.curvature.{name}"
+        for name, value in vars(curvature).items()
+        if getattr(value, "__module__", "") == curvature.__name__ and not name.startswith("_")
+    }
+
+
+def test_every_public_name_is_in_the_reference_with_words(site):
+    """By the inventory that other projects link to us with."""
+    inventory = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
+    entries = [line.split() for line in zlib.decompress(inventory).decode().splitlines()]
+    assert public_names() <= {entry[0] for entry in entries if entry[3].startswith("api.html")}
+    modules = [gradreg_optax, importlib.import_module("gradreg_optax.curvature")]
+    for name in public_names():
+        value = next(
+            vars(m)[name.split(".")[-1]] for m in modules if name.split(".")[-1] in vars(m)
+        )
+        assert value.__doc__, name
+
+
+def test_every_test_named_on_a_page_exists():
+    """Promises are held by tests, and a renamed one must be renamed there too."""
+    named = {
+        match
+        for page in PAGES
+        for match in re.findall(r"\b(tests/[\w/]+\.py)(?:::(\w+))?", page.read_text())
+    }
+    assert len(named) > 20
+    for path, function in named:
+        assert (ROOT / path).is_file(), path
+        assert f"def {function}" in (ROOT / path).read_text(), f"{path}::{function}"
