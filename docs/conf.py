@@ -31,6 +31,7 @@ nb_execution_mode = "off"  # notebooks come with their outputs; the tests execut
 autodoc_typehints = "none"  # the arguments are described in words
 autodoc_member_order = "bysource"
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 python_maximum_signature_line_length = 88
 viewcode_line_numbers = True
 intersphinx_mapping: dict[str, tuple[str, None]] = {}  # the build needs no network

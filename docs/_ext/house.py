@@ -62,10 +62,27 @@ def mathml(node: nodes.Node, tex: str, as_block: bool) -> str:
     """MathML of a formula; a warning, so no site, where it cannot be read."""
     sided = re.sub(r"\\([bB]igg?)(?![A-Za-z])", r"\\\1l", tex)  # docutils knows \bigl, not \big
     try:
-        return tex2mathml(sided, as_block=as_block)
+        return spaced(tex2mathml(sided, as_block=as_block))
     except MathError as error:
         LOGGER.warning("formula %r: %s", tex, error, location=node)
         return f"<code>{escape(tex)}</code>"
+
+
+THIN = '<mspace width="0.17em"/>'
+
+
+def spaced(formula: str) -> str:
+    """Primes that are primes, bars of norms as high as a letter, and a thin space around the names of
+    functions, as TeX sets them.
+    """
+    letters = "m(?:i|n|sub|sup|subsup|sqrt|frac)"
+    apply = "<mo>&ApplyFunction;</mo>"
+    for plain, mark in (("'", "\u2032"), ("\u2016", "\u2016")):
+        formula = formula.replace(
+            f"<mo>{plain}</mo>", f'<mo stretchy="false" lspace="0" rspace="0">{mark}</mo>'
+        )
+    formula = re.sub(rf"(</{letters}>\s*)(<mi>\w\w+</mi>\s*{apply})", rf"\1{THIN}\2", formula)
+    return re.sub(rf"{apply}(?=\s*<{letters}\b)", THIN, formula)
 
 
 # Notebooks lie beside docs/, and are pages of the site all the same
