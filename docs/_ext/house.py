@@ -72,8 +72,8 @@ THIN = '<mspace width="0.17em"/>'
 
 
 def spaced(formula: str) -> str:
-    """Primes that are primes, bars of norms as high as a letter, and a thin space around the names of
-    functions, as TeX sets them.
+    """Primes, bars of norms as high as a letter, and thin spaces around the names of functions, as
+    TeX sets them.
     """
     letters = "m(?:i|n|sub|sup|subsup|sqrt|frac)"
     apply = "<mo>&ApplyFunction;</mo>"
