@@ -62,6 +62,9 @@ def mathml(node: nodes.Node, tex: str, as_block: bool) -> str:
     """MathML of a formula; a warning, so no site, where it cannot be read."""
     sided = re.sub(r"\\([bB]igg?)(?![A-Za-z])", r"\\\1l", tex)  # docutils knows \bigl, not \big
     try:
+        for opening, closing in ((r"(?<!\\){", r"(?<!\\)}"), (r"\\left\b", r"\\right\b")):
+            if len(re.findall(opening, tex)) != len(re.findall(closing, tex)):
+                raise MathError("Something is opened and not closed.")
         return spaced(tex2mathml(sided, as_block=as_block))
     except MathError as error:
         LOGGER.warning("formula %r: %s", tex, error, location=node)
