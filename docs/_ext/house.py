@@ -120,7 +120,8 @@ TITLES = {
     "training": "Train steps",
     "nnx": "Flax NNX",
     "microbatching": "Accumulation",
-    "checking": "Debugging",
+    "_guard": "Debugging",
+    "_typing": "Types",
     "curvature": "Curvature",
 }
 
