@@ -124,3 +124,11 @@ def test_every_test_named_on_a_page_exists():
     for path, function in named:
         assert (ROOT / path).is_file(), path
         assert f"def {function}" in (ROOT / path).read_text(), f"{path}::{function}"
+
+
+def test_the_floors_show_every_module(site):
+    """The drawing is made from the imports, so that it cannot fall behind."""
+    drawn = re.findall(r"<text[^>]*>(\w+)</text>", (site / "architecture.html").read_text())
+    package = ROOT / "gradreg_optax"
+    modules = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
+    assert sorted(drawn) == sorted(modules | {"experiments"})
