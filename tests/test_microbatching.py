@@ -152,9 +152,8 @@ def test_temporary_memory_is_that_of_one_micro_batch(name):
             .temp_size_in_bytes
         )
 
-    accumulators = (
-        4 * params.nbytes + batch.nbytes // count
-    )  # and a copy of the samples of a micro-batch
+    # and copies of the samples of a micro-batch: one, or two in jaxlib 0.10.0 and before
+    accumulators = 4 * params.nbytes + 2 * batch.nbytes // count
     piece = temporary(wide, batch[: len(batch) // count])
     assert temporary(microbatched(wide, count), batch) <= 1.15 * piece + accumulators
     assert temporary(wide, batch) > 8 * piece  # so that the bound above says something
