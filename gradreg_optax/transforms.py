@@ -74,13 +74,13 @@ def fd_gradreg(
     :math:`L(\theta) + \tfrac{\gamma}{2}\|\nabla L(\theta)\|^2`, with :math:`d = g` or the direction
     that ``ascent`` makes of it:
 
-    ========  ===================================================================  ====  =====
-    scheme    result                                                               cost  error
-    ========  ===================================================================  ====  =====
+    ========  =====================================================================  ====  =====
+    scheme    result                                                                 cost  error
+    ========  =====================================================================  ====  =====
     forward   :math:`g + \tfrac{\gamma}{\epsilon}(\nabla L(\theta+\epsilon d) - g)`  1     O(ε)
     backward  :math:`g + \tfrac{\gamma}{\epsilon}(g - \nabla L(\theta-\epsilon d))`  1     O(ε)
-    central   the mean of these two                                                2     O(ε²)
-    ========  ===================================================================  ====  =====
+    central   the mean of these two                                                  2     O(ε²)
+    ========  =====================================================================  ====  =====
 
     The cost is in gradient evaluations beyond :math:`g` itself; one more with
     ``reuse_updates=False``, and none on the updates that ``interval`` skips (a ``lax.cond``, which
