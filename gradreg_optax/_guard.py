@@ -3,7 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ def compare(caller: str, grad_fn: GradFn, params: PyTree, updates: PyTree) -> No
     reported: list[str] = []
 
     def report(*numbers: Any) -> None:
-        sentence = _sentence(caller, *map(float, numbers))
+        sentence = _sentence(caller, Comparison(*map(float, numbers)))
         if sentence and _WATCHES and not reported:
             reported.append(sentence)
             _WATCHES[-1].append(sentence)
@@ -73,10 +73,25 @@ def compare(caller: str, grad_fn: GradFn, params: PyTree, updates: PyTree) -> No
     jax.debug.callback(report, *_compared(grad_fn(params)[0], updates))
 
 
-def _compared(gradient: PyTree, updates: PyTree) -> tuple[jax.Array, ...]:
-    """Norms of the own gradient, the incoming one and their difference, their cosine, and how far
-    rounding may take them apart.
+class Comparison(NamedTuple):
+    """The own gradient and the incoming one.
+
+    Attributes:
+      own: norm of the gradient of the loss.
+      incoming: norm of the updates.
+      apart: norm of their difference.
+      cosine: of the angle between them.
+      tolerance: how far rounding may take them apart, relative to their norms.
     """
+
+    own: Any
+    incoming: Any
+    apart: Any
+    cosine: Any
+    tolerance: Any
+
+
+def _compared(gradient: PyTree, updates: PyTree) -> Comparison:
     own, incoming = (
         [jnp.asarray(x).astype(jnp.complex64) for x in jax.tree.leaves(tree)]
         for tree in (gradient, updates)
@@ -87,21 +102,21 @@ def _compared(gradient: PyTree, updates: PyTree) -> tuple[jax.Array, ...]:
     cosine = inside / jnp.maximum(lengths[0] * lengths[1], np.finfo(np.float32).tiny)
     leaves = jax.tree.leaves((gradient, updates))
     rounding = max((float(jnp.finfo(jax.typeof(x).dtype).eps) for x in leaves), default=0.0)
-    return *lengths, apart, cosine, jnp.asarray(max(rounding, 1e-7) ** 0.5, jnp.float32)
+    tolerance = jnp.asarray(max(rounding, 1e-7) ** 0.5, jnp.float32)
+    return Comparison(*lengths, apart, cosine, tolerance)
 
 
-def _sentence(
-    caller: str, own: float, incoming: float, apart: float, cosine: float, tolerance: float
-) -> str | None:
+def _sentence(caller: str, found: Comparison) -> str | None:
     """What is wrong, if something is, and its likely cause."""
-    if np.isfinite(apart) and apart <= tolerance * max(own, incoming):
+    if np.isfinite(found.apart) and found.apart <= found.tolerance * max(found.own, found.incoming):
         return None
-    if not np.isfinite(apart):
+    size = max(found.own, 1e-30)
+    if not np.isfinite(found.apart):
         cause = "one of the two is not finite"
-    elif cosine > 1 - tolerance:
+    elif found.cosine > 1 - found.tolerance:
         cause = (
-            f"they are {incoming / max(own, 1e-30):.3g} times as long and point the same way:"
-            " clipping or a loss scale before it, or a sum where the loss is a mean"
+            f"they are {found.incoming / size:.3g} times as long and point the same way: clipping"
+            " or a loss scale before it, or a sum where the loss is a mean"
         )
     else:
         cause = (
@@ -111,6 +126,6 @@ def _sentence(
         )
     return (
         f"{caller}: the updates that came in are not the gradient of the loss: they differ by"
-        f" {apart / max(own, 1e-30):.3g} of its norm. Likely cause: {cause}. Put it first, hand it"
+        f" {found.apart / size:.3g} of its norm. Likely cause: {cause}. Put it first, hand it"
         " the same loss, or pass reuse_updates=False."
     )

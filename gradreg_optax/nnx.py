@@ -268,6 +268,8 @@ def _explained(caller: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, AttributeError) as error:
+        if "_gradreg: " in str(error) and "the loss needs" not in str(error):
+            raise  # a sentence of ours about something else
         raise TypeError(
             f"{caller}: the optimizer's chain failed ({error}). A regularizer in it needs no loss"
             f" of its own, since {caller} hands it one: write fd_gradreg(gamma=..., epsilon=...)"

@@ -204,16 +204,16 @@ class Pass(NamedTuple):
       aux: what it returns beside its value.
       gradient: its gradient.
       updates: what the regularizer makes of the gradient.
-      weight: the weight of the batch, or None.
       state: the regularizer's state afterwards.
+      weight: the weight of the batch, if its loss has one.
     """
 
     value: jax.Array
     aux: Any
     gradient: PyTree
     updates: PyTree
-    weight: jax.Array | None
     state: optax.OptState
+    weight: jax.Array | None = None
 
 
 class RegularizedPass(NamedTuple):
@@ -255,7 +255,7 @@ def regularized_pass(
         (value, (weight, aux)), gradient = clean(params)
         extra = penalty_arguments(caller, call, kept)
         updates, state = tx.update(gradient, state, params, value=value, **extra)
-        return Pass(value, aux, gradient, updates, weight, state)
+        return Pass(value, aux, gradient, updates, state)._replace(weight=weight)
 
     return RegularizedPass(init, run)
 
