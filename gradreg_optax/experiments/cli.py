@@ -2,16 +2,34 @@
 ``plot``.
 """
 
-import dataclasses
 import functools
 import operator
+import os
+import sys
 from types import ModuleType
 from typing import Annotated, Any
 
 import tyro
 
-from gradreg_optax.experiments import results
-from gradreg_optax.experiments.registry import COMMANDS
+from gradreg_optax.experiments import (
+    compare,
+    cost,
+    flooding,
+    frontier,
+    implicit_bias,
+    results,
+    sweep,
+)
+from gradreg_optax.experiments.common import CommandError
+
+COMMANDS: dict[str, ModuleType] = {
+    "compare": compare,
+    "sweep": sweep,
+    "cost": cost,
+    "implicit-bias": implicit_bias,
+    "flooding": flooding,
+    "frontier": frontier,
+}
 
 
 def run(arguments: list[str] | None = None) -> None:
@@ -23,34 +41,23 @@ def run(arguments: list[str] | None = None) -> None:
 
     Raises:
       SystemExit: the command line is wrong, the data are not there, settings do not fit together,
-        or the run is interrupted.
+        or the run is interrupted. Any other error is a fault of the program, and keeps its trace.
     """
-    command, module, config = parse(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    name = f"gradreg {arguments[0]}" if arguments else "gradreg"
     try:
-        _run(command, module, config)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"gradreg {command}: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        if arguments == ["--version"]:
+            print(f"gradreg {results.versions()['gradreg-optax']}")
+        else:
+            _run(*parse(arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough; all files are written by then
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except CommandError as error:
+        raise SystemExit(f"{name}: {error}") from error
 
 
-def _run(command: str, module: ModuleType, config: Any) -> None:
-    if config.redraw:
-        found = results.load(config.output)
-    else:
-        found = results.plain(module.run(config))
-        path = results.save(config.output, command, config, found)
-        found = results.load(path)
-        print(f"results: {path}")
-    figures = module.plot(
-        found, config.output
-    )  # before anything is printed: a closed pipe loses no figure
-    print(module.table(found))
-    for figure in figures:
-        print(f"figure: {figure}")
-
-
-def parse(arguments: list[str] | None = None) -> tuple[str, ModuleType, Any]:
+def parse(arguments: list[str]) -> tuple[str, ModuleType, Any]:
     """The command, its module and its configuration."""
     choices: list[Any] = [
         Annotated[
@@ -64,13 +71,44 @@ def parse(arguments: list[str] | None = None) -> tuple[str, ModuleType, Any]:
         prog="gradreg",
         description=(
             "The experiments of 'Understanding Gradient Regularization in Deep Learning' (Karakida"
-            " et al., ICML 2023)."
+            " et al., ICML 2023). gradreg --version prints the version."
         ),
         args=arguments,
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
-    command, module = next(
-        (name, module) for name, module in COMMANDS.items() if type(config) is module.Config
-    )
-    assert dataclasses.is_dataclass(config)
-    return command, module, config
+    command = next(name for name, made in COMMANDS.items() if type(config) is made.Config)
+    return command, COMMANDS[command], config
+
+
+def _run(command: str, module: ModuleType, config: Any) -> None:
+    if config.redraw:
+        found = results.load(config.output, command)
+    else:
+        results.prepare(config.output)
+        path = results.save(config.output, command, config, _interruptible(module, config))
+        found = results.load(path, command)
+        print(f"results: {path}")
+    try:  # figures before anything is printed: a closed pipe loses none
+        figures, text = module.plot(found, config.output), module.table(found)
+    except (LookupError, TypeError, ValueError) as error:
+        if not config.redraw:
+            raise
+        raise CommandError(
+            f"{config.output} does not hold what gradreg {command} draws ({error!r}): run the"
+            " command without --redraw."
+        ) from error
+    print("\n".join([text, *(f"figure: {figure}" for figure in figures)]))
+
+
+def _interruptible(module: ModuleType, config: Any) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = module.run(config)
+    except KeyboardInterrupt:
+        kept = len(list((config.output / "parts").glob("*.json")))
+        print(
+            f"\ninterrupted; {kept} finished parts are in {config.output / 'parts'}:",
+            file=sys.stderr,
+        )
+        print("the same command goes on where it stopped.", file=sys.stderr)
+        raise SystemExit(130) from None
+    return found

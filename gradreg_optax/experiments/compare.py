@@ -3,15 +3,13 @@ curvature, and what it costs.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from gradreg_optax.experiments import data, plots, statistics
-from gradreg_optax.experiments.training import METHODS, Recipe, Trainer
+from gradreg_optax.experiments import common, data, plots, runs, statistics, tables
+from gradreg_optax.experiments.trainer import METHODS, Recipe
 
 # The settings of each method, chosen on other seeds.
 SETTINGS: dict[str, dict[str, float]] = {
@@ -26,29 +24,22 @@ SETTINGS: dict[str, dict[str, float]] = {
 # At one gamma, the signed ascent step: B-GR is negative, DB zero, F-GR positive.
 COMMON_GAMMA = 3.0
 SIGNED_EPSILON = (-1.0, -0.3, 0.0, 0.3, 1.0, 3.0)
-METRICS = ("accuracy", "train_loss", "grad_norm", "eigenvalue", "eigenvalue_residual", "diverged")
+PAIRS = (("F-GR", "DB"), ("F-GR", "SAM"))
+_SYMBOLS = {"gamma": "γ", "epsilon": "ε", "rho": "ρ", "level": "b"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.Training):
     """Settings of ``gradreg compare``."""
 
     output: Path = Path("results/compare")
-    """Folder for results.json and the figure."""
-    seed: int = 0
-    """The first seed."""
     seeds: int = 10
     """Number of seeds; the methods are paired by seed."""
-    steps: int = 3000
-    """Training steps."""
-    train_size: int = 300
-    """Number of training samples."""
-    test_size: int = 1000
-    """Number of test samples, whose labels are right."""
-    label_noise: float = 0.3
-    """Share of the training samples that get a wrong label."""
-    redraw: bool = False
-    """Draw the figure from the results on disk, without training."""
+
+    def __post_init__(self) -> None:
+        """Checks the number of seeds."""
+        super().__post_init__()
+        common.at_least(self, 1, "seeds")
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -58,39 +49,32 @@ def run(config: Config) -> dict[str, Any]:
       config: the settings.
 
     Returns:
-      "seeds"; "methods", a list of dicts with label, settings, gradients and FLOPs per step
-      (relative to SGD), and arrays of the metrics over the seeds; "signed_epsilon", the same
-      metrics at one gamma against the signed ascent step, shape (epsilons, seeds).
+      "recipe", what the methods have in common; "methods", how each is made; "costs", its FLOPs per
+      step relative to SGD; and "runs", one row a run: its "role" is "best" for the settings of each
+      method, and "signed" for those at one gamma, which have the signed "step".
 
     Raises:
-      ValueError: settings that do not fit the data.
+      CommandError: settings that do not fit the data.
     """
-    if config.seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {config.seeds}.")
-    recipe = Recipe(
-        train_size=config.train_size,
-        test_size=config.test_size,
-        label_noise=config.label_noise,
-        steps=config.steps,
-    )
-    dataset, seeds = data.load("digits"), config.seed + np.arange(config.seeds)
-    methods: list[dict[str, Any]] = []
-    signed: dict[float, dict[str, Any]] = {}
-    plain_flops = None
-    for label, settings in SETTINGS.items():
-        trainer = Trainer(dataset, METHODS[label], recipe)
-        extra = [step for step in SIGNED_EPSILON if _label(step) == label]
-        best, *rest = _train(trainer, [settings, *(_common(step) for step in extra)], seeds)
-        signed |= dict(zip(extra, rest, strict=True))
-        flops = trainer.flops()
-        plain_flops = plain_flops or flops
-        cost = {"gradients": METHODS[label].gradients, "flops": flops / plain_flops}
-        methods.append({"label": label, "settings": settings, **cost, **best})
-    common = {name: np.stack([signed[step][name] for step in SIGNED_EPSILON]) for name in METRICS}
+    recipe, dataset = Recipe(**config.sizes("digits")), data.load("digits")
+    seeds = range(config.seed, config.seed + config.seeds)
+    store = runs.Store(config.output)
+    wanted = []
+    for label, setting in SETTINGS.items():
+        values = {name: (value,) for name, value in setting.items()}
+        wanted += runs.grid(METHODS[label], recipe, values, seeds, role="best")
+    for step in SIGNED_EPSILON:
+        method = METHODS["DB" if step == 0 else "F-GR" if step > 0 else "B-GR"]
+        values = {"gamma": (COMMON_GAMMA,), "epsilon": (abs(step),)}
+        if method.label in SETTINGS:
+            wanted += runs.grid(method, recipe, values, seeds, role="signed", step=step)
+    found = runs.train(dataset, wanted, store, what="compare")
+    costs = [runs.flops(dataset, METHODS[label], recipe, store) for label in SETTINGS]
     return {
-        "seeds": seeds,
-        "methods": methods,
-        "signed_epsilon": {"gamma": COMMON_GAMMA, "epsilon": np.array(SIGNED_EPSILON), **common},
+        "recipe": recipe.describe(),
+        "methods": {label: METHODS[label].call(given) for label, given in SETTINGS.items()},
+        "costs": {"method": list(SETTINGS), "flops": costs},
+        "runs": found,
     }
 
 
@@ -98,33 +82,33 @@ def table(results: dict[str, Any]) -> str:
     """The comparison as text: accuracies with standard errors over seeds, paired differences to SGD
     with p-values, curvature and cost.
     """
-    plain = _method(results, "SGD")["accuracy"]
-    head = (
-        f"{'method':<9} {'setting':<13} {'test accuracy %':>15} {'minus SGD':>14} {'p':>8}"
-        f" {'train loss':>10} {'top eigenvalue':>14} "
-    )
-    lines = [head + f"{'gradients':>9} {'FLOPs':>6}"]
-    for method in results["methods"]:
-        lines.append(_row(method, plain))
-    gain = statistics.paired(
-        100 * _method(results, "F-GR")["accuracy"], 100 * _method(results, "DB")["accuracy"]
-    )
-    lines += ["", f"F-GR minus DB: {gain:+.1f} (p = {gain.p:.1g})"]
-    common = results["signed_epsilon"]
+    best, signed = (runs.select(results["runs"], role=role) for role in ("best", "signed"))
+    head = ["method", "setting", "test accuracy %", "minus SGD", "p", "train loss"]
+    head += ["top eigenvalue", "gradients", "FLOPs"]
+    costs = dict(zip(*results["costs"].values(), strict=True))
+    rows = [_row(rows, best, costs[label]) for (label,), rows in runs.groups(best, "method")]
+    lines = [tables.aligned(head, rows, left=2), ""]
+    lines += statistics.pairs(dict(accuracies(best)), PAIRS)
     lines += [
         "",
-        (
-            f"test accuracy % at gamma = {common['gamma']:g} against the signed ascent step (B-GR <"
-            " 0, DB = 0, F-GR > 0):"
+        f"test accuracy % at gamma = {COMMON_GAMMA:g} against the signed ascent step (B-GR < 0,"
+        " DB = 0, F-GR > 0):",
+        tables.aligned(
+            ["method", "epsilon", "test accuracy %"],
+            [
+                [label, f"{step:g}", statistics.percent(rows["accuracy"])]
+                for (label, step), rows in runs.groups(signed, "method", "step")
+            ],
         ),
+        f"\nmeans over {len(set(best['seed']))} seeds ± standard error; p: paired t-test; cost per"
+        " step relative to SGD.",
     ]
-    for step, accuracy in zip(common["epsilon"], common["accuracy"], strict=True):
-        lines.append(f"{_label(step):<9} epsilon {step:<5g} {_percent(accuracy):>15}")
-    lines.append(
-        f"\nmeans over {len(results['seeds'])} seeds ± standard error; p: paired t-test; cost per"
-        " step relative to SGD."
-    )
     return "\n".join(lines)
+
+
+def accuracies(rows: runs.Columns) -> list[tuple[str, Any]]:
+    """The accuracies of each method, over the seeds."""
+    return [(label, found["accuracy"]) for (label,), found in runs.groups(rows, "method")]
 
 
 def plot(results: dict[str, Any], output: Path) -> list[Path]:
@@ -132,24 +116,15 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
     the signed ascent step.
     """
     made, (left, middle, right) = plots.figure(3, width=4.4, height=3.8)
-    labels = [method["label"] for method in results["methods"]]
-    for position, method in enumerate(results["methods"]):
-        color, accuracy = plots.COLORS[method["label"]], 100 * method["accuracy"]
-        mean, error, _ = statistics.estimate(accuracy)
-        left.plot(np.full(len(accuracy), position), accuracy, ".", color=color, alpha=0.35)
-        left.errorbar(position, mean, error, fmt="_", ms=22, mew=2.5, color=color)
-        sharpness = statistics.estimate(method["eigenvalue"])
-        middle.errorbar(
-            sharpness.mean,
-            mean,
-            error,
-            sharpness.error,
-            fmt="o",
-            color=color,
-            label=method["label"],
+    best = runs.select(results["runs"], role="best")
+    plots.seeds(left, *zip(*accuracies(best), strict=True))
+    left.set(title="each method at its own setting")
+    for (label,), rows in runs.groups(best, "method"):
+        sharpness, height = (
+            statistics.estimate(x) for x in (rows["eigenvalue"], 100 * rows["accuracy"])
         )
-    left.set_xticks(range(len(labels)), labels, rotation=35)
-    left.set(ylabel="test accuracy %", title="each method at its own setting")
+        point = (sharpness.mean, height.mean, height.error, sharpness.error)
+        middle.errorbar(*point, fmt="o", color=plots.color(label), label=label)
     middle.set(
         xscale="log",
         xlabel="top Hessian eigenvalue of the training loss",
@@ -159,88 +134,42 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
     middle.xaxis.set_major_formatter("{x:g}")
     middle.xaxis.set_minor_formatter(NullFormatter())
     middle.legend(frameon=False)
-    _draw_signed(right, results)
-    return [plots.save(made, output, "compare")]
+    _draw_signed(right, runs.select(results["runs"], role="signed"), best)
+    return plots.save(made, output, "compare")
 
 
-def _draw_signed(axis: Any, results: dict[str, Any]) -> None:
-    common = results["signed_epsilon"]
-    for position, (step, values) in enumerate(
-        zip(common["epsilon"], common["accuracy"], strict=True)
-    ):
-        mean, error, _ = statistics.estimate(100 * values)
-        axis.errorbar(position, mean, error, fmt="o", color=plots.COLORS[_label(step)])
+def _draw_signed(axis: Any, signed: runs.Columns, best: runs.Columns) -> None:
+    steps = []
+    for place, ((label, step), rows) in enumerate(runs.groups(signed, "method", "step")):
+        mean, error, _ = statistics.estimate(100 * rows["accuracy"])
+        look: Any = {"color": plots.color(label)}
+        axis.errorbar(place, mean, error, fmt="o", **look)
         axis.annotate(
-            _label(step),
-            (position, mean),
-            (6, -11),
-            textcoords="offset points",
-            color=plots.COLORS[_label(step)],
-            fontsize=9,
+            label, (place, mean), (6, -11), textcoords="offset points", fontsize=9, **look
         )
-    plain = statistics.estimate(100 * _method(results, "SGD")["accuracy"]).mean
-    axis.axhline(plain, color=plots.COLORS["SGD"], ls="--", lw=1)
-    axis.annotate(
-        "SGD", (0, plain), (0, 3), textcoords="offset points", color=plots.COLORS["SGD"], fontsize=9
-    )
-    axis.set_xticks(range(len(common["epsilon"])), [f"{step:g}" for step in common["epsilon"]])
-    axis.set_xlim(-0.4, len(common["epsilon"]) - 0.3)
+        steps.append(f"{step:g}")
+    plain = statistics.estimate(100 * runs.select(best, method="SGD")["accuracy"]).mean
+    look = {"color": plots.color("SGD")}
+    axis.axhline(plain, ls="--", lw=1, **look)
+    axis.annotate("SGD", (0, plain), (0, 3), textcoords="offset points", fontsize=9, **look)
+    axis.set_xticks(range(len(steps)), steps)
+    axis.set_xlim(-0.4, len(steps) - 0.3)
     axis.set(
         xlabel="signed ascent step $\\epsilon$",
         ylabel="test accuracy %",
-        title=f"at one $\\gamma$ = {common['gamma']:g}",
+        title=f"at one $\\gamma$ = {COMMON_GAMMA:g}",
     )
 
 
-def _train(
-    trainer: Trainer, settings: list[Mapping[str, float]], seeds: Any
-) -> list[dict[str, Any]]:
-    """All settings of a method side by side; the metrics of each over the seeds."""
-    lanes = {
-        name: np.repeat([setting[name] for setting in settings], len(seeds)) for name in settings[0]
-    }
-    found = trainer(lanes, np.tile(seeds, len(settings)), progress=True)
-    shaped = {name: found[name].reshape(len(settings), len(seeds)) for name in METRICS}
-    return [{name: values[i] for name, values in shaped.items()} for i in range(len(settings))]
-
-
-def _label(step: float) -> str:
-    return "DB" if step == 0 else "F-GR" if step > 0 else "B-GR"
-
-
-def _common(step: float) -> dict[str, float]:
-    return {"gamma": COMMON_GAMMA} if step == 0 else {"gamma": COMMON_GAMMA, "epsilon": abs(step)}
-
-
-def _method(results: dict[str, Any], label: str) -> dict[str, Any]:
-    found: dict[str, Any] = next(
-        method for method in results["methods"] if method["label"] == label
+def _row(rows: runs.Columns, best: runs.Columns, flops: float) -> list[str]:
+    label = rows["method"][0]
+    values = {name: rows[name][0] for name in _SYMBOLS if name in rows}
+    setting = [f"{_SYMBOLS[name]}={value:g}" for name, value in values.items() if value == value]
+    cells = [label, " ".join(setting), statistics.percent(rows["accuracy"])]
+    gain = statistics.paired(
+        100 * rows["accuracy"], 100 * runs.select(best, method="SGD")["accuracy"]
     )
-    return found
-
-
-def _percent(values: Any) -> str:
-    found = statistics.estimate(100 * np.asarray(values))
-    lost = len(values) - found.size
-    return f"{found:.1f}" + (f" ({lost} of {len(values)} diverged)" if lost else "")
-
-
-def _row(method: dict[str, Any], plain: Any) -> str:
-    setting = " ".join(f"{_SYMBOLS[name]}={value:g}" for name, value in method["settings"].items())
-    gain = statistics.paired(100 * method["accuracy"], 100 * plain)
-    minus = ("", "") if method["label"] == "SGD" else (f"{gain:+.1f}", f"{gain.p:.1g}")
-    loss, sharpness = (
-        statistics.estimate(method["train_loss"]),
-        statistics.estimate(method["eigenvalue"]),
-    )
-    start = (
-        f"{method['label']:<9} {setting:<13} {_percent(method['accuracy']):>15} {minus[0]:>14}"
-        f" {minus[1]:>8}"
-    )
-    return (
-        f"{start} {loss.mean:>10.3f} {f'{sharpness:.2f}':>14} {method['gradients']:>9g}"
-        f" {method['flops']:>6.2f}"
-    )
-
-
-_SYMBOLS = {"gamma": "γ", "epsilon": "ε", "rho": "ρ", "level": "b"}
+    cells += ["", ""] if label == "SGD" else [f"{gain:+.1f}", gain.chance]
+    cells.append(f"{statistics.estimate(rows['train_loss']).mean:.3f}")
+    cells.append(f"{statistics.estimate(rows['eigenvalue']):.2f}")
+    return [*cells, f"{rows['gradients'][0]:g}", f"{flops:.2f}"]

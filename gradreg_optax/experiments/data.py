@@ -1,35 +1,48 @@
-"""Real data sets in their original formats, and what a seed makes of them: a subset, wrong labels,
-a test set.
+"""Real data sets in their original formats, the user's own arrays, and what a seed makes of them: a
+subset, wrong labels, a test set.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gzip
 import hashlib
-import io
+import importlib.metadata
 import math
 import os
-import pickle
-import tarfile
+import subprocess
+import sys
+import zipfile
+import zlib
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-Name: TypeAlias = Literal["digits", "fashion-mnist", "mnist", "cifar10"]
+from gradreg_optax.experiments.common import CommandError, MissingError
+
 Array: TypeAlias = npt.NDArray[Any]
 
-_IDX = (
-    "train-images-idx3-ubyte.gz",
-    "train-labels-idx1-ubyte.gz",
-    "t10k-images-idx3-ubyte.gz",
-    "t10k-labels-idx1-ubyte.gz",
-)
+NAMES = ("digits", "mnist1d", "fashion-mnist")
+_PARTS = ("x_train", "y_train", "x_test", "y_test")
+_FASHION = "fashion-mnist"
+_FOLDERS = (_FASHION, "FashionMNIST/raw")
 _DEBIAN = Path("/usr/share/datasets")
-_CIFAR = "cifar-10-python.tar.gz"
-_CIFAR_FOLDER = "cifar-10-batches-py"
-_CIFAR_BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+_MD5 = {
+    "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+    "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+    "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+}
+# MNIST's files have the same names; md5 sums of them, unpacked.
+_MNIST = (
+    "6bbc9ace898e44ae57da46a324031adb",
+    "a25bea736e30d166cdddb491f175f624",
+    "2646ac647ad5339dbf082846283269ea",
+    "27ae3e4e09519cfbb04c329615203637",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,93 +107,36 @@ class Split(NamedTuple):
     test: Any
 
 
-class _Source(NamedTuple):
-    """Where a data set can be fetched.
-
-    Attributes:
-      url: the folder that its publisher keeps it in.
-      md5: the md5 sum of each file there.
-      folders: names of the folder that holds them on disk.
-      contents: md5 sums of the files once unpacked.
-    """
-
-    url: str
-    md5: dict[str, str]
-    folders: tuple[str, ...]
-    contents: tuple[str, ...]
-
-
-_FASHION_MNIST = _Source(
-    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-    {
-        _IDX[0]: "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-        _IDX[1]: "25c81989df183df01b3e8a0aad5dffbe",
-        _IDX[2]: "bef4ecab320f06d8554ea6380940ec79",
-        _IDX[3]: "bb300cfdad3c16e7a12a480ee83cd310",
-    },
-    ("fashion-mnist", "FashionMNIST/raw"),
-    (
-        "f4a8712d7a061bf5bd6d2ca38dc4d50a",
-        "9018921c3c673c538a1fc5bad174d6f9",
-        "8181f5470baa50b63fa0f6fddb340f0a",
-        "15d484375f8d13e6eb1aabb0c3f46965",
-    ),
-)
-_MNIST = _Source(
-    "https://ossci-datasets.s3.amazonaws.com/mnist/",
-    {
-        _IDX[0]: "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-        _IDX[1]: "d53e105ee54ea40749a09fcbcd1e9432",
-        _IDX[2]: "9fb629c4189551a2d022fa330f9573f3",
-        _IDX[3]: "ec29112dd5afa0611ce80d1b7f02629c",
-    },
-    ("mnist", "MNIST/raw"),
-    (
-        "6bbc9ace898e44ae57da46a324031adb",
-        "a25bea736e30d166cdddb491f175f624",
-        "2646ac647ad5339dbf082846283269ea",
-        "27ae3e4e09519cfbb04c329615203637",
-    ),
-)
-_CIFAR10 = _Source(
-    "https://www.cs.toronto.edu/~kriz/",
-    {_CIFAR: "c58f30108f718f92721af3b95e74349a"},
-    ("cifar10", "CIFAR10"),
-    (),
-)
-_SOURCES = {"fashion-mnist": _FASHION_MNIST, "mnist": _MNIST, "cifar10": _CIFAR10}
-
-
 def load(name: str, root: Path | str | None = None) -> Dataset:
     """Reads a data set.
 
-    ``digits`` comes with scikit-learn. The others are looked for, in their publishers' files, in
-    ``root`` if it is given; otherwise in ``$GRADREG_DATA``, in the folder of the Debian package
-    ``dataset-fashion-mnist``, in the cache ``~/.cache/gradreg_optax``, and are then fetched into
-    that cache once, with a checksum. A path that ends in ``.npz`` is a file of the user's, with the
-    arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test``.
+    ``digits`` comes with scikit-learn, and ``mnist1d`` is made by the package of that name, once.
+    The files of ``fashion-mnist`` are looked for in ``root`` if it is given; otherwise in
+    ``$GRADREG_DATA``, in the folder of the Debian package ``dataset-fashion-mnist``, in the cache
+    ``~/.cache/gradreg_optax``, and are then fetched into that cache once, with a checksum. A path
+    that ends in ``.npz`` is a file of the user's, with the arrays ``x_train``, ``y_train``,
+    ``x_test`` and ``y_test``, see :func:`from_arrays`.
 
     Args:
-      name: "digits", "fashion-mnist", "mnist", "cifar10", or the path of an ``.npz`` file.
-      root: the folder that holds the files, themselves or in a folder of the data set's name.
+      name: "digits", "mnist1d", "fashion-mnist", or the path of an ``.npz`` file.
+      root: the folder that holds the files of fashion-mnist, themselves or in a folder of its name.
 
     Returns:
       The data set.
 
     Raises:
-      FileNotFoundError: the files are not there and cannot be fetched.
-      ValueError: an unknown name, or a file that is not what it should be.
+      MissingError: the files are not there and cannot be fetched.
+      CommandError: an unknown name, or a file that is not what it should be.
     """
-    if name == "digits":
-        return _digits()
     if name.endswith(".npz"):
-        return _npz(Path(name))
-    if name not in _SOURCES:
-        raise ValueError(
-            f"unknown data set {name!r}: choose one of 'digits', {', '.join(map(repr, _SOURCES))},"
-            " or a path to an .npz file."
+        made = from_arrays(name, *_npz(Path(name)))
+        return dataclasses.replace(made, name=Path(name).stem)
+    if name not in NAMES:
+        raise CommandError(
+            f"unknown data set {name!r}: choose one of {', '.join(map(repr, NAMES))}, or a path to"
+            " an .npz file."
         )
-    return _cifar(root) if name == "cifar10" else _idx(name, root)
+    return {"digits": _digits, "mnist1d": _mnist1d}.get(name, lambda: _fashion_mnist(root))()
 
 
 def draw(
@@ -205,10 +161,10 @@ def draw(
       The split.
 
     Raises:
-      ValueError: more samples than there are, or a share outside [0, 1].
+      CommandError: more samples than there are, or a share outside [0, 1].
     """
     if not 0 <= label_noise <= 1:
-        raise ValueError(
+        raise CommandError(
             f"label_noise must lie in [0, 1], got {label_noise}: it is the share of wrong training"
             " labels."
         )
@@ -235,7 +191,7 @@ def cache() -> Path:
 def _first(name: str, order: Array, size: int | None) -> Array:
     size = len(order) if size is None else size
     if not 0 < size <= len(order):
-        raise ValueError(
+        raise CommandError(
             f"{name} must lie between 1 and {len(order)}, the samples there are, got {size}."
         )
     return order[:size]
@@ -245,219 +201,194 @@ def _digits() -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(
-            'digits come with scikit-learn: pip install "gradreg-optax[experiments]".'
-        ) from error
+        raise CommandError(_extra("digits", "scikit-learn")) from error
     found = load_digits()
     x, y = found.images.astype(np.uint8)[..., None], found.target.astype(np.int32)
-    return Dataset(
-        "digits", x[:-1000], y[:-1000], x[-1000:], y[-1000:], classes=10, scale=16.0, resplit=True
-    )
+    parts = x[:-1000], y[:-1000], x[-1000:], y[-1000:]
+    return Dataset("digits", *parts, classes=10, scale=16.0, resplit=True)
 
 
-def _npz(path: Path) -> Dataset:
+def _mnist1d() -> Dataset:
+    """Made by the package of its authors in some seconds, and kept."""
+    try:
+        path = cache() / f"mnist1d-{importlib.metadata.version('mnist1d')}.npz"
+    except importlib.metadata.PackageNotFoundError as error:
+        raise CommandError(_extra("mnist1d", "the package mnist1d")) from error
+    with contextlib.suppress(CommandError):  # not there yet, or cut short
+        return from_arrays("mnist1d", *_npz(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.npz")
+    try:  # in a process of its own: the package seeds the global generators
+        subprocess.run([sys.executable, "-c", _MAKE_MNIST1D, partial], check=True, text=True)
+        partial.replace(path)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CommandError(f"mnist1d could not be made in {path.parent} ({error}).") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return from_arrays("mnist1d", *_npz(path))
+
+
+# The published set: 4000 training and 1000 test samples of 40 numbers.
+_MAKE_MNIST1D = """
+import sys, numpy
+from mnist1d.data import get_dataset_args, make_dataset
+made = make_dataset(get_dataset_args())
+x, x_test = (made[name].astype("float32") for name in ("x", "x_test"))
+numpy.savez(sys.argv[1], x_train=x, y_train=made["y"], x_test=x_test, y_test=made["y_test"])
+"""
+
+
+def _extra(name: str, what: str) -> str:
+    return f'{name} comes with {what}: pip install "gradreg-optax[experiments]".'
+
+
+def _npz(path: Path) -> list[Array]:
     if not path.exists():
-        raise FileNotFoundError(
-            f"no file {path}: --dataset takes a name or the path of an .npz file."
-        )
-    with np.load(path, allow_pickle=False) as file:
-        missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in file]
-        if missing:
-            raise ValueError(
-                f"{path} has no {', '.join(missing)}: it must hold x_train, y_train, x_test and"
-                " y_test."
-            )
-        arrays = [file[name] for name in ("x_train", "y_train", "x_test", "y_test")]
-    x_train, y_train, x_test, y_test = arrays
-    if x_train.ndim == 3:  # grey images without a channel
-        x_train, x_test = x_train[..., None], x_test[..., None]
-    scale = 255.0 if x_train.dtype == np.uint8 else 1.0
-    return _checked(path.stem, x_train, y_train, x_test, y_test, scale)
-
-
-def _idx(name: str, root: Path | str | None) -> Dataset:
-    x_train, y_train, x_test, y_test = (
-        _parse_idx(name, file, _read(name, file, root)) for file in _IDX
-    )
-    return _checked(name, x_train[..., None], y_train, x_test[..., None], y_test, 255.0, classes=10)
-
-
-def _cifar(root: Path | str | None) -> Dataset:
-    batches = [_cifar_batch(content) for content in _cifar_contents(root)]
-    *train, test = [(x.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), y) for x, y in batches]
-    x_train, y_train = (np.concatenate(parts) for parts in zip(*train, strict=True))
-    return _checked("cifar10", x_train, y_train, *test, 255.0, classes=10)
-
-
-def _cifar_contents(root: Path | str | None) -> list[bytes]:
-    """The six batches, from the unpacked folder or from the archive, which is read in memory and
-    never unpacked.
-    """
-    for folder in _folders("cifar10", root):
-        if all((folder / _CIFAR_FOLDER / batch).exists() for batch in _CIFAR_BATCHES):
-            return [(folder / _CIFAR_FOLDER / batch).read_bytes() for batch in _CIFAR_BATCHES]
+        raise MissingError(f"no file {path}: --dataset takes a name or the path of an .npz file.")
     try:
-        with tarfile.open(fileobj=io.BytesIO(_read("cifar10", _CIFAR, root))) as archive:
-            return [_member(archive, f"{_CIFAR_FOLDER}/{batch}") for batch in _CIFAR_BATCHES]
-    except tarfile.ReadError as error:
-        raise ValueError(f"cifar10: {_CIFAR} cannot be unpacked ({error}).") from error
-
-
-def _member(archive: tarfile.TarFile, name: str) -> bytes:
-    try:
-        file = archive.extractfile(name)
-    except KeyError:
-        file = None
-    if file is None:
-        raise ValueError(
-            f"{_CIFAR} holds no {name}: it is not the archive of the python version of CIFAR-10."
-        )
-    return file.read()
-
-
-def _cifar_batch(content: bytes) -> tuple[Array, Array]:
-    batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
-    return np.asarray(batch[b"data"], np.uint8), np.asarray(batch[b"labels"], np.int32)
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads pickled NumPy arrays and nothing that could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The three names that an array's pickle refers to."""
-        allowed: dict[tuple[str, str], Any] = {
-            ("numpy", "ndarray"): np.ndarray,
-            ("numpy", "dtype"): np.dtype,
-        }
-        allowed["numpy.core.multiarray", "_reconstruct"] = np.ndarray(0).__reduce__()[
-            0
-        ]  # NumPy has moved it since
-        if (module, name) not in allowed:
-            raise ValueError(
-                f"a pickled batch may hold arrays only, and this one refers to {module}.{name}: it"
-                " was not read."
-            )
-        return allowed[module, name]
-
-
-def _read(name: str, file: str, root: Path | str | None) -> bytes:
-    """The content of a publisher's file: found, or else fetched."""
-    for folder in _folders(name, root):
-        for path in (folder / file, folder / file.removesuffix(".gz")):
-            if path.is_file():
-                return path.read_bytes()
-    if root is not None:
-        looked = ", ".join(str(folder) for folder in _folders(name, root))
-        raise FileNotFoundError(
-            f"{name}: no {file} in {looked}: put the publisher's files there, or leave --data-dir"
-            " away."
-        )
-    return _fetch(name, file).read_bytes()
-
-
-def _folders(name: str, root: Path | str | None) -> list[Path]:
-    """Where to look, first place first."""
-    chosen = root or os.environ.get("GRADREG_DATA")
-    folders = [Path(chosen) / folder for folder in (*_SOURCES[name].folders, "")] if chosen else []
-    return folders if root else [*folders, _DEBIAN / name, cache() / name]
-
-
-def _check_not_another(name: str, file: str, content: bytes) -> None:
-    """MNIST and Fashion-MNIST use the same file names: do not take the one for the other."""
-    digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    for other, source in _SOURCES.items():
-        if other != name and digest in source.contents:
-            raise ValueError(
-                f"{name}: {file} is a file of {other}: use --dataset {other}, or give each data set"
-                " a folder of its own."
-            )
-
-
-def _fetch(name: str, file: str) -> Path:
-    """Fetches a file into the cache, once, and checks it."""
-    source = _SOURCES[name]
-    debian = (
-        " or install the Debian package dataset-fashion-mnist" if name == "fashion-mnist" else ""
-    )
-    remedy = (
-        f"put {', '.join(source.md5)} into a folder and pass it as --data-dir (or set"
-        f" $GRADREG_DATA){debian}"
-    )
-    try:
-        import pooch
-    except ImportError as error:
-        raise ImportError(
-            f"{name} is not on this machine, and pooch is not there to fetch it: pip install"
-            f' "gradreg-optax[experiments]", or {remedy}.'
+        with np.load(path, allow_pickle=False) as file:
+            missing = [name for name in _PARTS if name not in file]
+            if missing:
+                raise CommandError(
+                    f"{path} has no {', '.join(missing)}: it must hold x_train, y_train, x_test and"
+                    " y_test."
+                )
+            return [file[name] for name in _PARTS]
+    except CommandError:
+        raise
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise CommandError(
+            f"{path} is broken or no .npz file of plain arrays ({error})."
         ) from error
-    try:
-        downloader = pooch.HTTPDownloader(timeout=(5, 30))
-        found = pooch.retrieve(
-            source.url + file,
-            f"md5:{source.md5[file]}",
-            file,
-            cache() / name,
-            downloader=downloader,
-        )
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{name}: {source.url}{file} could not be fetched ({type(error).__name__}): {remedy}."
-        ) from error
-    return Path(found)
 
 
-def _parse_idx(name: str, file: str, content: bytes) -> Array:
-    """Unsigned bytes in the idx format: 0, 0, 8, number of dimensions, the dimensions in big
-    endian, the data.
-    """
-    if content[:2] == b"\x1f\x8b":
-        content = _gunzip(name, file, content)
-    _check_not_another(name, file, content)
-    dimensions = int.from_bytes(content[3:4]) if content[:3] == b"\x00\x00\x08" else 0
-    start = 4 + 4 * dimensions
-    shape = tuple(np.frombuffer(content[4:start], ">u4").tolist())
-    if not dimensions or len(shape) != dimensions or len(content) != start + math.prod(shape):
-        raise ValueError(f"{name}: {file} is no idx file of unsigned bytes, or is cut short.")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
-
-
-def _gunzip(name: str, file: str, content: bytes) -> bytes:
-    try:
-        return gzip.decompress(content)
-    except (EOFError, OSError) as error:
-        raise ValueError(f"{name}: {file} cannot be unpacked ({error}).") from error
-
-
-def _checked(
+def from_arrays(
     name: str,
     x_train: Array,
     y_train: Array,
     x_test: Array,
     y_test: Array,
-    scale: float,
+    *,
     classes: int | None = None,
 ) -> Dataset:
-    """The data set, once its shapes and labels fit together."""
+    """A data set of the user's own.
+
+    Args:
+      name: what errors and tables call it.
+      x_train: training inputs, shape (samples, ...), uint8 from 0 to 255 or finite floats; grey
+        images (samples, height, width) get a channel.
+      y_train: training labels, shape (samples,), whole numbers from 0.
+      x_test: test inputs, of the same type and shape.
+      y_test: test labels.
+      classes: number of classes, by default one more than the largest label.
+
+    Returns:
+      The data set.
+
+    Raises:
+      CommandError: arrays that do not fit together.
+    """
+    arrays = (np.asarray(array) for array in (x_train, y_train, x_test, y_test))
+    x_train, y_train, x_test, y_test = arrays
     for part, x, y in (("training", x_train, y_train), ("test", x_test, y_test)):
-        if y.ndim != 1 or len(x) != len(y) or x.ndim < 2:
-            raise ValueError(
+        if y.ndim != 1 or x.ndim < 2 or len(x) != len(y) or not x.size:
+            raise CommandError(
                 f"{name}: {part} inputs of shape {x.shape} and labels of shape {y.shape} do not fit"
-                " together."
+                " together, or are empty."
             )
-        if not np.issubdtype(y.dtype, np.integer) or y.min(initial=0) < 0:
-            raise ValueError(f"{name}: {part} labels must be whole numbers from 0.")
-    if x_train.shape[1:] != x_test.shape[1:]:
-        raise ValueError(
-            f"{name}: training inputs have shape {x_train.shape[1:]}, test inputs"
-            f" {x_test.shape[1:]}."
+        _check_inputs(f"{name}: {part} inputs", x)
+        _check_labels(f"{name}: {part} labels", y, classes or len(y_train) + len(y_test))
+    if (x_train.shape[1:], x_train.dtype) != (x_test.shape[1:], x_test.dtype):
+        raise CommandError(
+            f"{name}: training inputs have shape {x_train.shape[1:]} and type {x_train.dtype}, test"
+            f" inputs {x_test.shape[1:]} and {x_test.dtype}: store both alike."
         )
-    largest = int(max(y_train.max(), y_test.max())) + 1
-    return Dataset(
-        name,
-        x_train,
-        y_train.astype(np.int32),
-        x_test,
-        y_test.astype(np.int32),
-        classes or largest,
-        scale,
+    if x_train.ndim == 3:  # grey images without a channel
+        x_train, x_test = x_train[..., None], x_test[..., None]
+    scale = 255.0 if x_train.dtype == np.uint8 else 1.0
+    classes = classes or int(max(y_train.max(), y_test.max())) + 1
+    labels = (y_train.astype(np.int32), y_test.astype(np.int32))
+    return Dataset(name, x_train, labels[0], x_test, labels[1], classes, scale)
+
+
+def _check_inputs(what: str, x: Array) -> None:
+    if x.dtype != np.uint8 and x.dtype.kind != "f":
+        raise CommandError(f"{what} must be uint8, from 0 to 255, or floats, got {x.dtype}.")
+    if x.dtype.kind == "f" and not np.max(np.abs(x)) <= np.finfo(np.float32).max:
+        raise CommandError(f"{what} must be finite in float32: leave such samples away.")
+
+
+def _check_labels(what: str, y: Array, classes: int) -> None:
+    if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= classes:
+        raise CommandError(
+            f"{what} must be whole numbers from 0 and below {classes}, the number of classes or of"
+            " all samples."
+        )
+
+
+def _fashion_mnist(root: Path | str | None) -> Dataset:
+    arrays = [_parse_idx(file, *_read(file, root)) for file in _MD5]
+    return from_arrays(_FASHION, *arrays, classes=10)
+
+
+def _read(file: str, root: Path | str | None) -> tuple[Path, bytes]:
+    """A publisher's file, found or else fetched: its path and its content."""
+    chosen = root or os.environ.get("GRADREG_DATA")
+    folders = [Path(chosen) / folder for folder in (*_FOLDERS, "")] if chosen else []
+    looked = folders if root else [*folders, _DEBIAN / _FASHION, cache() / _FASHION]
+    for folder in looked:
+        for path in (folder / file, folder / file.removesuffix(".gz")):
+            if path.is_file():
+                return path, path.read_bytes()
+    if root is not None:
+        raise MissingError(
+            f"{_FASHION}: no {file} in {', '.join(map(str, looked))}: put the publisher's files"
+            " there, or leave --data-dir away."
+        )
+    path = _fetch(file)
+    return path, path.read_bytes()
+
+
+def _fetch(file: str) -> Path:
+    """Fetches a file into the cache, once, and checks it."""
+    remedy = (
+        f"put {', '.join(_MD5)} into a folder and pass it as --data-dir (or set $GRADREG_DATA) or"
+        " install the Debian package dataset-fashion-mnist"
     )
+    try:
+        import pooch
+    except ImportError as error:
+        raise CommandError(f"{_extra(_FASHION, 'pooch')[:-1]}, or {remedy}.") from error
+    try:
+        where, load = cache() / _FASHION, pooch.HTTPDownloader(timeout=(5, 30))
+        kept = pooch.retrieve(_URL + file, f"md5:{_MD5[file]}", file, where, downloader=load)
+    except (OSError, ValueError) as error:
+        raise MissingError(
+            f"{_FASHION}: {_URL}{file} could not be fetched ({type(error).__name__}): {remedy}."
+        ) from error
+    return Path(kept)
+
+
+def _parse_idx(file: str, path: Path, content: bytes) -> Array:
+    """Unsigned bytes in the idx format: 0, 0, 8, number of dimensions, the dimensions in big
+    endian, the data.
+    """
+    if content[:2] == b"\x1f\x8b":
+        try:
+            content = gzip.decompress(content)
+        except (EOFError, OSError, zlib.error) as error:
+            raise CommandError(f"{_FASHION}: {path} cannot be unpacked ({error}).") from error
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() in _MNIST:
+        raise CommandError(f"{_FASHION}: {path} is a file of MNIST: use another folder.")
+    expected = int(file.split("-idx")[1][0])
+    dimensions = int.from_bytes(content[3:4]) if content[:3] == b"\x00\x00\x08" else 0
+    start = 4 + 4 * dimensions
+    shape = np.frombuffer(content[4:start], ">u4").tolist() if len(content) >= start else []
+    if dimensions != expected or not shape or len(content) != start + math.prod(shape):
+        raise CommandError(
+            f"{_FASHION}: {path} is no idx file of unsigned bytes in {expected} dimensions, or is"
+            " cut short."
+        )
+    if expected == 1 and max(content[start:], default=0) > 9:
+        raise CommandError(f"{_FASHION}: {path} holds a label above 9: it is not the publisher's.")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

@@ -9,57 +9,51 @@ the gamma of the full penalty times :func:`gradreg_optax.curvature.penalty_scale
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import itertools
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from gradreg_optax import curvature, fd_gradreg
-from gradreg_optax._typing import PyTree
-from gradreg_optax.experiments import data, plots, statistics
-from gradreg_optax.experiments.parts import Parts
-from gradreg_optax.experiments.statistics import Array
-from gradreg_optax.experiments.training import (
+from gradreg_optax.experiments import common, data, plots, runs, statistics, tables
+from gradreg_optax.experiments.common import CommandError
+from gradreg_optax.experiments.models import PyTree
+from gradreg_optax.experiments.runs import Columns, select
+from gradreg_optax.experiments.trainer import (
     METHODS,
+    Array,
     Method,
     OptimizerName,
     Problem,
     Recipe,
-    Settings,
     Trainer,
     problem,
 )
 
 LEARNING_RATES: dict[str, float] = {"sgd": 0.2, "momentum": 0.02, "adam": 0.002}
-_METRICS = ("accuracy", "train_loss", "eigenvalue", "diverged")
 _PROBES = 16  # batches that a gradient norm or an eigenvalue is averaged over
 _PROBE_SEEDS = 4
 _PROBE_TIMES = 6  # how often along the training
+_PLAIN, _TWICE = Method("plain", None), Method("plain, twice the steps", None)
+_CELL = ("method", "fraction", "interval", "choice", "gamma")
+_FULL: dict[str, Any] = {"method": "F-GR", "fraction": 1.0, "interval": 1, "choice": "search"}
+_STARTS = (
+    "no penalty",
+    "gamma from the start",
+    "gamma rises",
+    "gamma switched on",
+    "epsilon rises",
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.OnData):
     """Settings of ``gradreg frontier``."""
 
     output: Path = Path("results/frontier")
-    """Folder for results.json and the figure; finished parts are kept in it, and a second start
-    continues there."""
-    dataset: str = "digits"
-    """digits, fashion-mnist, mnist, cifar10, or the path of an .npz file."""
-    data_dir: Path | None = None
-    """Folder of the data set's files."""
-    train_size: int | None = None
-    """Number of training samples; by default 300 of digits, 1000 of the others."""
-    test_size: int | None = None
-    """Number of test samples; by default 1000 of digits, all of the others."""
-    label_noise: float | None = None
-    """Share of wrong training labels; by default 0.3 for digits, none for the others."""
-    steps: int = 3000
-    """Training steps."""
     optimizers: tuple[OptimizerName, ...] = ("sgd", "momentum", "adam")
     """Optimizers, each of which is compared with itself."""
     gammas: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0)
@@ -70,30 +64,27 @@ class Config:
     """Fractions f of the batch that the penalty is taken on, each one over a whole number."""
     intervals: tuple[int, ...] = (1, 4, 8)
     """Intervals k: the penalty is applied on every k-th step."""
-    seed: int = 0
-    """The first seed of the report; the seeds that choose gamma follow after those of the
-    report."""
     report_seeds: int = 10
-    """Seeds that the accuracies are reported on."""
+    """Seeds that the accuracies are reported on; those that choose gamma follow after them."""
     choose_seeds: int = 10
     """Other seeds, that gamma is chosen on."""
     warmup: bool = True
     """With Adam among the optimizers: compare ways to start the penalty while the learning rate
     warms up."""
-    redraw: bool = False
-    """Draw the figure from the results on disk, without training."""
 
     def __post_init__(self) -> None:
         """Checks what the cells need."""
+        super().__post_init__()
+        common.at_least(self, 2, "report_seeds", "choose_seeds")  # a standard error needs two
+        common.at_least(self, 0, "gammas")
+        common.at_least(self, 1, "intervals")
+        common.above_zero(self, "epsilon", "fractions")
+        if not self.optimizers or max(self.fractions) > 1:
+            raise CommandError("optimizers must not be empty, and fractions must not exceed 1.")
         if self.fractions[:1] != (1.0,) or self.intervals[:1] != (1,):
-            raise ValueError(
+            raise CommandError(
                 "fractions and intervals must begin with 1: the full penalty is what the others are"
                 " compared with."
-            )
-        if min(self.report_seeds, self.choose_seeds) < 2:
-            raise ValueError(
-                "report_seeds and choose_seeds must be at least 2: a standard error needs two"
-                " values."
             )
 
 
@@ -105,289 +96,157 @@ def run(config: Config) -> dict[str, Any]:
       config: the settings.
 
     Returns:
-      "seeds", "dataset", "epsilon", "gammas", and "optimizers": for each a dict with "cells", a
-      list of dicts (label, fraction, interval, choice, gamma, gradients and FLOPs per step relative
-      to SGD, and the metrics, shape (report_seeds,)), "search", the mean accuracies on the choosing
-      seeds, shape (fractions, intervals, gammas), and "probes", what the rule is made of; "warmup",
-      likewise a list of cells.
+      What was set, and tables of one row each: "cells", a run on a reporting seed; "search", a
+      fraction, an interval and a gamma, with the mean accuracy on the choosing seeds; "probes",
+      what the rule is made of; and "warmup", a run with Adam and a penalty that starts in some way.
 
     Raises:
-      ValueError: settings that do not fit the data.
+      CommandError: settings that do not fit the data.
     """
     dataset = data.load(config.dataset, config.data_dir)
     seeds = config.seed + np.arange(config.report_seeds + config.choose_seeds)
     report, choose = seeds[: config.report_seeds], seeds[config.report_seeds :]
-    with tqdm(total=_count(config), unit="part", desc="frontier") as bar:
-        parts = Parts(config.output, dataset, bar.update)
-        optimizers = {
-            name: _Race(config, dataset, parts, name, report, choose).run()
-            for name in config.optimizers
-        }
-        warmup = []
-        if config.warmup and "adam" in config.optimizers:
-            gamma = _cell(optimizers["adam"]["cells"], 1.0, 1)["gamma"]
-            warmup = _warmups(config, dataset, parts, gamma, report)
-    return {
-        "dataset": config.dataset,
-        "steps": config.steps,
-        "seeds": {"choose": choose, "report": report},
-        "epsilon": config.epsilon,
-        "gammas": np.array(config.gammas),
-        "fractions": np.array(config.fractions),
-        "intervals": np.array(config.intervals),
-        "optimizers": optimizers,
-        "warmup": warmup,
-    }
+    lab = _Lab(config, dataset, runs.Store(config.output), report.tolist(), choose.tolist())
+    found = [lab.race(optimizer) for optimizer in config.optimizers]
+    made = {name: runs.stack(*(one[name] for one in found)) for name in found[0]}
+    if config.warmup and "adam" in config.optimizers:
+        gamma = select(made["cells"], optimizer="adam", **_FULL)["gamma"][0]
+        made["warmup"] = lab.warmups(float(gamma))
+    rates = {name: LEARNING_RATES[name] for name in config.optimizers}
+    chosen = {"dataset": config.dataset, "epsilon": config.epsilon, "learning_rates": rates}
+    return chosen | {"seeds": {"choose": choose, "report": report}} | made
 
 
-def gradients(fraction: float, interval: int) -> float:
-    """Gradient evaluations per step of a forward difference on a fraction of the batch and on every
-    ``interval``-th step.
-    """
-    return 1 + (2 * fraction if fraction < 1 else 1) / interval
+@dataclasses.dataclass(frozen=True)
+class _Lab:
+    """What the cells of all optimizers share."""
 
+    config: Config
+    dataset: data.Dataset
+    store: runs.Store
+    report: list[int]
+    choose: list[int]
 
-def _train(
-    parts: Parts, trainer: Trainer, recipe: Recipe, settings: Settings, seeds: Array
-) -> dict[str, Array]:
-    """The metrics of one call of a trainer."""
-    what = {"recipe": dataclasses.asdict(recipe), "settings": dict(settings), "seeds": seeds}
-
-    def make() -> dict[str, Array]:
-        found = trainer(settings, seeds, progress=True)
-        return {key: found[key].astype(float) for key in _METRICS}
-
-    return parts.keep(trainer.method.label, what, make)
-
-
-class _Race:
-    """All cells of one optimizer."""
-
-    def __init__(
-        self,
-        config: Config,
-        dataset: data.Dataset,
-        parts: Parts,
-        optimizer: OptimizerName,
-        report: Array,
-        choose: Array,
-    ) -> None:
-        self.config, self.dataset, self.parts, self.report, self.choose = (
-            config,
-            dataset,
-            parts,
-            report,
-            choose,
-        )
-        self.recipe = _recipe(config, optimizer)
-        self.plain = self._trainer("SGD")
-        self.plain_flops = self.plain.flops()
-
-    def run(self) -> dict[str, Any]:
-        config, label = self.config, self.recipe.optimizer
-        cells = [_row("plain", self._train(self.plain, self.recipe, {}), gradients=1.0, flops=1.0)]
-        longer = dataclasses.replace(self.recipe, steps=2 * config.steps)
-        trained = self._train(Trainer(self.dataset, METHODS["SGD"], longer), longer, {})
-        cells.append(_row("plain, twice the steps", trained, gradients=2.0, flops=2.0))
-        cells.append(self._double_backpropagation())
-        trainers = {
-            fraction: self._trainer("F-GR", penalty_fraction=fraction)
-            for fraction in config.fractions
-        }
-        search = np.stack(
-            [self._search(trainer, fraction) for fraction, trainer in trainers.items()]
-        )
-        best = np.array(config.gammas)[np.argmax(search, axis=-1)]
-        full = float(best[0, 0])
-        probes = self._probes(trainers[1.0], full)
-        scales = dict(zip(config.fractions, _scales(probes), strict=True))
-        for row, (fraction, trainer) in enumerate(trainers.items()):
-            cells += self._cells(trainer, fraction, "search", best[row])
-            cells += self._cells(
-                trainer,
-                fraction,
-                "rule",
-                np.full(len(config.intervals), float(f"{full * scales[fraction]:.2g}")),
-            )
+    def race(self, optimizer: OptimizerName) -> dict[str, Columns]:
+        """The tables of one optimizer."""
+        config, recipe = self.config, _recipe(self.config, optimizer)
+        parts = {f: dataclasses.replace(recipe, penalty_fraction=f) for f in config.fractions}
+        lazy = {"gamma": config.gammas, "epsilon": (config.epsilon,), "interval": config.intervals}
+        tried = self._train([one for f in parts for one in self._grid(parts[f], lazy, f)], "search")
+        search = _search(tried)
+        full = _best(search, 1.0, 1)
+        probes = self._probes(recipe, full)
+        scales = dict(zip(config.fractions, _scales(probes, config.fractions), strict=True))
+        exact = self._train(runs.grid(METHODS["DB"], recipe, lazy, self.choose), "search")
+        gammas = [np.mean(_score(rows["accuracy"])) for _, rows in runs.groups(exact, "gamma")]
+        gamma = config.gammas[int(np.argmax(gammas))]
+        twice = dataclasses.replace(recipe, steps=2 * config.steps)
+        wanted = runs.grid(_PLAIN, recipe, {}, self.report, flops=1.0)
+        wanted += runs.grid(_TWICE, twice, {}, self.report, flops=2.0, gradients=2.0)
+        flops = runs.flops(self.dataset, METHODS["DB"], recipe, self.store)
+        tags = {"choice": "search", "flops": flops}
+        wanted += runs.grid(METHODS["DB"], recipe, {"gamma": (gamma,)}, self.report, **tags)
+        for fraction, choice in itertools.product(config.fractions, ("search", "rule")):
+            flops = runs.flops(self.dataset, METHODS["F-GR"], parts[fraction], self.store)
+            for interval in config.intervals:
+                by_rule = float(f"{full * scales[fraction]:.2g}")
+                gamma = by_rule if choice == "rule" else _best(search, fraction, interval)
+                one = lazy | {"gamma": (gamma,), "interval": (interval,)}
+                tags = {"choice": choice, "flops": 1 + (flops - 1) / interval}
+                wanted += self._grid(parts[fraction], one, fraction, self.report, **tags)
+        found = {"cells": self._train(wanted, "cells"), "search": search, "probes": probes}
         return {
-            "optimizer": label,
-            "learning_rate": self.recipe.learning_rate,
-            "cells": cells,
-            "search": search,
-            "probes": probes,
+            name: {"optimizer": np.full(len(next(iter(table.values()))), optimizer)} | table
+            for name, table in found.items()
         }
 
-    def _trainer(self, label: str, **changes: Any) -> Trainer:
-        return Trainer(self.dataset, METHODS[label], dataclasses.replace(self.recipe, **changes))
+    def _grid(
+        self, recipe: Recipe, values: Any, f: float, seeds: Any = None, **tags: Any
+    ) -> list[runs.Run]:
+        seeds = self.choose if seeds is None else seeds
+        return runs.grid(METHODS["F-GR"], recipe, values, seeds, fraction=f, **tags)
 
-    def _train(
-        self, trainer: Trainer, recipe: Recipe, settings: Settings, seeds: Array | None = None
-    ) -> dict[str, Array]:
-        """One run per setting and seed; the metrics have shape (settings, seeds), or (seeds,)
-        without settings.
-        """
-        seeds = self.report if seeds is None else seeds
-        count = len(next(iter(settings.values()))) if settings else 1
-        lanes = {key: np.repeat(value, len(seeds)) for key, value in settings.items()}
-        found = _train(self.parts, trainer, recipe, lanes, np.tile(seeds, count))
-        return {
-            key: value.reshape(count, len(seeds)) if settings else value
-            for key, value in found.items()
-        }
+    def _train(self, wanted: list[runs.Run], what: str) -> Columns:
+        return runs.train(self.dataset, wanted, self.store, what=what)
 
-    def _double_backpropagation(self) -> dict[str, Any]:
-        trainer = self._trainer("DB")
-        accuracy = [
-            self._train(trainer, self.recipe, {"gamma": [gamma]}, self.choose)["accuracy"][0]
-            for gamma in self.config.gammas
-        ]
-        gamma = self.config.gammas[int(np.argmax(_score(np.stack(accuracy))))]
-        found = self._train(trainer, self.recipe, {"gamma": [gamma]})
-        metrics = {key: value[0] for key, value in found.items()}
-        return _row(
-            "DB",
-            metrics,
-            gradients=3.0,
-            flops=trainer.flops() / self.plain_flops,
-            choice="search",
-            gamma=gamma,
-        )
-
-    def _search(self, trainer: Trainer, fraction: float) -> Array:
-        """Mean accuracies on the choosing seeds, shape (intervals, gammas)."""
-        found = [
-            self._lazy(trainer, fraction, [gamma] * len(self.config.intervals), self.choose)
-            for gamma in self.config.gammas
-        ]
-        return np.stack([_score(metrics["accuracy"]) for metrics in found], axis=-1)
-
-    def _probes(self, trainer: Trainer, gamma: float) -> dict[str, Array]:
+    def _probes(self, recipe: Recipe, gamma: float) -> Columns:
         """What the rule is made of, measured along the training with the full penalty."""
-        seeds, recipe = self.choose[:_PROBE_SEEDS], dataclasses.asdict(self.recipe)
-        what = {
-            "recipe": recipe,
-            "gamma": gamma,
-            "epsilon": self.config.epsilon,
-            "fractions": self.config.fractions,
-        }
-        return self.parts.keep(
-            "probes",
-            what | {"seeds": seeds},
-            lambda: _probe(problem(self.dataset, self.recipe), trainer, gamma, self.config, seeds),
-        )
+        config, seeds = self.config, self.choose[:_PROBE_SEEDS]
+        what = {"recipe": recipe.describe(), "gamma": gamma, "epsilon": config.epsilon}
+        what |= {"seeds": seeds, "fractions": config.fractions}
+        what["data"] = runs.fingerprint(self.dataset)
+        make = functools.partial(_probe, self.dataset, recipe, gamma, config, seeds)
+        return self.store.keep("probes", what, make)
 
-    def _cells(
-        self, trainer: Trainer, fraction: float, choice: str, gammas: Array
-    ) -> list[dict[str, Any]]:
-        """The cells of one fraction on the reporting seeds."""
-        found, penalized = self._lazy(trainer, fraction, gammas, self.report), trainer.flops()
-        cells = []
-        for i, (interval, gamma) in enumerate(zip(self.config.intervals, gammas, strict=True)):
-            flops = (penalized + (interval - 1) * self.plain_flops) / (interval * self.plain_flops)
-            cost = {"gradients": gradients(fraction, interval), "flops": flops}
-            metrics = {key: value[i] for key, value in found.items()}
-            cells.append(
-                _row(
-                    "F-GR",
-                    metrics,
-                    **cost,
-                    fraction=fraction,
-                    interval=interval,
-                    choice=choice,
-                    gamma=float(gamma),
-                )
-            )
-        return cells
-
-    def _lazy(
-        self, trainer: Trainer, fraction: float, gammas: Sequence[float] | Array, seeds: Array
-    ) -> dict[str, Array]:
-        intervals = self.config.intervals
-        settings = {
-            "gamma": gammas,
-            "epsilon": [self.config.epsilon] * len(intervals),
-            "interval": intervals,
-        }
-        return self._train(
-            trainer, dataclasses.replace(self.recipe, penalty_fraction=fraction), settings, seeds
-        )
+    def warmups(self, gamma: float) -> Columns:
+        """Adam with a learning rate that warms up over a tenth of the steps, and a penalty that
+        starts in several ways.
+        """
+        steps = self.config.steps // 10
+        recipe = dataclasses.replace(_recipe(self.config, "adam"), warmup_steps=steps)
+        values = {"gamma": (gamma,), "epsilon": (self.config.epsilon,)}
+        tags = {"warmup_steps": steps, "penalty": gamma}
+        wanted = [
+            one
+            for start in _STARTS
+            for one in runs.grid(starting(start, steps), recipe, values, self.report, **tags)
+        ]
+        return self._train(wanted, "warmup")
 
 
 def _recipe(config: Config, optimizer: OptimizerName) -> Recipe:
-    digits = config.dataset == "digits"
-    train_size = config.train_size or (300 if digits else 1000)
-    test_size = config.test_size or (1000 if digits else None)
-    noise = (0.3 if digits else 0.0) if config.label_noise is None else config.label_noise
     rate = LEARNING_RATES[optimizer]
-    return Recipe(
-        train_size=train_size,
-        test_size=test_size,
-        label_noise=noise,
-        steps=config.steps,
-        optimizer=optimizer,
-        learning_rate=rate,
-    )
+    return Recipe(**config.sizes(config.dataset), optimizer=optimizer, learning_rate=rate)
 
 
-def _row(label: str, metrics: dict[str, Array], **what: Any) -> dict[str, Any]:
-    return (
-        {"label": label, "fraction": 0.0, "interval": 1, "choice": "", "gamma": 0.0}
-        | what
-        | metrics
-    )
-
-
-def _count(config: Config) -> int:
-    """Parts of the whole run, for the progress bar."""
-    each = 4 + len(config.gammas) * (1 + len(config.fractions)) + 2 * len(config.fractions)
-    return each * len(config.optimizers) + (
-        len(_STARTS) if config.warmup and "adam" in config.optimizers else 0
-    )
+def _search(tried: Columns) -> Columns:
+    """The mean accuracies over seeds, where a diverged run counts as zero."""
+    names = ("fraction", "interval", "gamma")
+    rows = [(*key, np.mean(_score(rows["accuracy"]))) for key, rows in runs.groups(tried, *names)]
+    ordered = sorted(rows, key=lambda row: (-row[0], *row[1:3]))
+    columns = zip(*ordered, strict=True)
+    return dict(zip((*names, "accuracy"), map(np.array, columns), strict=True))
 
 
 def _score(accuracy: Array) -> Array:
-    """Mean accuracy over the last axis, where a diverged run counts as zero."""
-    mean: Array = np.mean(np.nan_to_num(accuracy), axis=-1)
-    return mean
+    return np.asarray(np.nan_to_num(accuracy))
 
 
-def _cell(
-    cells: list[dict[str, Any]], fraction: float, interval: int, choice: str = "search"
-) -> dict[str, Any]:
-    wanted = ("F-GR", fraction, interval, choice)
-    return next(
-        cell
-        for cell in cells
-        if (cell["label"], cell["fraction"], cell["interval"], cell["choice"]) == wanted
-    )
+def _best(search: Columns, fraction: float, interval: int) -> float:
+    rows = select(search, fraction=fraction, interval=interval)
+    return float(rows["gamma"][np.argmax(rows["accuracy"])])
 
 
 # The rule: squared gradient norms and curvature of batches and their parts along the training.
 
 
 def _probe(
-    task: Problem, trainer: Trainer, gamma: float, config: Config, seeds: Array
-) -> dict[str, Array]:
+    dataset: data.Dataset, recipe: Recipe, gamma: float, config: Config, seeds: list[int]
+) -> Columns:
     """Averages over batches and seeds along the training with the full penalty.
 
     Returns:
-      "step", shape (times,); "norm", the mean squared gradient norm of fB samples, and
-      "eigenvalue", the mean top Hessian eigenvalue of their loss, shapes (times, fractions).
+      "step" and "fraction"; "norm", the mean squared gradient norm of fB samples, and "eigenvalue",
+      the mean top Hessian eigenvalue of their loss.
     """
+    task, trainer = problem(dataset, recipe), Trainer(dataset, METHODS["F-GR"], recipe)
     stride = max(1, config.steps // _PROBE_TIMES // 100) * 100
-    split, times, found = task.draw(seeds), [], []
+    split, rows = task.draw(seeds), []
     probe = jax.jit(lambda params, split: _probe_batches(task, params, split, config.fractions))
-    for states in trainer.states({"gamma": gamma, "epsilon": config.epsilon, "interval": 1}, seeds):
+    settings = {"gamma": gamma, "epsilon": config.epsilon, "interval": 1}
+    for states in trainer.states(settings, seeds):
         step = int(states.step[0])
         if step % stride == 0:
             lanes = [
                 probe(*jax.tree.map(lambda x, i=i: x[i], (states.params, split)))
                 for i in range(len(seeds))
             ]
-            times.append(step)
-            found.append(jax.tree.map(lambda *values: np.mean(values, axis=0), *lanes))
-    norms, eigenvalues = (np.stack(values) for values in zip(*found, strict=True))
-    return {"step": np.array(times), "norm": norms, "eigenvalue": eigenvalues}
+            norms, tops = jax.tree.map(lambda *values: np.mean(values, axis=0), *lanes)
+            rows += list(zip(itertools.repeat(step), config.fractions, norms, tops))
+    columns = zip(*rows, strict=True)
+    return dict(
+        zip(("step", "fraction", "norm", "eigenvalue"), map(np.array, columns), strict=True)
+    )
 
 
 def _probe_batches(
@@ -400,15 +259,12 @@ def _probe_batches(
         batch = task.take(task.pool, split.train[rows]), split.train_labels[rows]
         norms, eigenvalues = [], []
         for fraction in fractions:
-            value_fn = functools.partial(
-                _value, task, tuple(x[: round(fraction * size)] for x in batch)
-            )
-            norms.append(
-                curvature.penalty_scale(task.loss, params, batch, penalty_fraction=fraction).part
-            )
-            eigenvalues.append(
-                curvature.top_hessian_eigenvalue(value_fn, params, key, num_matvecs=12).value
-            )
+            part = tuple(x[: round(fraction * size)] for x in batch)
+            value_fn = functools.partial(_value, task, part)
+            scale = curvature.penalty_scale(task.loss, params, batch, penalty_fraction=fraction)
+            top = curvature.top_hessian_eigenvalue(value_fn, params, key, num_matvecs=12)
+            norms.append(scale.part)
+            eigenvalues.append(top.value)
         return jnp.stack(norms), jnp.stack(eigenvalues)
 
     norms, eigenvalues = jax.lax.map(one, jax.random.split(jax.random.key(0), _PROBES))
@@ -419,58 +275,28 @@ def _value(task: Problem, batch: Any, params: PyTree) -> jax.Array:
     return task.loss(params, batch)
 
 
-def _scales(probes: dict[str, Array]) -> Array:
+def _over_training(probes: Columns, name: str, fractions: Any) -> Array:
+    """The mean of a probe along the training, for each fraction."""
+    return np.array([np.mean(select(probes, fraction=f)[name]) for f in fractions])
+
+
+def _scales(probes: Columns, fractions: Any) -> Array:
     """The factor on gamma for each fraction: the ratio of the squared norms, averaged over the
     training.
     """
-    norm = np.mean(probes["norm"], axis=0)
+    norm = _over_training(probes, "norm", fractions)
     return np.asarray(norm[0] / norm)
 
 
-# Warm-up.
-
-_STARTS = (
-    "no penalty",
-    "gamma from the start",
-    "gamma rises",
-    "gamma switched on",
-    "epsilon rises",
-)
-
-
-def _warmups(
-    config: Config, dataset: data.Dataset, parts: Parts, gamma: float, report: Array
-) -> list[dict[str, Any]]:
-    """Adam with a learning rate that warms up over a tenth of the steps, and a penalty that starts
-    in several ways.
-    """
-    steps = config.steps // 10
-    recipe = dataclasses.replace(_recipe(config, "adam"), warmup_steps=steps)
-    cells = []
-    for start in _STARTS:
-        settings = {} if start == "no penalty" else {"gamma": gamma, "epsilon": config.epsilon}
-        trainer = Trainer(
-            dataset, METHODS["SGD"] if start == "no penalty" else _starting(start, steps), recipe
-        )
-        cells.append(
-            {
-                "start": start,
-                "steps": steps,
-                "gamma": gamma,
-                **_train(parts, trainer, recipe, settings, report),
-            }
-        )
-    return cells
-
-
-def _starting(start: str, steps: int) -> Method:
+def starting(start: str, steps: int) -> Method:
     """F-GR whose gamma or epsilon comes to its value in the first ``steps`` steps."""
+    if start == "no penalty":
+        return Method(start, None)
 
-    def regularizer(settings: Settings) -> Any:
+    def make(gamma: Any, epsilon: Any) -> Any:
         def rises(value: Any) -> Any:
             return lambda step: value * jnp.minimum((step + 1) / steps, 1)
 
-        gamma, epsilon = settings["gamma"], settings["epsilon"]
         schedules = {
             "gamma from the start": (gamma, epsilon),
             "gamma rises": (rises(gamma), epsilon),
@@ -480,7 +306,7 @@ def _starting(start: str, steps: int) -> Method:
         chosen = schedules[start]
         return fd_gradreg(gamma=chosen[0], epsilon=chosen[1])
 
-    return Method(start, ("gamma", "epsilon"), regularizer, 2)
+    return Method(start, make, ("gamma", "epsilon"), 2)
 
 
 # Table and figure.
@@ -491,61 +317,49 @@ def table(results: dict[str, Any]) -> str:
     and the share of its gain over SGD.
     """
     lines: list[str] = []
-    for name, found in results["optimizers"].items():
-        lines += [f"{name}, learning rate {found['learning_rate']:g}", _HEAD]
-        full, plain = _cell(found["cells"], 1.0, 1), found["cells"][0]
-        lines += [
-            _line(cell, full, plain)
-            for cell in found["cells"]
-            if cell is not _cell(found["cells"], 1.0, 1, "rule")
-        ]
-        lines += ["", *_rule_lines(results, found), "", *_search_lines(results, found), ""]
-    if results["warmup"]:
+    for (name,), cells in runs.groups(results["cells"], "optimizer"):
+        full, plain = select(cells, **_FULL), select(cells, method="plain")
+        shown = [rows for key, rows in runs.groups(cells, *_CELL) if key[1:4] != (1.0, 1, "rule")]
+        lines.append(f"{name}, learning rate {results['learning_rates'][name]:g}")
+        lines.append(tables.aligned(_HEAD, [_row(rows, full, plain) for rows in shown]))
+        lines += ["", *_rule_lines(results, name), "", *_search_lines(results, name), ""]
+    if "warmup" in results:
         lines += _warmup_lines(results["warmup"])
     report, choose = (len(results["seeds"][name]) for name in ("report", "choose"))
     lines += [
-        (
-            f"{results['dataset']}: means over {report} seeds ± standard error; gamma chosen on"
-            f" {choose} others."
-        ),
-        (
-            "p: paired t-test against the full penalty (f = 1, k = 1, by search); below: worse than"
-            " it by more than one standard error."
-        ),
+        f"{results['dataset']}: means over {report} seeds ± standard error; gamma chosen on"
+        f" {choose} others.",
+        "p: paired t-test against the full penalty (f = 1, k = 1, by search); below: worse than it"
+        " by more than one standard error.",
         "Costs are per step, relative to the plain optimizer; twice the steps is twice the budget.",
     ]
     return "\n".join(lines)
 
 
-_HEAD = (
-    f"{'method':<22} {'f':>5} {'k':>3} {'gamma':>6} {'by':<6} {'gradients':>9} {'FLOPs':>6}"
-    f" {'test accuracy %':>15} {'minus full F-GR':>15} {'p':>8} {'':<5} {'share of its gain':>17}"
-)
+_HEAD = ["method", "f", "k", "gamma", "by", "gradients", "FLOPs", "test accuracy %"]
+_HEAD += ["minus full F-GR", "p", "", "share of its gain"]
 
 
-def _line(cell: dict[str, Any], full: dict[str, Any], plain: dict[str, Any]) -> str:
-    lazy = cell["label"] == "F-GR"
-    fraction, interval = (f"{cell['fraction']:g}", f"{cell['interval']:g}") if lazy else ("", "")
-    gamma = f"{cell['gamma']:g}" if cell["choice"] else ""
-    found = statistics.estimate(100 * cell["accuracy"])
-    lost = len(cell["accuracy"]) - found.size
-    accuracy = f"{found:.2f}" + (f" ({lost} diverged)" if lost else "")
-    left = (
-        f"{cell['label']:<22} {fraction:>5} {interval:>3} {gamma:>6} {cell['choice']:<6}"
-        f" {cell['gradients']:>9.3f} {cell['flops']:>6.3f}"
-    )
-    minus, p, mark, share = "", "", "", ""
-    if cell is not full:
-        difference = statistics.paired(100 * cell["accuracy"], 100 * full["accuracy"])
-        minus, p = f"{difference:+.2f}", f"{difference.p:.1g}"
-        mark, share = (
-            ("" if keeps_up(cell, full) else "below"),
-            f"{gain_share(cell, full, plain):.0%}",
-        )
-    return f"{left} {accuracy:>15} {minus:>15} {p:>8} {mark:<5} {share:>17}"
+def _row(cell: Columns, full: Columns, plain: Columns) -> list[str]:
+    method, fraction, interval, choice, gamma = (cell[name][0] for name in _CELL)
+    found = [method] + ([f"{fraction:g}", f"{interval:g}"] if method == "F-GR" else ["", ""])
+    found += [f"{gamma:g}" if choice else "", choice]
+    found += [f"{cell[name][0]:.3f}" for name in ("gradients", "flops")]
+    found.append(statistics.percent(cell["accuracy"], ".2f"))
+    if (method, fraction, interval, choice) == tuple(_FULL.values()):
+        return [*found, "", "", "", ""]
+    difference = statistics.paired(100 * cell["accuracy"], 100 * full["accuracy"])
+    mark, share = "" if keeps_up(cell, full) else "below", gain_share(cell, full, plain)
+    return [
+        *found,
+        f"{difference:+.2f}",
+        difference.chance,
+        mark,
+        "" if np.isnan(share) else f"{share:.0%}",
+    ]
 
 
-def keeps_up(cell: dict[str, Any], full: dict[str, Any]) -> bool:
+def keeps_up(cell: Columns, full: Columns) -> bool:
     """Whether a cell's accuracy is not below the full penalty's by more than one standard error of
     their paired difference.
 
@@ -555,59 +369,26 @@ def keeps_up(cell: dict[str, Any], full: dict[str, Any]) -> bool:
     return bool(np.all(np.isfinite(cell["accuracy"]))) and difference.mean >= -difference.error
 
 
-def gain_share(cell: dict[str, Any], full: dict[str, Any], plain: dict[str, Any]) -> float:
+def gain_share(cell: Columns, full: Columns, plain: Columns) -> float:
     """A cell's gain in accuracy over the plain optimizer, divided by the full penalty's gain; NaN
     where that is zero.
     """
-    accuracy, most, least = (float(_score(one["accuracy"])) for one in (cell, full, plain))
+    shares = (float(np.mean(_score(one["accuracy"]))) for one in (cell, full, plain))
+    accuracy, most, least = shares
     return (accuracy - least) / (most - least) if most != least else float("nan")
 
 
-def _rule_lines(results: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """What the rule says: the factor on gamma at the start and over the training, and the kick of a
-    lazy step.
+def searched(results: dict[str, Any], optimizer: str) -> tuple[dict[str, Array], Array]:
+    """The search of an optimizer as a block.
+
+    Returns:
+      The values along the three axes, by name ("fraction", "interval", "gamma"), and the mean
+      accuracies on the choosing seeds.
     """
-    probes, lines = found["probes"], []
-    for i, fraction in enumerate(results["fractions"]):
-        if fraction < 1:
-            early, late = probes["norm"][0, 0] / probes["norm"][0, i], _scales(probes)[i]
-            best = (
-                _cell(found["cells"], fraction, 1)["gamma"] / _cell(found["cells"], 1.0, 1)["gamma"]
-            )
-            lines.append(
-                f"factor on gamma for f = {fraction:g}: {early:.2f} at the start, {late:.2f} over"
-                f" the training; by search {best:.2f}"
-            )
-    return lines
-
-
-def _search_lines(results: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """The mean accuracies on the choosing seeds; with SGD also the kick of the step that takes the
-    penalty.
-    """
-    kick, title = (
-        kicks(results, found["optimizer"]),
-        "test accuracy % on the seeds that choose gamma",
-    )
-    known = found["optimizer"] == "sgd"
-    lines = [title + (", and the kick eta lambda (1 + k gamma lambda)" if known else "")]
-    lines.append(
-        f"{'f':>6} {'k':>3}" + "".join(f"{f'gamma {gamma:g}':>13}" for gamma in results["gammas"])
-    )
-    for i, fraction in enumerate(results["fractions"]):
-        for j, interval in enumerate(results["intervals"]):
-            shown = [
-                f"{100 * a:.1f}" + (f" ({b:.1f})" if known else "")
-                for a, b in zip(found["search"][i, j], kick[i, j], strict=True)
-            ]
-            lines.append(
-                f"{fraction:>6g} {interval:>3g}" + "".join(f"{text:>13}" for text in shown)
-            )
-    return lines
-
-
-def _searched(cells: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    return (cell for cell in cells if cell["label"] == "F-GR" and cell["choice"] == "search")
+    rows = select(results["search"], optimizer=optimizer)
+    axes = {name: np.array(list(dict.fromkeys(rows[name].tolist()))) for name in _CELL[1:3]}
+    axes["gamma"] = np.array(list(dict.fromkeys(rows["gamma"].tolist())))
+    return axes, rows["accuracy"].reshape([len(values) for values in axes.values()])
 
 
 def kicks(results: dict[str, Any], optimizer: str = "sgd") -> Array:
@@ -619,101 +400,99 @@ def kicks(results: dict[str, Any], optimizer: str = "sgd") -> Array:
       optimizer: which of them; what it says is plain descent's.
 
     Returns:
-      One minus the factor on the distance to the minimum in that direction, shape (fractions,
-      intervals, gammas), as "search" has it; beyond 2 the step overshoots.
+      One minus the factor on the distance to the minimum in that direction, of the shape of
+      :func:`searched`; beyond 2 the step overshoots.
     """
-    found = results["optimizers"][optimizer]
-    top = np.mean(found["probes"]["eigenvalue"], axis=0)[:, None, None]
-    kick: Array = (
-        found["learning_rate"] * top * (1 + results["intervals"][:, None] * results["gammas"] * top)
-    )
+    axes, _ = searched(results, optimizer)
+    probes = select(results["probes"], optimizer=optimizer)
+    top = _over_training(probes, "eigenvalue", axes["fraction"])[:, None, None]
+    rate = results["learning_rates"][optimizer]
+    kick: Array = rate * top * (1 + axes["interval"][:, None] * axes["gamma"] * top)
     return kick
 
 
-def _warmup_lines(cells: list[dict[str, Any]]) -> list[str]:
-    reference = next(cell for cell in cells if cell["start"] == "gamma from the start")
-    lines = [
-        f"adam, learning rate warmed up over {cells[0]['steps']:g} steps, F-GR with gamma"
-        f" {cells[0]['gamma']:g}"
+def _rule_lines(results: dict[str, Any], optimizer: str) -> list[str]:
+    """What the rule says: the factor on gamma at the start and over the training."""
+    probes, search = (select(results[name], optimizer=optimizer) for name in ("probes", "search"))
+    fractions, start = searched(results, optimizer)[0]["fraction"], select(probes, step=0)
+    late, early = _scales(probes, fractions), _scales(start, fractions)
+    return [
+        f"factor on gamma for f = {f:g}: {early[i]:.2f} at the start, {late[i]:.2f} over the"
+        f" training; by search {_best(search, f, 1) / _best(search, 1.0, 1):.2f}"
+        for i, f in enumerate(fractions)
+        if f < 1
     ]
-    for cell in cells:
-        minus = statistics.paired(100 * cell["accuracy"], 100 * reference["accuracy"])
-        compared = (
-            ""
-            if cell is reference
-            else f"{minus:+.2f} against gamma from the start, p = {minus.p:.1g}"
-        )
-        lines.append(
-            f"{cell['start']:<22} {statistics.estimate(100 * cell['accuracy']):.2f}   {compared}"
-        )
-    return [*lines, ""]
+
+
+def _search_lines(results: dict[str, Any], optimizer: str) -> list[str]:
+    """The mean accuracies on the choosing seeds; with SGD also the kick of the step that takes the
+    penalty.
+    """
+    (axes, accuracy), kick = searched(results, optimizer), kicks(results, optimizer)
+    known, rows = optimizer == "sgd", []
+    for i, j in np.ndindex(accuracy.shape[:2]):
+        pairs = zip(accuracy[i, j], kick[i, j], strict=True)
+        cells = [f"{100 * a:.1f}" + (f" ({b:.1f})" if known else "") for a, b in pairs]
+        rows.append([f"{axes['fraction'][i]:g}", f"{axes['interval'][j]:g}", *cells])
+    title = "test accuracy % on the seeds that choose gamma"
+    head = ["f", "k", *(f"gamma {gamma:g}" for gamma in axes["gamma"])]
+    end = ", and the kick eta lambda (1 + k gamma lambda)" if known else ""
+    return [title + end, tables.aligned(head, rows, left=0)]
+
+
+def _warmup_lines(warmup: Columns) -> list[str]:
+    reference, rows = select(warmup, method="gamma from the start")["accuracy"], []
+    for (start,), found in runs.groups(warmup, "method"):
+        minus = statistics.paired(100 * found["accuracy"], 100 * reference)
+        compared = "" if start == "gamma from the start" else str(minus)
+        rows.append([start, statistics.percent(found["accuracy"], ".2f"), compared])
+    title = f"adam, learning rate warmed up over {warmup['warmup_steps'][0]:g} steps"
+    head = ["start", "test accuracy %", "minus gamma from the start"]
+    return [f"{title}, F-GR with gamma {warmup['penalty'][0]:g}", tables.aligned(head, rows), ""]
 
 
 def plot(results: dict[str, Any], output: Path) -> list[Path]:
     """Draws frontier.png: accuracy against the cost of a step; diamonds are cells whose gamma comes
     from the rule.
     """
-    made, axes = plots.figure(len(results["optimizers"]), width=4.4, height=3.9)
-    for axis, (name, found) in zip(axes, results["optimizers"].items(), strict=True):
-        for cell in found["cells"]:
+    found = list(runs.groups(results["cells"], "optimizer"))
+    made, axes = plots.figure(len(found), width=4.4, height=3.9)
+    for axis, ((name,), cells) in zip(axes, found, strict=True):
+        for _, cell in runs.groups(cells, *_CELL):
             _draw(axis, cell)
-        for fraction in results["fractions"]:
-            cells = [cell for cell in _searched(found["cells"]) if cell["fraction"] == fraction]
-            means = [100 * statistics.estimate(cell["accuracy"]).mean for cell in cells]
-            color, text = _COLORS[bool(fraction < 1)], f"F-GR, f = {fraction:g}"
-            axis.plot(
-                [cell["gradients"] for cell in cells],
-                means,
-                "-",
-                lw=1,
-                color=color,
-                zorder=0,
-                label=text,
-            )
+        for (fraction,), line in runs.groups(
+            select(cells, method="F-GR", choice="search"), "fraction"
+        ):
+            points = [
+                (gradients, 100 * statistics.estimate(rows["accuracy"]).mean)
+                for (gradients,), rows in runs.groups(line, "gradients")
+            ]
+            look: Any = {"color": _color("F-GR", fraction), "label": f"F-GR, f = {fraction:g}"}
+            axis.plot(*zip(*points, strict=True), "-", lw=1, zorder=0, **look)
         axis.set(xlabel="cost of a step (gradient evaluations)", title=name, xlim=(0.8, 3.3))
         axis.margins(y=0.15)
         axis.legend(loc="center right", frameon=False, fontsize=8)
     axes[0].set_ylabel("test accuracy %")
-    return [plots.save(made, output, "frontier")]
+    return plots.save(made, output, "frontier")
 
 
-_COLORS = {False: plots.COLORS["F-GR"], True: "#e377c2"}  # whether on a part of the batch
+def _color(method: str, fraction: float) -> str:
+    return "#e377c2" if fraction < 1 else plots.COLORS.get(method, plots.COLORS["SGD"])
 
 
-def _draw(axis: Any, cell: dict[str, Any]) -> None:
-    lazy = cell["label"] == "F-GR"
-    if lazy and cell["choice"] == "rule" and cell["fraction"] == 1:
+def _draw(axis: Any, cell: Columns) -> None:
+    method, fraction, interval, choice, _ = (cell[name][0] for name in _CELL)
+    lazy, by_rule, cost = method == "F-GR", choice == "rule", cell["gradients"][0]
+    if by_rule and fraction == 1:
         return
-    color = (
-        _COLORS[bool(cell["fraction"] < 1)]
-        if lazy
-        else plots.COLORS["DB" if cell["label"] == "DB" else "SGD"]
-    )
+    color = _color(method, fraction)
     mean, error, _ = statistics.estimate(100 * cell["accuracy"])
-    hollow = {"markerfacecolor": "white"} if cell["choice"] == "rule" else {}
-    cost = cell["gradients"]
-    axis.errorbar(
-        cost,
-        mean,
-        error,
-        fmt="D" if hollow else "o",
-        ms=5,
-        color=color,
-        alpha=0.6 if hollow else 1,
-        **hollow,
-    )
-    if not hollow:
-        text, place = (
-            (f"k={cell['interval']:g}", (-4, -22 if cell["fraction"] < 1 else 16))
-            if lazy
-            else (cell["label"], (6, -11))
-        )
-        axis.annotate(
-            text,
-            (cost, mean),
-            place,
-            textcoords="offset points",
-            fontsize=7,
-            color=color,
-            rotation=60 if lazy else 0,
-        )
+    look: Any = {"fmt": "o"}
+    if by_rule:
+        look = {"fmt": "D", "alpha": 0.6, "markerfacecolor": "white"}
+    axis.errorbar(cost, mean, error, ms=5, color=color, **look)
+    if not by_rule:
+        place = ((-4, -22) if fraction < 1 else (-4, 16)) if lazy else (6, -11)
+        text: Any = {"fontsize": 7, "color": color, "rotation": 60 if lazy else 0}
+        name = f"k={interval:g}" if lazy else method
+        axis.annotate(name, (cost, mean), place, textcoords="offset points", **text)

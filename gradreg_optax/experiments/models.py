@@ -7,14 +7,15 @@ twice it has no fast kernel on the CPU; matrix products have one in all of these
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from gradreg_optax._typing import PyTree
+from gradreg_optax.experiments.common import CommandError
 
-Name: TypeAlias = Literal["mlp", "cnn", "resnet"]
+PyTree: TypeAlias = Any
+Name: TypeAlias = Literal["mlp", "cnn"]
 
 
 class Model(NamedTuple):
@@ -35,11 +36,10 @@ def build(
     """A network for inputs of a shape.
 
     Args:
-      name: "mlp" (``depth`` hidden layers of ``width`` units), "cnn" (``depth`` + 1 convolutions,
+      name: "mlp" (``depth`` hidden layers of ``width`` units) or "cnn" (``depth`` + 1 convolutions,
         each followed by 2x2 mean pooling, the first with ``width`` channels and each further one
-        with twice as many), or "resnet" (three stages of ``depth`` residual blocks with ``width``,
-        2 ``width`` and 4 ``width`` channels, normalised over the channels).
-      shape: shape of one input; (height, width, channels) for "cnn" and "resnet".
+        with twice as many).
+      shape: shape of one input; (height, width, channels) for "cnn".
       classes: number of classes.
       width: see ``name``.
       depth: see ``name``.
@@ -48,18 +48,18 @@ def build(
       The network, with GELU activations.
 
     Raises:
-      ValueError: an unknown name, or inputs that are no images for a convolutional network.
+      CommandError: an unknown name, or inputs that are no images for a convolutional network.
     """
     if name == "mlp":
         return _mlp(shape, classes, width, depth)
-    if name not in ("cnn", "resnet"):
-        raise ValueError(f"unknown model {name!r}: choose one of 'mlp', 'cnn', 'resnet'.")
+    if name != "cnn":
+        raise CommandError(f"unknown model {name!r}: choose one of 'mlp', 'cnn'.")
     if len(shape) != 3:
-        raise ValueError(
-            f"{name} needs images of shape (height, width, channels), got inputs of shape {shape}:"
+        raise CommandError(
+            f"cnn needs images of shape (height, width, channels), got inputs of shape {shape}:"
             " use --model mlp."
         )
-    return (_cnn if name == "cnn" else _resnet)(shape, classes, width, depth)
+    return _cnn(shape, classes, width, depth)
 
 
 def _mlp(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Model:
@@ -99,45 +99,6 @@ def _cnn(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Model:
     return Model(init, apply)
 
 
-def _resnet(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Model:
-    stages = [width, 2 * width, 4 * width]
-    sizes = [size for size in stages for _ in range(depth)]
-
-    def init(key: jax.Array) -> PyTree:
-        stem, head, *keys = jax.random.split(key, 2 + len(sizes))
-        blocks = [
-            _block(k, size, out)
-            for k, size, out in zip(keys, [width, *sizes[:-1]], sizes, strict=True)
-        ]
-        return {
-            "stem": _dense(stem, 9 * shape[-1], width),
-            "blocks": blocks,
-            "head": _dense(head, sizes[-1], classes),
-        }
-
-    def apply(params: PyTree, x: jax.Array) -> jax.Array:
-        x = _convolution(params["stem"], x)
-        for position, block in enumerate(params["blocks"]):
-            if position and position % depth == 0:
-                x = _pool(x)
-            x = _residual(block, x)
-        return _affine(params["head"], jnp.mean(_normalize(x), axis=(1, 2)))
-
-    return Model(init, apply)
-
-
-def _block(key: jax.Array, size: int, out: int) -> PyTree:
-    first, second, skip = jax.random.split(key, 3)
-    block = {"first": _dense(first, 9 * size, out), "second": _dense(second, 9 * out, out)}
-    return block if size == out else block | {"skip": _dense(skip, size, out)}
-
-
-def _residual(block: PyTree, x: jax.Array) -> jax.Array:
-    y = _convolution(block["first"], jax.nn.gelu(_normalize(x)))
-    y = _convolution(block["second"], jax.nn.gelu(_normalize(y)))
-    return y + (_affine(block["skip"], x) if "skip" in block else x)
-
-
 def _dense(key: jax.Array, size: int, out: int) -> PyTree:
     """Weights with variance 1 / fan-in, and zero biases."""
     return {
@@ -165,9 +126,3 @@ def _pool(x: jax.Array) -> jax.Array:
     high, wide = (2 if height > 1 else 1), (2 if width > 1 else 1)
     x = x[:, : height // high * high, : width // wide * wide]
     return jnp.mean(x.reshape(n, height // high, high, width // wide, wide, channels), axis=(2, 4))
-
-
-def _normalize(x: jax.Array) -> jax.Array:
-    """Zero mean and unit variance over the channels of every pixel."""
-    x = x - jnp.mean(x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-5)

@@ -1,8 +1,10 @@
-"""Results on disk: small json files that carry the command, the versions and the machine that made
-them.
+"""Results on disk: small json files that carry the command, the versions, the machine and a digest
+of the sources that made them.
 """
 
 import dataclasses
+import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -13,117 +15,169 @@ from typing import Any
 import jax
 import numpy as np
 
+from gradreg_optax.experiments.common import CommandError, MissingError
+
 FILE = "results.json"
+LAYOUT = 2  # of the file; 1 nested a dict for each method
+_PACKAGE = Path(__file__).parents[1]
+
+
+def prepare(output: Path) -> None:
+    """Makes the folder, tries to write there, and removes what a killed run left half written.
+
+    Raises:
+      CommandError: the folder cannot be made or written to.
+    """
+    write(output / ".writable", {})
+    (output / ".writable").unlink()
+    for left in [*output.glob(".*.partial"), *output.glob("parts/.*.partial")]:
+        if not _alive(int(left.name.split(".")[-2])):
+            left.unlink(missing_ok=True)
 
 
 def save(output: Path, command: str, config: Any, results: dict[str, Any]) -> Path:
-    """Writes ``results`` under ``output`` in one move, so that an interrupted run leaves no half of
-    a file.
+    """Writes ``results`` under ``output``.
 
     Args:
       output: the folder, made if need be.
       command: the subcommand that made them.
       config: its dataclass.
-      results: a dict of arrays, numbers, strings, lists and dicts.
+      results: a dict of arrays, numbers, strings, lists and dicts, of which none is None.
 
     Returns:
       The path of the file.
     """
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "output"}
-    document = {
-        "command": f"gradreg {command}",
-        "config": settings,
-        "versions": versions(),
-        "machine": machine(),
-        "results": results,
-    }
-    path = output / FILE
-    write(path, document)
-    return path
+    document = {"command": f"gradreg {command}", "layout": LAYOUT, "config": settings}
+    document |= {"versions": versions(), "sources": sources(), "machine": machine()}
+    write(output / FILE, document | {"results": results})
+    return output / FILE
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Reads the ``results`` of a file, or of the file in a folder, with lists of numbers as arrays.
+def load(path: Path, command: str | None = None) -> dict[str, Any]:
+    """Reads the ``results`` of a file, or of the file in a folder, with lists of equals as arrays.
+
+    Args:
+      path: a file of :func:`save`, or its folder.
+      command: the subcommand that must have made them, if it matters.
 
     Raises:
-      FileNotFoundError: nothing has been saved there.
+      MissingError: nothing has been saved there.
+      CommandError: the file is broken, of an older layout, or of another command.
     """
     path = path / FILE if path.is_dir() else path
+    again = "run the command without --redraw"
     if not path.exists():
-        raise FileNotFoundError(f"no results at {path}: run the command without --redraw first.")
-    results: dict[str, Any] = read(path)["results"]
+        raise MissingError(f"no results at {path}: {again} first.")
+    try:
+        document = read(path)
+        made, layout, results = (document[key] for key in ("command", "layout", "results"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CommandError(f"{path} is broken or no file of results: {again}.") from error
+    if command is not None and made != f"gradreg {command}":
+        raise CommandError(f"{path} holds results of {made!r}, not of 'gradreg {command}'.")
+    if layout != LAYOUT or not isinstance(results, dict):
+        raise CommandError(f"{path} has layout {layout!r}, this version reads {LAYOUT}: {again}.")
     return results
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
-    """Writes a file in one move, so that an interrupted run leaves no half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(plain(document), indent=1) + "\n")
-    partial.replace(path)
+    """Writes a file in one move, so that an interrupted run or a full disk leaves no half of it.
+
+    Raises:
+      CommandError: the file cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(json.dumps(plain(document), indent=1, allow_nan=False) + "\n")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise CommandError(
+            f"{path} cannot be written ({reason}): choose another folder."
+        ) from error
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Reads a file of :func:`write`, with lists of numbers as arrays."""
-    document: dict[str, Any] = _arrays(json.loads(path.read_text()))
+    """Reads a file of :func:`write`; lists of numbers, truths or strings become arrays, and null
+    NaN.
+
+    Raises:
+      ValueError: it holds no json, or no object.
+    """
+    document = _arrays(json.loads(path.read_text()))
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} holds no object.")
     return document
 
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    found = {
-        name: importlib.metadata.version(name)
-        for name in ("jax", "jaxlib", "optax", "numpy", "gradreg-optax")
-    }
+    names = ("jax", "jaxlib", "optax", "numpy", "gradreg-optax")
+    found = {name: importlib.metadata.version(name) for name in names}
     return {"python": platform.python_version(), **found}
+
+
+@functools.cache
+def sources(package: Path = _PACKAGE) -> str:
+    """A digest of all modules of the package: whoever edits one gets new numbers, not old ones."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
+        digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()[:20]
 
 
 def machine() -> dict[str, Any]:
     """The processor and the accelerator, without names of hosts or users."""
-    device = jax.devices()[0]
-    return {
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "backend": device.platform,
-        "device": device.device_kind,
-    }
+    device, processor = jax.devices()[0], platform.machine()
+    found = {"processor": processor, "cores": os.cpu_count()}
+    return found | {"backend": device.platform, "device": device.device_kind}
 
 
 def plain(value: Any) -> Any:
-    """Arrays and dataclasses as lists, numbers and dicts, to nine significant digits; what is not
-    finite becomes None.
+    """Arrays and dataclasses as lists, numbers and dicts; floats to nine significant digits, and
+    None where they are not finite.
     """
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (np.ndarray, jax.Array)):
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
         return plain(np.asarray(value).tolist())
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    if isinstance(value, (bool, int, str)) or value is None:
-        return value
-    if isinstance(value, (float, np.number)):
-        number = float(value)
-        return float(f"{number:.9g}") if np.isfinite(number) else None
-    return str(value)
+    if isinstance(value, float):
+        return float(f"{value:.9g}") if np.isfinite(value) else None
+    return value if isinstance(value, (bool, int, str)) or value is None else str(value)
 
 
 def _arrays(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _arrays(item) for key, item in value.items()}
     if isinstance(value, list):
-        numbers = (
-            np.array([np.nan if item is None else item for item in value])
-            if _numeric(value)
-            else None
-        )
-        return [_arrays(item) for item in value] if numbers is None else numbers
-    return value
+        found = np.array(value, object)
+        dtype = _dtype({type(item) for item in found.flat}, found)
+        return [_arrays(item) for item in value] if dtype is None else found.astype(dtype)
+    return np.nan if value is None else value
 
 
-def _numeric(value: list[Any]) -> bool:
-    if value and all(isinstance(item, list) for item in value):
-        return len({len(item) for item in value}) == 1 and all(map(_numeric, value))
-    return bool(value) and all(
-        item is None or (isinstance(item, (int, float)) and not isinstance(item, bool))
-        for item in value
-    )
+def _dtype(kinds: set[type], found: Any) -> Any:
+    """What an array of numbers, of truths or of strings is made of; None for any other list."""
+    if kinds == {int}:  # beyond 64 bits an object, never a rounded float
+        return np.int64 if all(-(2**63) <= item < 2**63 for item in found.flat) else object
+    if kinds and kinds <= {int, float, type(None)}:
+        return float
+    return next(iter(kinds)) if kinds in ({bool}, {str}) else None
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

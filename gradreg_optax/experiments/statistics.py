@@ -1,6 +1,7 @@
 """Means with their errors and paired tests; a run that diverged is NaN and enters none of them."""
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -46,6 +47,35 @@ class Difference(NamedTuple):
     def __format__(self, spec: str) -> str:
         """The mean with its error, each in the format ``spec``."""
         return _with_error(self.mean, self.error, spec)
+
+    @property
+    def chance(self) -> str:
+        """``p`` with one digit; nothing where a single pair has none."""
+        return "" if math.isnan(self.p) else f"{self.p:.1g}"
+
+    def __str__(self) -> str:
+        """The mean with its error, and p if there is one."""
+        return f"{self:+.2f}" + (f" (p = {self.chance})" if self.chance else "")
+
+
+def percent(values: Any, spec: str = ".1f") -> str:
+    """The mean of shares with its error, in percent, and how many runs diverged."""
+    found = estimate(100 * np.asarray(values, float))
+    lost = np.size(values) - found.size
+    return f"{found:{spec}}" + (f" ({lost} of {np.size(values)} diverged)" if lost else "")
+
+
+def pairs(accuracies: Mapping[str, Any], wanted: Iterable[tuple[str, str]]) -> list[str]:
+    """The paired difference in points of the first minus the second, a line for each pair that is
+    there.
+    """
+    there = [pair for pair in wanted if set(pair) <= set(accuracies)]
+    titles = [f"{first} minus {second}" for first, second in there]
+    shares = [(100 * accuracies[first], 100 * accuracies[second]) for first, second in there]
+    return [
+        f"{title:<{max(map(len, titles))}}  {paired(*both)!s}, {paired(*both).size} seeds"
+        for title, both in zip(titles, shares, strict=True)
+    ]
 
 
 def estimate(values: Any) -> Estimate:

@@ -9,6 +9,7 @@ method: runs of several methods with one seed are paired.
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
@@ -18,22 +19,36 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 import optax
-from tqdm import tqdm
 
-from gradreg_optax import curvature
-from gradreg_optax._typing import PyTree
-from gradreg_optax.experiments import data, models
-from gradreg_optax.penalty import global_norm
-from gradreg_optax.training import TrainState, TrainStep, make_train_step
-from gradreg_optax.transforms import dbp_gradreg, fd_gradreg, flooding, sam
+from gradreg_optax import (
+    TrainState,
+    TrainStep,
+    asam,
+    curvature,
+    dbp_gradreg,
+    fd_gradreg,
+    flooding,
+    gradient_norm_penalty,
+    make_train_step,
+    sam,
+)
+from gradreg_optax.experiments import common, data, models
+from gradreg_optax.experiments.common import CommandError
+from gradreg_optax.experiments.models import Model, PyTree
 
 Array: TypeAlias = npt.NDArray[Any]
 Settings: TypeAlias = Mapping[str, Any]
+Transformation: TypeAlias = optax.GradientTransformation
 _Pool: TypeAlias = tuple[jax.Array, jax.Array]  # all inputs and all labels of the data set
 _Score: TypeAlias = Callable[
     [jax.Array, jax.Array], jax.Array
 ]  # (logits, label) of one sample -> number
 OptimizerName: TypeAlias = Literal["sgd", "momentum", "adam"]
+OPTIMIZERS: dict[str, Callable[[Any], Transformation]] = {
+    "sgd": optax.sgd,
+    "momentum": functools.partial(optax.sgd, momentum=0.9),
+    "adam": optax.adam,
+}
 
 METRICS = ("accuracy", "train_loss", "grad_norm", "eigenvalue", "eigenvalue_residual", "diverged")
 _CHUNK = 100  # steps between two updates of the progress bar
@@ -52,40 +67,48 @@ class Method:
 
     Attributes:
       label: its name in tables and figures.
-      settings: the hyperparameters that ``regularizer`` reads, besides an optional "interval".
-      regularizer: makes the transformation from their values, which are tracers; None for the plain
-        gradient.
+      make: makes the transformation from the values of ``settings``, given by name, which are
+        tracers; from "interval" too, if a run has one. None for the plain gradient.
+      settings: the names of its hyperparameters.
       gradients: gradient evaluations per step, the plain one included; a Hessian-vector product
         counts as two, and shares half of one with the plain gradient.
     """
 
     label: str
-    settings: tuple[str, ...]
-    regularizer: Callable[[Settings], optax.GradientTransformation | None]
-    gradients: float
+    make: Callable[..., Transformation] | None
+    settings: tuple[str, ...] = ()
+    gradients: float = 1
+
+    def cost(self, fraction: float = 1.0, interval: float = 1) -> float:
+        """Gradients per step, with the penalty on a fraction of the batch and on every
+        ``interval``-th step.
+        """
+        extra = self.gradients - 1
+        return 1 + (extra if fraction == 1 or not extra else self.gradients * fraction) / interval
+
+    def call(self, settings: Settings) -> str:
+        """How its transformation is made, as code."""
+        if self.make is None:
+            return "no penalty"
+        fixed = getattr(self.make, "keywords", {})
+        given = [f"{name}={value!r}" for name, value in fixed.items()]
+        given += [f"{name}={value:g}" for name, value in settings.items()]
+        return f"{name_of(self.make)}({', '.join(given)})"
 
 
-def _difference(scheme: Any) -> Callable[[Settings], optax.GradientTransformation]:
-    return lambda s: fd_gradreg(
-        gamma=s["gamma"], epsilon=s["epsilon"], scheme=scheme, interval=s.get("interval", 1)
-    )
-
-
+# One row a method; the sweep takes the values of a setting from the option of its name in plural.
 METHODS = {
     method.label: method
     for method in (
-        Method("SGD", (), lambda s: None, 1),
-        Method(
-            "DB",
-            ("gamma",),
-            lambda s: dbp_gradreg(gamma=s["gamma"], interval=s.get("interval", 1)),
-            3,
-        ),
-        Method("B-GR", ("gamma", "epsilon"), _difference("backward"), 2),
-        Method("C-GR", ("gamma", "epsilon"), _difference("central"), 3),
-        Method("F-GR", ("gamma", "epsilon"), _difference("forward"), 2),
-        Method("SAM", ("rho",), lambda s: sam(rho=s["rho"], interval=s.get("interval", 1)), 2),
-        Method("flooding", ("level",), lambda s: flooding(level=s["level"]), 1),
+        Method("SGD", None),
+        Method("DB", dbp_gradreg, ("gamma",), 3),
+        Method("B-GR", functools.partial(fd_gradreg, scheme="backward"), ("gamma", "epsilon"), 2),
+        Method("C-GR", functools.partial(fd_gradreg, scheme="central"), ("gamma", "epsilon"), 3),
+        Method("F-GR", fd_gradreg, ("gamma", "epsilon"), 2),
+        Method("SAM", sam, ("rho",), 2),
+        Method("ASAM", asam, ("rho",), 2),
+        Method("GNP", gradient_norm_penalty, ("gamma", "epsilon"), 2),
+        Method("flooding", flooding, ("level",), 1),
     )
 }
 
@@ -95,7 +118,8 @@ class Recipe:
     """What all methods of an experiment have in common.
 
     Attributes:
-      model: "mlp", "cnn" or "resnet".
+      model: "mlp", "cnn", or a network of your own: a
+        :class:`~gradreg_optax.experiments.models.Model` or any pair ``(init, apply)`` like it.
       width: see :func:`gradreg_optax.experiments.models.build`.
       depth: see there.
       train_size: number of training samples, None for all.
@@ -105,12 +129,13 @@ class Recipe:
       steps: number of steps.
       learning_rate: the first learning rate; it falls to zero along a cosine.
       warmup_steps: steps at the start over which the learning rate rises from zero along a line.
-      optimizer: "sgd", "momentum" (0.9) or "adam".
+      optimizer: "sgd", "momentum" (0.9), "adam", or any function of a learning-rate schedule that
+        makes an Optax optimizer.
       penalty_fraction: share of the batch that the penalty is taken on.
       eigenvalue: measure the top Hessian eigenvalue at the end.
     """
 
-    model: models.Name = "mlp"
+    model: str | Model | tuple[Callable[..., Any], Callable[..., Any]] = "mlp"
     width: int = 64
     depth: int = 1
     train_size: int | None = 300
@@ -120,24 +145,45 @@ class Recipe:
     steps: int = 3000
     learning_rate: float = 0.2
     warmup_steps: int = 0
-    optimizer: OptimizerName = "sgd"
+    optimizer: str | Callable[[Any], Transformation] = "sgd"
     penalty_fraction: float = 1.0
     eigenvalue: bool = True
 
     def __post_init__(self) -> None:
         """Checks what does not depend on the data."""
-        for name in ("width", "depth", "batch_size", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        common.at_least(self, 1, "width", "depth", "batch_size", "steps")
+        common.at_least(self, 0, "learning_rate")
         if not 0 <= self.warmup_steps < self.steps:
-            raise ValueError(
+            raise CommandError(
                 f"warmup_steps must be at least 0 and below the {self.steps} steps, got"
                 f" {self.warmup_steps}."
             )
-        if self.optimizer not in ("sgd", "momentum", "adam"):
-            raise ValueError(
-                f"unknown optimizer {self.optimizer!r}: choose one of 'sgd', 'momentum', 'adam'."
+        if not callable(self.optimizer) and self.optimizer not in OPTIMIZERS:
+            raise CommandError(
+                f"unknown optimizer {self.optimizer!r}: choose one of"
+                f" {', '.join(map(repr, OPTIMIZERS))}, or give a function of a schedule."
             )
+        if not isinstance(self.model, str):
+            pair: Any = tuple(self.model)
+            if len(pair) != 2 or not all(map(callable, pair)):
+                raise CommandError(
+                    f"model must be a name or a pair of functions (init, apply), got {self.model}."
+                )
+            object.__setattr__(self, "model", Model(*pair))  # hashable, also if it was a list
+
+    def describe(self) -> dict[str, Any]:
+        """Its fields, with the names of functions in their place."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        model, optimizer = self.model, self.optimizer
+        fields["model"] = model if isinstance(model, str) else name_of(model[1])
+        fields["optimizer"] = optimizer if isinstance(optimizer, str) else name_of(optimizer)
+        return fields
+
+
+def name_of(function: Any) -> str:
+    """A function's name, also where some of its arguments are fixed."""
+    function = getattr(function, "func", function)
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 class Problem:
@@ -159,17 +205,16 @@ class Problem:
           recipe: the rest.
 
         Raises:
-          ValueError: a batch larger than the training set, or more samples than there are.
+          CommandError: a batch larger than the training set, more samples than there are, or a
+            network that does not give one number for each sample and class.
         """
         size = len(data.draw(dataset, 0, recipe.train_size, recipe.test_size).train)
         if recipe.batch_size > size:
-            raise ValueError(
+            raise CommandError(
                 f"batch_size must not exceed the {size} training samples, got {recipe.batch_size}."
             )
         self.dataset, self.recipe, self.batches = dataset, recipe, size // recipe.batch_size
-        self.model = models.build(
-            recipe.model, dataset.shape, dataset.classes, width=recipe.width, depth=recipe.depth
-        )
+        self.model = _model(dataset, recipe)
         self.pool = (jnp.asarray(dataset.inputs), jnp.asarray(dataset.labels))
         self._init = jax.jit(lambda seed: self.model.init(_key(seed, 0)))
         self._measure = jax.jit(self._metrics)
@@ -234,7 +279,7 @@ class Problem:
             "train_loss": loss,
             "grad_norm": curvature.gradient_norm(lambda p: self.loss(p, batch), params),
             "diverged": ~(
-                jnp.isfinite(global_norm(params))
+                jnp.isfinite(optax.global_norm(params))
                 & (loss < _BLOWN_UP * math.log(self.dataset.classes))
             ),
         }
@@ -263,18 +308,18 @@ def problem(dataset: data.Dataset, recipe: Recipe) -> Problem:
     """The problem of a data set and a recipe; recipes that differ in the training alone share its
     data and its compiled metrics.
     """
-    same: dict[str, Any] = {
-        "steps": Recipe.steps,
-        "learning_rate": Recipe.learning_rate,
-        "warmup_steps": 0,
-        "penalty_fraction": 1.0,
-    }
-    return _problem(dataset, dataclasses.replace(recipe, optimizer=Recipe.optimizer, **same))
+    training = ("steps", "learning_rate", "warmup_steps", "penalty_fraction", "optimizer")
+    same: dict[str, Any] = {name: getattr(Recipe, name) for name in training}
+    return _problem(dataset, dataclasses.replace(recipe, **same))
 
 
 @functools.lru_cache(maxsize=2)
 def _problem(dataset: data.Dataset, recipe: Recipe) -> Problem:
     return Problem(dataset, recipe)
+
+
+def _unheard(steps: int) -> None:
+    """Nobody asked how far the training is."""
 
 
 class Trainer:
@@ -295,15 +340,19 @@ class Trainer:
           recipe: the rest.
 
         Raises:
-          ValueError: a batch larger than the training set, or more samples than there are.
+          CommandError: a batch larger than the training set, or more samples than there are.
         """
         self.method, self.traces = method, 0
+        self._programs: dict[tuple[str, ...], tuple[Any, Any]] = {}
         self._problem, self._recipe = problem(dataset, recipe), recipe
         self._begin = jax.jit(jax.vmap(self._start))
         self._advance = jax.jit(self._steps, donate_argnums=0)
 
     def __call__(
-        self, settings: Settings, seeds: Sequence[int] | Array, *, progress: bool = False
+        self,
+        settings: Settings,
+        seeds: Sequence[int] | Array,
+        advanced: Callable[[int], Any] = _unheard,
     ) -> dict[str, Array]:
         """Trains one run per lane.
 
@@ -311,7 +360,7 @@ class Trainer:
           settings: the method's hyperparameters, each a number or an array of shape (lanes,);
             "interval" may be among them.
           seeds: one seed per lane.
-          progress: show a progress bar.
+          advanced: is told, along the way, how many steps of a run have been taken.
 
         Returns:
           Arrays of shape (lanes,): "accuracy" on the test samples, "train_loss" on the (noisy)
@@ -320,17 +369,18 @@ class Trainer:
           the parameters are not finite, in which case the others are NaN.
 
         Raises:
-          ValueError: settings other than the method's.
+          CommandError: settings other than the method's.
         """
-        last = functools.reduce(
-            lambda _, states: states, self.states(settings, seeds, progress=progress)
-        )
+        last = functools.reduce(lambda _, states: states, self.states(settings, seeds, advanced))
         return self._problem.measure(
             last.params, jnp.asarray(seeds, jnp.uint32), self._problem.draw(seeds)
         )
 
     def states(
-        self, settings: Settings, seeds: Sequence[int] | Array, *, progress: bool = False
+        self,
+        settings: Settings,
+        seeds: Sequence[int] | Array,
+        advanced: Callable[[int], Any] = _unheard,
     ) -> Iterator[TrainState]:
         """The states of all lanes along the training: the initial one, one after every 100 steps,
         and the last one.
@@ -338,50 +388,65 @@ class Trainer:
         Args:
           settings: as for a call.
           seeds: as for a call.
-          progress: as for a call.
+          advanced: as for a call.
 
         Yields:
           States with a leading axis of lanes; the memory of each is used again for the next.
 
         Raises:
-          ValueError: settings other than the method's.
+          CommandError: settings other than the method's.
         """
         lanes, split = self._lanes(settings, np.asarray(seeds)), self._problem.draw(seeds)
         states, steps = self._begin(lanes, self._problem.init(lanes["seed"])), self._recipe.steps
         yield states
-        with tqdm(
-            total=steps, desc=self.method.label, unit="step", disable=not progress, leave=False
-        ) as bar:
-            for first in range(0, steps, _CHUNK):
-                states = self._advance(states, lanes, split, self._problem.pool, first)
-                states.step.block_until_ready()
-                bar.update(min(_CHUNK, steps - first))
-                yield states
+        for first in range(0, steps, _CHUNK):
+            states = self._advance(states, lanes, split, self._problem.pool, first)
+            states.step.block_until_ready()
+            advanced(len(seeds) * min(_CHUNK, steps - first))
+            yield states
 
     def flops(self) -> float:
         """Floating-point operations of one step of one run, as XLA counts them."""
-        init, step = self._train_step(dict.fromkeys(self.method.settings, 1.0))
-        state = jax.eval_shape(lambda: init(self._problem.model.init(jax.random.key(0))))
-        size = self._recipe.batch_size
-        batch = jnp.zeros((size, *self._problem.dataset.shape)), jnp.zeros(size, jnp.int32)
-        analysis: Any = jax.jit(step).lower(state, batch).compile().cost_analysis()
+        analysis: Any = self._lowered(self.method.settings)[1].compile().cost_analysis()
         return float(analysis["flops"])
+
+    def digest(self, settings: tuple[str, ...]) -> str:
+        """A digest of the initialization and of one step as programs: what they depend on, also in
+        functions of the user's own.
+
+        Args:
+          settings: names of the hyperparameters that the runs give.
+        """
+        text = "".join(program.as_text() for program in self._lowered(settings))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _lowered(self, settings: tuple[str, ...]) -> tuple[Any, Any]:
+        """Initialization and step of one run, whose settings stay open."""
+        if settings not in self._programs:
+            key, shape = jax.random.key(0), (self._recipe.batch_size, *self._problem.dataset.shape)
+            lane = {name: _setting(name, 1) for name in settings}
+            init = jax.jit(self._problem.model.init)
+            state = jax.eval_shape(lambda lane, key: self._start(lane, init(key)), lane, key)
+            batch = jnp.zeros(shape), jnp.zeros(shape[0], jnp.int32)
+            step = jax.jit(lambda lane, state, batch: self._train_step(lane).step(state, batch))
+            self._programs[settings] = init.lower(key), step.lower(lane, state, batch)
+        return self._programs[settings]
 
     def _lanes(self, settings: Settings, seeds: Array) -> dict[str, jax.Array]:
         wanted, given = set(self.method.settings), set(settings) - {"interval"}
         if wanted != given:
-            raise ValueError(
+            raise CommandError(
                 f"{self.method.label} needs settings for {sorted(wanted)}, got {sorted(given)}."
             )
-        dtypes = {name: jnp.int32 if name == "interval" else jnp.float32 for name in settings}
         lanes = {
-            name: jnp.broadcast_to(jnp.asarray(value, dtypes[name]), seeds.shape)
+            name: jnp.broadcast_to(_setting(name, value), seeds.shape)
             for name, value in settings.items()
         }
         return lanes | {"seed": jnp.asarray(seeds, jnp.uint32)}
 
     def _train_step(self, lane: Settings) -> TrainStep:
-        regularizer = self.method.regularizer(lane)
+        chosen = {name: lane[name] for name in (*self.method.settings, "interval") if name in lane}
+        regularizer = None if self.method.make is None else self.method.make(**chosen)
         fraction = 1.0 if regularizer is None else self._recipe.penalty_fraction
         return make_train_step(
             self._problem.loss,
@@ -429,14 +494,33 @@ def _shuffles(seed: jax.Array, epochs: jax.Array, samples: int) -> jax.Array:
     )(epochs)
 
 
-def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
+def _setting(name: str, value: Any) -> jax.Array:
+    return jnp.asarray(value, jnp.int32 if name == "interval" else jnp.float32)
+
+
+def _model(dataset: data.Dataset, recipe: Recipe) -> Model:
+    """The recipe's network, once it has been seen to fit the data."""
+    if isinstance(recipe.model, str):
+        size = {"width": recipe.width, "depth": recipe.depth}
+        return models.build(recipe.model, dataset.shape, dataset.classes, **size)
+    init, apply = recipe.model
+    x = jnp.zeros((2, *dataset.shape))
+    shape = jax.eval_shape(lambda key, x: apply(init(key), x), jax.random.key(0), x).shape
+    if shape != (2, dataset.classes):
+        raise CommandError(
+            f"model must give logits of shape (batch, {dataset.classes}), got {shape} for a batch"
+            f" of 2 inputs of shape {dataset.shape}."
+        )
+    return Model(init, apply)
+
+
+def _optimizer(recipe: Recipe) -> Transformation:
     rate = optax.cosine_decay_schedule(recipe.learning_rate, recipe.steps - recipe.warmup_steps)
     if recipe.warmup_steps:
         rising = optax.linear_schedule(0.0, recipe.learning_rate, recipe.warmup_steps)
         rate = optax.join_schedules([rising, rate], [recipe.warmup_steps])
-    if recipe.optimizer == "adam":
-        return optax.adam(rate)
-    return optax.sgd(rate, momentum=0.9 if recipe.optimizer == "momentum" else None)
+    chosen = recipe.optimizer
+    return chosen(rate) if callable(chosen) else OPTIMIZERS[chosen](rate)
 
 
 def _key(seed: jax.Array, purpose: int) -> jax.Array:

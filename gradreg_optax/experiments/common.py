@@ -1,0 +1,119 @@
+"""What the commands share: fields of their configurations, their errors, and their progress bar."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+
+class CommandError(ValueError):
+    """Settings, data or files that a command cannot work with; one sentence says what to do."""
+
+
+class MissingError(FileNotFoundError, CommandError):
+    """A file that is not there and cannot be had; one sentence says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Common:
+    """What every command takes."""
+
+    output: Path = Path("results")
+    """Folder for results.json, the figures and the finished parts, where a second start goes on."""
+    seed: int = 0
+    """The first seed."""
+    redraw: bool = False
+    """Print the table and draw the figures from the results on disk, without a run."""
+
+    def __post_init__(self) -> None:
+        """Checks the seed, which NumPy takes from zero on."""
+        at_least(self, 0, "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Training(Common):
+    """What every command takes that trains networks on a data set."""
+
+    train_size: int | None = None
+    """Number of training samples; by default 300 of digits, 1000 of fashion-mnist, else all."""
+    test_size: int | None = None
+    """Number of test samples; by default 1000 of digits, else all."""
+    label_noise: float | None = None
+    """Share of the training samples with a wrong label; by default 0.3 for digits, none for
+    others."""
+    steps: int = 3000
+    """Training steps."""
+
+    def __post_init__(self) -> None:
+        """Checks the sizes."""
+        super().__post_init__()
+        at_least(self, 1, "train_size", "test_size", "steps")
+
+    def sizes(self, dataset: str) -> dict[str, Any]:
+        """Sizes, share of wrong labels and steps, for :class:`trainer.Recipe`."""
+        default = _SIZES.get(dataset, (None, None, 0.0))
+        found = zip(
+            _SIZED, (self.train_size, self.test_size, self.label_noise), default, strict=True
+        )
+        chosen = {name: usual if value is None else value for name, value, usual in found}
+        return chosen | {"steps": self.steps}
+
+
+_SIZED = ("train_size", "test_size", "label_noise")
+_SIZES: dict[str, tuple[int | None, int | None, float]] = {
+    "digits": (300, 1000, 0.3),
+    "fashion-mnist": (1000, None, 0.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class OnData(Training):
+    """What every command takes that trains on a data set to choose."""
+
+    dataset: str = "digits"
+    """digits, mnist1d, fashion-mnist, or the path of an .npz file with x_train, y_train, x_test,
+    y_test."""
+    data_dir: Path | None = None
+    """Folder with the files of fashion-mnist; by default $GRADREG_DATA, the Debian package, the
+    cache, the network."""
+
+
+def at_least(config: Any, least: float, *names: str) -> None:
+    """Checks that fields, or all values in them, are not below ``least``.
+
+    Raises:
+      CommandError: one is, or a field of several values has none.
+    """
+    for name in names:
+        values = getattr(config, name)
+        values = values if isinstance(values, tuple) else (values,)
+        if not values:
+            raise CommandError(f"{name} must hold at least one value: leave --{option(name)} away.")
+        for value in values:
+            if value is not None and not least <= value < float("inf"):
+                raise CommandError(f"{name} must be at least {least:g}, got {value:g}.")
+
+
+def above_zero(config: Any, *names: str) -> None:
+    """Checks that all values of fields are positive.
+
+    Raises:
+      CommandError: one is not, or a field has none.
+    """
+    at_least(config, 0, *names)
+    for name in names:
+        if not np.all(getattr(config, name)):
+            raise CommandError(f"{name} must be above 0, got 0: use DB for the limit of zero.")
+
+
+def option(name: str) -> str:
+    """A field as the command line spells it."""
+    return name.replace("_", "-")
+
+
+def progress(total: int, what: str, unit: str, steps: Iterable[Any] | None = None) -> "tqdm[Any]":
+    """A progress bar on a terminal, and nothing in a log."""
+    return tqdm(steps, total=total, desc=what, unit=unit, disable=None, leave=False)

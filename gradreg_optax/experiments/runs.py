@@ -1,0 +1,282 @@
+"""One row a run: what is to be trained, the training side by side, and the results as columns.
+
+A :class:`Run` is a method, a recipe, the values of the method's settings and a seed. ``train``
+returns one row for each, as a dict of columns (arrays of one length); ``select``, ``groups`` and
+``stack`` are all that tables and figures need. Finished parts are kept on disk, so that a second
+start goes on where the first one ended.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from gradreg_optax.experiments import common, results
+from gradreg_optax.experiments.data import Dataset
+from gradreg_optax.experiments.trainer import METHODS, Array, Method, Recipe, Trainer
+
+Columns: TypeAlias = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+      method: how it is regularized.
+      recipe: what it has in common with others.
+      settings: the values of the method's hyperparameters, and of "interval" if there is one.
+      seed: decides on data split, wrong labels, initial parameters and batches.
+      tags: further columns of its row.
+    """
+
+    method: Method
+    recipe: Recipe
+    settings: Mapping[str, float]
+    seed: int
+    tags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def grid(
+    method: Method,
+    recipe: Recipe,
+    values: Mapping[str, Sequence[float]],
+    seeds: Sequence[int],
+    **tags: Any,
+) -> list[Run]:
+    """All combinations of the values of a method's settings, each on all seeds.
+
+    Args:
+      method: the method.
+      recipe: the recipe.
+      values: for each of the method's settings, and for "interval" if wanted, the values to take;
+        what other methods need may be among them.
+      seeds: the seeds.
+      **tags: further columns of their rows.
+    """
+    names = [name for name in (*method.settings, "interval") if name in values]
+    combined = itertools.product(*(values[name] for name in names))
+    settings = [dict(zip(names, chosen, strict=True)) for chosen in combined]
+    return [Run(method, recipe, one, int(seed), tags) for one in settings for seed in seeds]
+
+
+class Store:
+    """Finished parts on disk, each under a digest of everything that its numbers depend on: the
+    package's sources, versions and machine, and what the caller names.
+    """
+
+    def __init__(self, output: Path | None, **depends: Any) -> None:
+        """Looks at nothing yet.
+
+        Args:
+          output: the folder of the run; None keeps nothing.
+          **depends: what every part depends on.
+        """
+        self.folder = None if output is None else output / "parts"
+        versions = {name: v for name, v in results.versions().items() if name != "python"}
+        self._common = {"sources": results.sources(), "versions": versions}
+        self._common |= {"machine": results.machine()} | depends
+
+    def keep(self, label: str, what: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What ``make`` makes, from the disk if it is there and whole.
+
+        Args:
+          label: what kind of part it is; begins the name of its file.
+          what: everything else that the numbers depend on.
+          make: returns a dict of arrays.
+
+        Returns:
+          The dict, with numbers to nine significant digits.
+        """
+        if self.folder is None:
+            return make()
+        depends = json.dumps(results.plain(self._common | {"part": what}), sort_keys=True)
+        digest = hashlib.sha256(depends.encode()).hexdigest()[:20]
+        path = self.folder / f"{label.replace(' ', '-')}-{digest}.json"
+        try:
+            return results.read(path)
+        except (OSError, ValueError):  # not there, or cut short
+            results.write(path, make())
+        return results.read(path)
+
+    def clear(self) -> None:
+        """Removes all parts."""
+        for path in self.folder.glob("*.json") if self.folder else ():
+            path.unlink()
+
+
+def train(
+    dataset: Dataset,
+    runs: Sequence[Run],
+    store: Store | None = None,
+    *,
+    lanes: int = 40,
+    what: str = "training",
+) -> Columns:
+    """Trains runs side by side, those of one method and recipe in one compiled program.
+
+    Args:
+      dataset: the data.
+      runs: what to train, in any order.
+      store: keeps what is finished; None keeps nothing.
+      lanes: how many runs train side by side; memory grows with it.
+      what: the name of the progress bar, which shows on a terminal alone.
+
+    Returns:
+      One row a run, in their order: "method", "seed", a column for each setting (NaN where a method
+      has none), "gradients" (evaluations per step) and the metrics of
+      :class:`~gradreg_optax.experiments.trainer.Trainer`.
+
+    Raises:
+      CommandError: runs that do not fit the data.
+    """
+    store, found = store or Store(None), [dict[str, Any]()] * len(runs)
+    parts = list(_parts(runs, lanes))
+    total = sum(len(places) * runs[places[0]].recipe.steps for places in parts)
+    with common.progress(total, what, "step") as bar:
+        for places in parts:
+            columns = _part(dataset, [runs[place] for place in places], store, bar.update)
+            for i, place in enumerate(places):
+                found[place] = {name: values[i] for name, values in columns.items()}
+    return _columns([_row(run) | metrics for run, metrics in zip(runs, found, strict=True)])
+
+
+def flops(dataset: Dataset, method: Method, recipe: Recipe, store: Store | None = None) -> float:
+    """Floating-point operations of a step, every penalty taken, over those of the plain one."""
+    store, counts = store or Store(None), []
+    for chosen in (method, METHODS["SGD"]):
+        trainer = _trainer(dataset, chosen, recipe)
+        what = {"recipe": recipe.describe(), "program": trainer.digest(chosen.settings)}
+        count = store.keep(f"flops-{chosen.label}", what, functools.partial(_flops, trainer))
+        counts.append(count["flops"])
+    return float(counts[0] / counts[1])
+
+
+def _flops(trainer: Trainer) -> dict[str, float]:
+    return {"flops": trainer.flops()}
+
+
+@functools.lru_cache(maxsize=4)
+def fingerprint(dataset: Dataset) -> str:
+    """A digest of all inputs, all labels, and how they are read."""
+    kind = f"{dataset.shape} {dataset.classes} {dataset.scale} {dataset.resplit}"
+    digest = hashlib.sha256(kind.encode())
+    for array in (dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y):
+        digest.update(f"{array.shape} {array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def select(columns: Mapping[str, Any], **where: Any) -> Columns:
+    """The rows whose columns have the given values; NaN is found by NaN."""
+    table = {name: np.asarray(values) for name, values in columns.items()}
+    keep = np.ones(len(next(iter(table.values()))), bool)
+    for name, value in where.items():
+        keep &= _equal(table[name], value)
+    return {name: values[keep] for name, values in table.items()}
+
+
+def groups(columns: Mapping[str, Any], *names: str) -> Iterator[tuple[tuple[Any, ...], Columns]]:
+    """The different values of some columns, in the order of their first rows, with their rows."""
+    rows = len(next(iter(columns.values())))
+    lists = [np.asarray(columns[name]).tolist() for name in names]
+    keys = zip(*lists, strict=True) if names else [()] * rows
+    seen = {repr(values): values for values in keys}  # NaN equals NaN here
+    for values in seen.values():
+        yield values, select(columns, **dict(zip(names, values, strict=True)))
+
+
+def stack(*tables: Mapping[str, Any]) -> Columns:
+    """Tables one below the other; a column that one of them lacks is NaN there, or empty."""
+    rows: list[dict[str, Any]] = []
+    for table in tables:
+        lists = {name: np.asarray(values).tolist() for name, values in table.items()}
+        rows += [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+    return _columns(rows)
+
+
+def best(columns: Mapping[str, Any], *names: str) -> dict[str, float] | None:
+    """The setting with the best mean accuracy among those where no run diverged.
+
+    Args:
+      columns: the runs of one method.
+      names: the columns that make a setting.
+
+    Returns:
+      Its values, of equals the first; None if every setting diverged.
+    """
+    sound = [
+        (float(np.mean(rows["accuracy"])), dict(zip(names, values, strict=True)))
+        for values, rows in groups(columns, *names)
+        if not np.any(rows["diverged"])
+    ]
+    return max(sound, key=lambda one: one[0])[1] if sound else None
+
+
+def _parts(runs: Sequence[Run], lanes: int) -> Iterator[list[int]]:
+    """The places of the runs of each part; the last one is repeated to the width of the others, so
+    that all parts of a method and a recipe share a program.
+    """
+    alike: dict[Any, list[int]] = {}
+    for place, run in enumerate(runs):
+        key = (run.method, run.recipe, tuple(sorted(run.settings)))
+        alike.setdefault(key, []).append(place)
+    for places in alike.values():
+        width = -(-len(places) // -(-len(places) // lanes))
+        for first in range(0, len(places), width):
+            part = places[first : first + width]
+            yield part + part[-1:] * (width - len(part))
+
+
+def _part(
+    dataset: Dataset, runs: list[Run], store: Store, advanced: Callable[[int], Any]
+) -> Columns:
+    """The metrics of runs of one method and recipe that train side by side."""
+    method, recipe, names = runs[0].method, runs[0].recipe, sorted(runs[0].settings)
+    trainer, seeds = _trainer(dataset, method, recipe), np.array([run.seed for run in runs])
+    settings = {name: np.array([run.settings[name] for run in runs]) for name in names}
+    what = {"recipe": recipe.describe(), "program": trainer.digest(tuple(names))}
+    what |= {"settings": settings, "seeds": seeds, "data": fingerprint(dataset)}
+    taken: list[int] = []
+
+    def tell(steps: int) -> None:
+        taken.append(steps)
+        advanced(steps)
+
+    found = store.keep(method.label, what, lambda: trainer(settings, seeds, tell))
+    if not taken:  # from the disk
+        advanced(len(runs) * recipe.steps)
+    return found
+
+
+@functools.lru_cache(maxsize=16)
+def _trainer(dataset: Dataset, method: Method, recipe: Recipe) -> Trainer:
+    return Trainer(dataset, method, recipe)
+
+
+def _row(run: Run) -> dict[str, Any]:
+    interval = run.settings.get("interval", 1)
+    gradients = run.method.cost(run.recipe.penalty_fraction, interval)
+    made = {"method": run.method.label, **run.settings, "seed": run.seed, "gradients": gradients}
+    return {**made, **run.tags}
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> Columns:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: _column([row.get(name) for row in rows]) for name in names}
+
+
+def _column(values: list[Any]) -> Array:
+    given = [value for value in values if value is not None]
+    missing = "" if isinstance(given[0], str) else np.nan
+    return np.array([missing if value is None else value for value in values])
+
+
+def _equal(column: Array, value: Any) -> Array:
+    return np.isnan(column) if isinstance(value, float) and np.isnan(value) else column == value
