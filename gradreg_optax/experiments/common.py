@@ -109,6 +109,12 @@ def above_zero(config: Any, *names: str) -> None:
             raise CommandError(f"{name} must be above 0, got 0: use DB for the limit of zero.")
 
 
+def settings(config: Any) -> dict[str, Any]:
+    """The fields that numbers depend on."""
+    left = ("output", "redraw")
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in left}
+
+
 def option(name: str) -> str:
     """A field as the command line spells it."""
     return name.replace("_", "-")

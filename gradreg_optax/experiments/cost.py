@@ -7,8 +7,10 @@ process, and given as ratios to plain SGD. Source: Karakida et al., ICML 2023.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
-from gradreg_optax._typing import PyTree
-from gradreg_optax.experiments.models import Model, build
+from gradreg_optax import dbp_gradreg, fd_gradreg, flooding, make_train_step, sam
+from gradreg_optax.experiments import common, plots, runs, tables
+from gradreg_optax.experiments.models import Model, PyTree, build
 from gradreg_optax.experiments.timing import Floats, Program, interleave, ratio
 from gradreg_optax.experiments.timing import build as compile_step
-from gradreg_optax.training import make_train_step
-from gradreg_optax.transforms import dbp_gradreg, fd_gradreg, flooding, sam
 
 Batch = tuple[jax.Array, jax.Array]
 CLASSES = 10
@@ -44,15 +44,10 @@ AXES = {"mlp": "depth: layers", "resnet": "width: channels of the first stage"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.Common):
     """Two families of networks, and how often to time a step."""
 
     output: Path = Path("results/cost")
-    """Folder for results.json and the figure."""
-    seed: int = 0
-    """Seed of weights and data, neither of which matters for the cost."""
-    redraw: bool = False
-    """Draw the figure from the results on disk, without a run."""
     depths: tuple[int, ...] = (3, 6, 12)
     """Layers of the MLP."""
     hidden: int = 256
@@ -66,6 +61,11 @@ class Config:
     rounds: int = 20
     """Rounds in which every method takes one step."""
 
+    def __post_init__(self) -> None:
+        """Checks the sizes."""
+        super().__post_init__()
+        common.at_least(self, 1, "depths", "hidden", "widths", "image", "batch", "rounds")
+
 
 def run(config: Config) -> dict[str, Any]:
     """Measures every method on every network.
@@ -74,48 +74,49 @@ def run(config: Config) -> dict[str, Any]:
       config: the networks and the number of rounds.
 
     Returns:
-      For "mlp" and "resnet" a dict of ``sizes``, ``products`` (FLOPs of one matrix product,
-      averaged over the layers; NaN for the residual network), and arrays over (size, method):
-      ``flops``, ``memory``, ``trace``, ``compile``, ``seconds`` (with a last axis over rounds).
-      ``methods`` names them.
+      One row a "family" ("mlp" or "resnet"), a "size" and a "method": "programs", with "products"
+      (FLOPs of one matrix product, averaged over the layers; NaN for the residual network),
+      "flops", "memory", "trace" and "compile"; and "times", the "seconds" of each "round".
     """
-    inputs = {"mlp": (config.hidden,), "resnet": (config.image, config.image, 3)}
-    networks = {
-        "mlp": {
-            depth: build("mlp", inputs["mlp"], CLASSES, width=config.hidden, depth=depth - 1)
-            for depth in config.depths
-        },
-        "resnet": {width: residual_network(width) for width in config.widths},
-    }
-    with tqdm(
-        total=len(METHODS) * (len(config.depths) + len(config.widths)), unit="program", disable=None
-    ) as progress:
-        found: dict[str, Any] = {"methods": list(METHODS)}
-        for family, members in networks.items():
-            found[family] = _measure(config, family, members, inputs[family], progress)
-    return found
+    store = runs.Store(config.output, config=common.settings(config))
+    networks = [("mlp", depth) for depth in config.depths]
+    networks += [("resnet", width) for width in config.widths]
+    programs, times = [], []
+    with common.progress(len(METHODS) * len(networks), "cost", "program") as progress:
+        for family, size in networks:
+            make = partial(_measure, config, family, size, progress)
+            found = store.keep(f"{family}-{size}", [family, size], make)
+            axes = {"family": [family], "size": [size], "method": list(METHODS)}
+            seconds = found.pop("seconds")
+            programs.append(runs.tidy(axes, **found))
+            rounds = axes | {"round": np.arange(config.rounds)}
+            times.append(runs.tidy(rounds, seconds=seconds))
+    store.clear()  # the next run measures anew
+    return {"programs": runs.stack(*programs), "times": runs.stack(*times)}
 
 
-def _measure(
-    config: Config,
-    family: str,
-    networks: Mapping[int, Model],
-    shape: tuple[int, ...],
-    progress: Any,
-) -> dict[str, Any]:
-    rows = []
-    for size, network in networks.items():
-        progress.set_description(f"{family}, size {size}")
-        batch = made_up_batch(config.seed, config.batch, shape)
-        params = jax.jit(network.init)(jax.random.key(config.seed))
-        products = _matrix_product(params, config.batch) if family == "mlp" else math.nan
-        rows.append(
-            {"products": products}
-            | _measure_one(cross_entropy(network), params, batch, config.rounds, progress)
-        )
-    return {"sizes": list(networks)} | {
-        key: np.array([row[key] for row in rows]) for key in rows[0]
-    }
+def family_costs(results: dict[str, Any], family: str) -> dict[str, Any]:
+    """The costs of a family as arrays over (sizes, methods), and "seconds" with a last axis over
+    rounds; "sizes" and "methods" name them.
+    """
+    programs, times = (runs.select(results[name], family=family) for name in ("programs", "times"))
+    names = ("products", "flops", "memory", "trace", "compile")
+    found: dict[str, Any] = {name: runs.block(programs, name, "size", "method") for name in names}
+    found["seconds"] = runs.block(times, "seconds", "size", "method", "round")
+    found["sizes"] = np.unique(programs["size"])
+    return found | {"methods": list(dict.fromkeys(programs["method"].tolist()))}
+
+
+def _measure(config: Config, family: str, size: int, progress: Any) -> dict[str, Any]:
+    shape = (config.hidden,) if family == "mlp" else (config.image, config.image, 3)
+    network = residual_network(size)
+    if family == "mlp":
+        network = build("mlp", shape, CLASSES, width=config.hidden, depth=size - 1)
+    batch = made_up_batch(config.seed, config.batch, shape)
+    params = jax.jit(network.init)(jax.random.key(config.seed))
+    products = _matrix_product(params, config.batch) if family == "mlp" else math.nan
+    found = _measure_one(cross_entropy(network), params, batch, config.rounds, progress)
+    return {"products": [products] * len(METHODS)} | found
 
 
 def _measure_one(
@@ -218,55 +219,38 @@ def table(results: dict[str, Any]) -> str:
     Returns:
       Lines of text. Times come with their quartiles over rounds, ``[lower, upper]``.
     """
-    lines = []
-    for family, axis in AXES.items():
-        found = results[family]
-        lines += [
-            f"{family}, {axis} = {found['sizes'][-1]:g}; as multiples of {PLAIN}:",
-            _row("", "FLOPs", "time", "memory", "compile"),
-        ]
-        for i, name in enumerate(results["methods"]):
+    lines, head = [], ["", "FLOPs", "time", "memory", "compile"]
+    families = {family: family_costs(results, family) for family in AXES}
+    for family, found in families.items():
+        rows = []
+        for i, name in enumerate(found["methods"]):
             numbers = [
-                f"{float(found[key][-1][i] / found[key][-1][0]):.2f}"
+                f"{found[key][-1][i] / found[key][-1][0]:.2f}"
                 for key in ("flops", "memory", "compile")
             ]
-            lines.append(
-                _row(
-                    name,
-                    numbers[0],
-                    str(ratio(found["seconds"][-1][i], found["seconds"][-1][0])),
-                    *numbers[1:],
-                )
-            )
-        lines.append("")
-    return "\n".join([*lines, *_headlines(results)])
+            time = str(ratio(found["seconds"][-1][i], found["seconds"][-1][0]))
+            rows.append([name, numbers[0], time, *numbers[1:]])
+        title = f"{family}, {AXES[family]} = {found['sizes'][-1]:g}; as multiples of {PLAIN}:"
+        lines += [title, tables.aligned(head, rows), ""]
+    return "\n".join([*lines, *_headlines(families)])
 
 
-def _row(name: str, flops: str, seconds: str, memory: str, compilation: str) -> str:
-    return f"  {name:<24}{flops:>7}  {seconds:>20}{memory:>8}{compilation:>9}"
-
-
-def _headlines(results: dict[str, Any]) -> list[str]:
-    names = list(results["methods"])
-    pairs = [
-        ("F-GR", PLAIN),
-        ("DB forward-over-reverse", "F-GR"),
-        ("DB reverse-over-reverse", "F-GR"),
-    ]
+def _headlines(families: dict[str, Any]) -> list[str]:
+    pairs = [("F-GR", PLAIN)]
+    pairs += [(f"DB {mode}", "F-GR") for mode in ("forward-over-reverse", "reverse-over-reverse")]
     lines = []
-    for above, below in pairs:
-        for family in AXES:
-            found = zip(results[family]["sizes"], results[family]["seconds"], strict=True)
-            spread = "; ".join(
-                f"{size:g}: {ratio(rows[names.index(above)], rows[names.index(below)])}"
-                for size, rows in found
-            )
-            lines.append(f"time {above} / {below}, {family}: {spread}")
+    for (above, below), (family, found) in itertools.product(pairs, families.items()):
+        a, b = (found["methods"].index(name) for name in (above, below))
+        shown = [
+            f"{ratio(rows[a], rows[b])} at {size:g}"
+            for size, rows in zip(found["sizes"], found["seconds"], strict=True)
+        ]
+        lines.append(f"time {above} / {below}, {family}: {', '.join(shown)}")
     return lines
 
 
 def plot(results: dict[str, Any], output: Path) -> list[Path]:
-    """Draws the paper's cost figure.
+    """Draws FLOPs in matrix products against depth, and times relative to plain SGD.
 
     Args:
       results: what :func:`run` returned, or the same read from disk.
@@ -275,75 +259,40 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
     Returns:
       The path of the figure.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    axes = figure.subplots(1, 3)
-    _plot_products(axes[0], results)
-    _plot_times(axes[1], results, "mlp")
-    _plot_times(axes[2], results, "resnet")
+    made, axes = plots.figure(3, width=4.4, height=4.0)
+    _plot_products(axes[0], family_costs(results, "mlp"))
+    _plot_times(axes[1], family_costs(results, "mlp"), "mlp", "MLP")
+    _plot_times(axes[2], family_costs(results, "resnet"), "resnet", "residual network")
     axes[2].set_yscale("log")
     axes[2].set_yticks([1, 2, 3, 5, 10], ["1", "2", "3", "5", "10"])
-    handles, labels = axes[1].get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=len(labels),
-        frameon=False,
-        fontsize="small",
-    )
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / "cost.png"
-    figure.savefig(path, dpi=150)
-    return [path]
+    look: Any = {"loc": "outside lower center", "frameon": False, "fontsize": "small"}
+    made.legend(*axes[1].get_legend_handles_labels(), ncols=len(METHODS), **look)
+    return plots.save(made, output, "cost")
 
 
-def _plot_products(axes: Any, results: dict[str, Any]) -> None:
-    found = results["mlp"]
-    depths = np.asarray(found["sizes"])
-    for i in range(len(results["methods"])):
-        axes.plot(
-            depths, np.asarray(found["flops"])[:, i] / found["products"], _marker(i), color=f"C{i}"
-        )
+def _plot_products(axes: Any, found: dict[str, Any]) -> None:
+    depths, products = found["sizes"], found["flops"] / found["products"]
+    for i in range(len(found["methods"])):
+        axes.plot(depths, products[:, i], _marker(i), color=f"C{i}")
     for count in THEORY.values():
+        end = (depths[-1], count * depths[-1])
         axes.plot(depths, count * depths, ":", color="black", linewidth=1)
-        axes.annotate(
-            f"{count}L",
-            (depths[-1], count * depths[-1]),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-        )
-    axes.set(
-        title="MLP: XLA's FLOPs",
-        xlabel=AXES["mlp"],
-        ylabel="FLOPs, in matrix products",
-        xticks=depths,
-    )
+        axes.annotate(f"{count}L", end, (4, 0), textcoords="offset points", va="center")
+    axes.set(title="MLP: XLA's FLOPs", xlabel=AXES["mlp"], ylabel="FLOPs, in matrix products")
+    axes.set_xticks(depths)
 
 
-def _plot_times(axes: Any, results: dict[str, Any], family: str) -> None:
-    found = results[family]
+def _plot_times(axes: Any, found: dict[str, Any], family: str, title: str) -> None:
     sizes: Floats = np.arange(len(found["sizes"]), dtype=float)
-    for i, name in enumerate(results["methods"]):
+    for i, name in enumerate(found["methods"]):
         ratios = [ratio(rows[i], rows[0]) for rows in found["seconds"]]
         middle = [r.median for r in ratios]
         spread = [[r.median - r.lower for r in ratios], [r.upper - r.median for r in ratios]]
-        place = sizes + 0.04 * (i - len(results["methods"]) / 2)
-        axes.errorbar(
-            place,
-            middle,
-            spread,
-            fmt=f"{_marker(i)}-",
-            color=f"C{i}",
-            label=name,
-            linewidth=1,
-            markersize=5,
-        )
+        place = sizes + 0.04 * (i - len(found["methods"]) / 2)
+        look: Any = {"color": f"C{i}", "label": name, "linewidth": 1, "markersize": 5}
+        axes.errorbar(place, middle, spread, fmt=f"{_marker(i)}-", **look)
     for count in THEORY.values():
         axes.axhline(count / THEORY[PLAIN], color="black", linestyle=":", linewidth=1)
-    title = {"mlp": "MLP", "resnet": "residual network"}[family]
     axes.set(title=f"{title}: time per step", xlabel=AXES[family], ylabel=f"times {PLAIN}")
     axes.set_xticks(sizes, [f"{size:g}" for size in found["sizes"]])
 

@@ -31,15 +31,18 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 import optax
-from tqdm import tqdm
 
-from gradreg_optax import curvature
-from gradreg_optax._typing import PyTree
-from gradreg_optax.experiments import data, models, statistics
-from gradreg_optax.gradients import fd_value_and_grad
-from gradreg_optax.penalty import global_norm
-from gradreg_optax.training import TrainState, TrainStep, make_train_step
-from gradreg_optax.transforms import flooding
+from gradreg_optax import (
+    TrainState,
+    TrainStep,
+    curvature,
+    fd_value_and_grad,
+    flooding,
+    make_train_step,
+)
+from gradreg_optax.experiments import common, data, models, plots, runs, statistics, tables
+from gradreg_optax.experiments.common import CommandError
+from gradreg_optax.experiments.models import PyTree
 
 Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 Order: TypeAlias = Literal["ascent, descent", "descent, ascent"]
@@ -54,17 +57,12 @@ _APPLY = models.build("mlp", (8, 8, 1), classes=10).apply  # whatever the width 
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.Common):
     """A small network on scikit-learn's digits with some wrong labels, trained to a flood level and
     kept there.
     """
 
     output: Path = Path("results/flooding")
-    """Folder for results.json and the figure."""
-    seed: int = 0
-    """Seed of the first run; the others take the next ones."""
-    redraw: bool = False
-    """Draw the figure from the results on disk, without a run."""
     seeds: int = 5
     """Number of runs of each kind; each has its own data, wrong labels and initial weights."""
     train_size: int = 300
@@ -87,6 +85,21 @@ class Config:
     """Number of steps (of the full size)."""
     records: int = 25
     """Number of times at which the curvature is measured."""
+
+    def __post_init__(self) -> None:
+        """Checks that the records and the batches fit."""
+        super().__post_init__()
+        common.at_least(self, 1, "seeds", "records", "steps", "width", "smaller", "batch_size")
+        if self.records > self.steps:
+            raise CommandError(
+                f"records must be at most steps = {self.steps}, got {self.records}: take more"
+                " steps."
+            )
+        if 2 * self.batch_size > self.train_size:
+            raise CommandError(
+                f"two batches of {self.batch_size} do not fit into {self.train_size} samples: take"
+                " smaller ones."
+            )
 
 
 class Variant(NamedTuple):
@@ -168,39 +181,34 @@ def run(config: Config) -> dict[str, Any]:
     """Measures the two-step identities, and trains every variant.
 
     Returns:
-      ``identity``, see :func:`measure_identity`; ``training``, by variant, see :func:`train`;
-      ``level`` and ``learning_rate``.
-
-    Raises:
-      ValueError: more records than steps, or two batches that do not fit into the training set.
+      "level" and "learning_rate"; "identity", see :func:`measure_identity`; and "training", one row
+      a variant, seed and time, see :func:`train`.
     """
-    if config.records > config.steps:
-        raise ValueError(
-            f"flooding: records must be at most steps = {config.steps}, got {config.records}: take"
-            " more steps."
-        )
-    if 2 * config.batch_size > config.train_size:
-        raise ValueError(
-            f"flooding: two batches of {config.batch_size} do not fit into {config.train_size}"
-            " samples: take smaller ones."
-        )
+    store = runs.Store(config.output, config=common.settings(config))
     problems = [problem(config, config.seed + i) for i in range(config.seeds)]
     with jax.enable_x64(True):
         identity = measure_identity(wide(problems[0]), config.batch_size, config.momentum)
     stacked: Problem = jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
-    ways = variants(config)
-    with tqdm(
-        total=len(ways) * config.records, desc="training", unit="record", disable=None
-    ) as progress:
-        training = {
-            name: train(config, variant, stacked, progress) for name, variant in ways.items()
-        }
-    return {
-        "identity": identity,
-        "training": training,
-        "level": config.level,
-        "learning_rate": config.learning_rate,
-    }
+    ways, training = variants(config), []
+    with common.progress(len(ways), "training", "variant") as progress:
+        for name, variant in ways.items():
+            make = partial(train, config, variant, stacked)
+            found = store.keep(name.replace(",", ""), {"variant": name}, make)
+            axes = {"variant": [name], "seed": config.seed + np.arange(config.seeds)}
+            training.append(runs.tidy(axes | {"time": found.pop("time")}, **found))
+            progress.update()
+    chosen = {"level": config.level, "learning_rate": config.learning_rate}
+    return chosen | {"identity": identity, "training": runs.stack(*training)}
+
+
+def curves(results: dict[str, Any]) -> dict[str, dict[str, Floats]]:
+    """The training by variant: what :func:`train` returned for each."""
+    found = {}
+    for (name,), rows in runs.groups(results["training"], "variant"):
+        columns = set(rows) - {"variant", "seed", "time"}
+        found[name] = {column: runs.block(rows, column, "seed", "time") for column in columns}
+        found[name]["time"] = np.unique(rows["time"])
+    return found
 
 
 def two_steps(
@@ -242,16 +250,20 @@ def deviation(
     predicted = regularization(params, batches[0], learning_rate, sign)
     rest = jax.tree.map(jnp.subtract, moved, predicted)
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(rest)]))
-    return largest, global_norm(rest) / global_norm(predicted), global_norm(predicted)
+    return (
+        largest,
+        optax.global_norm(rest) / optax.global_norm(predicted),
+        optax.global_norm(predicted),
+    )
 
 
-def measure_identity(problem: Problem, batch_size: int, momentum: float) -> dict[str, Any]:
+def measure_identity(problem: Problem, batch_size: int, momentum: float) -> runs.Columns:
     """How far two steps of flooding are from one step of the penalty alone, in float64.
 
     Returns:
-      ``eta``, the steps; ``drift``, by order of the steps the norm of the prediction; by case
-      ("same batch", "momentum", "different batches") and order ``largest``, the largest deviation
-      of a parameter, and ``relative``, the norm of the deviation over that of the prediction.
+      One row a case ("same batch", "momentum", "different batches"), an order of the steps and a
+      step "eta": "largest", the largest deviation of a parameter; "relative", the norm of the
+      deviation over that of the prediction; and "drift", the norm of the prediction.
     """
     eta = np.logspace(-3, 0, 7)
     whole = (problem.x, problem.y)
@@ -263,24 +275,19 @@ def measure_identity(problem: Problem, batch_size: int, momentum: float) -> dict
         "momentum": ((whole, whole), momentum),
         "different batches": (halves, 0.0),
     }
-    found: dict[str, Any] = {"eta": eta, "drift": {}, "largest": {}, "relative": {}}
-    for order, (levels, sign) in ORDERS.items():
-        for case, (batches, inertia) in cases.items():
+    found = []
+    for case, (batches, inertia) in cases.items():
+        for order, (levels, sign) in ORDERS.items():
             rows = [
                 deviation(problem.params, batches, jnp.array(levels), step, inertia, sign)
                 for step in eta
             ]
-            largest, relative, drift = np.array(rows).T
-            found["largest"].setdefault(case, {})[order] = largest
-            found["relative"].setdefault(case, {})[order] = relative
-            if case == "same batch":
-                found["drift"][order] = drift
-    return found
+            measured = dict(zip(("largest", "relative", "drift"), np.array(rows).T, strict=True))
+            found.append(runs.tidy({"case": [case], "order": [order], "eta": eta}, **measured))
+    return runs.stack(*found)
 
 
-def train(
-    config: Config, variant: Variant, problems: Problem, progress: "tqdm[Any]"
-) -> dict[str, Any]:
+def train(config: Config, variant: Variant, problems: Problem) -> dict[str, Any]:
     """Trains one variant on all seeds at once.
 
     Returns:
@@ -306,7 +313,6 @@ def train(
             _record(variant.level, *np.concatenate(pieces, axis=2))
             | measure(state.params, problems, keys)
         )
-        progress.update()
     found = {key: np.stack([record[key] for record in records], axis=1) for key in records[0]}
     speed = variant.learning_rate / (1 - variant.momentum)
     return found | {"time": speed * variant.repeat * steps * np.arange(1, config.records + 1)}
@@ -393,30 +399,20 @@ def table(results: dict[str, Any]) -> str:
     return f"{_identity_table(results['identity'])}\n\n{_training_table(results)}"
 
 
-def _identity_table(identity: dict[str, Any]) -> str:
-    rows = [
-        "two steps of flooding against one step of F-GR's (ascent, descent) or B-GR's (descent,"
-        " ascent) penalty, float64"
-    ]
-    eta = identity["eta"]
-    ends = [f"eta = {eta[0]:g}", f"eta = {eta[-1]:g}"]
-    rows.append(
-        f"{'two steps':<18}{'case':<20}{'largest deviation':>20}"
-        + "".join(f"{'relative, ' + end:>24}" for end in ends)
-    )
-    for case in identity["largest"]:
-        for order in ORDERS:
-            relative = identity["relative"][case][order]
-            rows.append(
-                f"{order:<18}{case:<20}{identity['largest'][case][order].max():>20.1e}"
-                + "".join(f"{relative[i]:>24.1e}" for i in (0, -1))
-            )
-    for order, drift in identity["drift"].items():
-        rows.append(
-            f"{order:<18}the penalty itself moves by {drift[0]:.1e} at {ends[0]} and by"
-            f" {drift[-1]:.1e} at {ends[-1]}"
-        )
-    return "\n".join(rows)
+def _identity_table(identity: runs.Columns) -> str:
+    ends = [f"eta = {end:g}" for end in (min(identity["eta"]), max(identity["eta"]))]
+    head = ["two steps", "case", "largest deviation", *(f"relative, {end}" for end in ends)]
+    rows, drifts = [], []
+    for (case, order), found in runs.groups(identity, "case", "order"):
+        numbers = max(found["largest"]), found["relative"][0], found["relative"][-1]
+        rows.append([order, case, *(f"{number:.1e}" for number in numbers)])
+        if case == "same batch":
+            ends_of = zip(found["drift"][[0, -1]], ends, strict=True)
+            moved = " and ".join(f"by {drift:.1e} at {end}" for drift, end in ends_of)
+            drifts.append(f"{order}: the penalty itself moves {moved}")
+    title = "two steps of flooding against one step of F-GR's (ascent, descent) or B-GR's (descent,"
+    lines = [f"{title} ascent) penalty, float64", tables.aligned(head, rows, left=2)]
+    return "\n".join([*lines, *drifts])
 
 
 def _training_table(results: dict[str, Any]) -> str:
@@ -428,21 +424,14 @@ def _training_table(results: dict[str, Any]) -> str:
         "accuracy": "test acc.",
     }
     rows = [
-        f"training at flood level {results['level']:g}, step {results['learning_rate']:g}: means"
-        " over the last quarter"
+        [name, *(f"{statistics.estimate(late(part[column])):.4f}" for column in columns)]
+        for name, part in curves(results).items()
     ]
-    rows.append(f"{'':<30}" + "".join(f"{head:>18}" for head in columns.values()))
-    for name, part in results["training"].items():
-        rows.append(
-            f"{name:<30}"
-            + "".join(
-                f"{f'{statistics.estimate(_late(part[column])):.4f}':>18}" for column in columns
-            )
-        )
-    return "\n".join(rows)
+    title = f"training at flood level {results['level']:g}, step {results['learning_rate']:g}"
+    return f"{title}: means over the last quarter\n" + tables.aligned(["", *columns.values()], rows)
 
 
-def _late(values: Floats) -> Floats:
+def late(values: Floats) -> Floats:
     """The mean over the last quarter of the records; shape (seeds,)."""
     return np.asarray(values[:, -max(1, values.shape[1] // 4) :].mean(axis=1))
 
@@ -454,10 +443,7 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
     Returns:
       The path of the figure, ``flooding.png``.
     """
-    from matplotlib.figure import Figure  # no state, no display
-
-    figure = Figure(figsize=(15, 7.5), layout="constrained")
-    panels = figure.subplots(2, 3)
+    made, panels = plots.figure(3, rows=2, width=5.0, height=3.75)
     _draw_identity(panels[0, 0], results["identity"])
     columns = {
         "loss": "loss on the batches",
@@ -467,22 +453,23 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
         "accuracy": "test accuracy",
     }
     for panel, (column, label) in zip(panels.flat[1:], columns.items(), strict=True):
-        for name, part in results["training"].items():
+        for name, part in curves(results).items():
             panel.plot(part["time"], part[column].mean(axis=0), label=name)
         panel.set(xlabel="time (effective learning rate x steps)", ylabel=label)
-    panels[0, 1].axhline(results["level"], color="0.7", linestyle="--", zorder=0)
     edge = np.sqrt(2) / results["learning_rate"]
-    panels[1, 1].axhline(edge, color="0.7", linestyle="--", zorder=0, label=r"$\sqrt{2}/\eta$")
+    for panel, level in ((panels[0, 1], results["level"]), (panels[1, 1], edge)):
+        panel.axhline(level, color="0.7", linestyle="--", zorder=0)
+    panels[1, 1].annotate(r"$\sqrt{2}/\eta$", (0, edge))
     panels[1, 1].legend(fontsize=8)
-    output.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output / "flooding.png", dpi=100)
-    return [output / "flooding.png"]
+    return plots.save(made, output, "flooding")
 
 
-def _draw_identity(panel: Any, identity: dict[str, Any]) -> None:
-    for color, (case, orders) in zip(("C0", "C1", "C2"), identity["relative"].items(), strict=True):
-        for style, (order, values) in zip(("o-", "x--"), orders.items(), strict=True):
-            panel.loglog(identity["eta"], values, style, color=color, label=f"{case}: {order}")
+def _draw_identity(panel: Any, identity: runs.Columns) -> None:
+    colors = dict(zip(dict.fromkeys(identity["case"]), ("C0", "C1", "C2"), strict=True))
+    for (case, order), rows in runs.groups(identity, "case", "order"):
+        style = "o-" if order == "ascent, descent" else "x--"
+        label = f"{case}: {order}"
+        panel.loglog(rows["eta"], rows["relative"], style, color=colors[case], label=label)
     panel.axhline(1, color="0.7", zorder=0)
     panel.set(xlabel=r"step $\eta$", ylabel="relative deviation of two steps from GR")
     panel.legend(fontsize=7)

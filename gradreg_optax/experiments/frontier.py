@@ -386,9 +386,9 @@ def searched(results: dict[str, Any], optimizer: str) -> tuple[dict[str, Array],
       accuracies on the choosing seeds.
     """
     rows = select(results["search"], optimizer=optimizer)
-    axes = {name: np.array(list(dict.fromkeys(rows[name].tolist()))) for name in _CELL[1:3]}
-    axes["gamma"] = np.array(list(dict.fromkeys(rows["gamma"].tolist())))
-    return axes, rows["accuracy"].reshape([len(values) for values in axes.values()])
+    names = ("fraction", "interval", "gamma")
+    axes = {name: np.array(list(dict.fromkeys(rows[name].tolist()))) for name in names}
+    return axes, runs.block(rows, "accuracy", *names)
 
 
 def kicks(results: dict[str, Any], optimizer: str = "sgd") -> Array:

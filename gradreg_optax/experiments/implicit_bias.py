@@ -17,7 +17,7 @@ duality. Sources: Karakida et al., ICML 2023; Woodworth et al., COLT 2020 (the e
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -28,10 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
-from gradreg_optax.experiments import statistics
-from gradreg_optax.gradients import dbp_value_and_grad, fd_value_and_grad
+from gradreg_optax import dbp_value_and_grad, fd_value_and_grad
+from gradreg_optax.experiments import common, plots, runs, statistics, tables
+from gradreg_optax.experiments.common import CommandError
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Array: TypeAlias = Any  # of NumPy or of JAX
@@ -53,15 +53,10 @@ TITLES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.Common):
     """A diagonal linear network with fewer samples than features, and the flows to integrate."""
 
     output: Path = Path("results/implicit-bias")
-    """Folder for results.json and the figure."""
-    seed: int = 0
-    """Seed of the first data set; the others take the next ones."""
-    redraw: bool = False
-    """Draw the figure from the results on disk, without a run."""
     seeds: int = 5
     """Number of data sets of each kind: inputs of mean one, the same with few samples, inputs of
     mean zero."""
@@ -84,6 +79,18 @@ class Config:
     few: int = 15
     """Number of samples of the data sets on which the flow has converged long before the
     horizon."""
+
+    def __post_init__(self) -> None:
+        """Checks the sizes and the order of the ascent steps."""
+        super().__post_init__()
+        common.at_least(self, 1, "seeds", "samples", "few", "features", "support")
+        common.at_least(self, 0, "gamma", "horizon")
+        if max(self.samples, self.few, self.support) > self.features or self.alpha <= 0:
+            raise CommandError("alpha must be above 0, and samples, few, support at most features.")
+        if not self.epsilons or list(self.epsilons) != sorted(set(self.epsilons)):
+            raise CommandError(
+                f"epsilons must be in increasing order, got {self.epsilons}: sort them."
+            )
 
     def cases(self) -> dict[str, tuple[float, int]]:
         """Mean of the inputs and number of samples of the three kinds of data sets."""
@@ -290,33 +297,57 @@ def run(config: Config) -> dict[str, Any]:
     problem of each.
 
     Returns:
-      ``epsilon``, ``gamma`` and ``alpha``, and for each kind of data sets what :func:`measure`
-      says.
-
-    Raises:
-      ValueError: the epsilons are not in increasing order.
+      "gamma" and "alpha", and one row a kind of data sets ("case"), a seed and a "flow", with its
+      "epsilon" (NaN for the plain one): "flows", what :func:`measure` says; and "weights", with a
+      "feature" in place of the seed, the weights "reached" and "predicted" on the first data set.
     """
-    if list(config.epsilons) != sorted(set(config.epsilons)):
-        raise ValueError(
-            f"implicit-bias: epsilons must be in increasing order, got {config.epsilons}: sort"
-            " them."
-        )
-    found: dict[str, Any] = {
-        "epsilon": np.array(config.epsilons),
-        "gamma": config.gamma,
-        "alpha": config.alpha,
-    }
+    store = runs.Store(config.output, config=common.settings(config))
+    flows, weights = [], []
     parts = len(config.cases()) * len(methods(config)) * PIECES
-    with (
-        jax.enable_x64(True),
-        tqdm(total=parts, desc="flow", unit="part", disable=None) as progress,
-    ):
+    with jax.enable_x64(True), common.progress(parts, "flow", "part") as progress:
         for name, (mean, samples) in config.cases().items():
             x, y, teacher = draw_data(config, mean, samples)
-            found[name] = measure(
-                config, x, y, teacher, mean, solve_flows(config, x, y, progress.update)
-            )
-    return found
+            make = partial(_part, config, x, y, teacher, mean, progress.update)
+            found = store.keep(name, name, make)
+            last = {"reached": found.pop("reached"), "predicted": found.pop("predicted")}
+            axes = {"case": [name], "flow": labels(config.epsilons)}
+            seeds = {"case": [name], "seed": config.seed + np.arange(config.seeds)}
+            flows.append(runs.tidy(seeds | {"flow": axes["flow"]}, **found))
+            weights.append(runs.tidy(axes | {"feature": np.arange(config.features)}, **last))
+    table = runs.stack(*flows)
+    epsilons = dict(zip(labels(config.epsilons), (np.nan, *config.epsilons), strict=True))
+    table["epsilon"] = np.array([epsilons[flow] for flow in table["flow"].tolist()])
+    chosen = {"gamma": config.gamma, "alpha": config.alpha}
+    return chosen | {"flows": table, "weights": runs.stack(*weights)}
+
+
+def _part(
+    config: Config,
+    x: Floats,
+    y: Floats,
+    teacher: Floats,
+    mean: float,
+    progress: Callable[[], object],
+) -> dict[str, Any]:
+    return measure(config, x, y, teacher, mean, solve_flows(config, x, y, progress))
+
+
+def case(results: dict[str, Any], name: str) -> dict[str, Floats]:
+    """What :func:`measure` returned for a kind of data sets, with "epsilon"."""
+    flows, weights = (runs.select(results[part], case=name) for part in ("flows", "weights"))
+    columns = set(flows) - {"case", "flow", "seed"}
+    found = {column: runs.block(flows, column, "seed", "flow") for column in columns}
+    found |= {
+        column: runs.block(weights, column, "flow", "feature")
+        for column in set(weights) & {"reached", "predicted"}
+    }
+    return found | {"epsilon": found["epsilon"][0, 1:]}
+
+
+def labels(epsilons: Sequence[float]) -> list[str]:
+    """The names of the flows: the plain one first."""
+    names = {-1: "B-GR {:g}", 0: "DB", 1: "F-GR {:g}"}
+    return ["gamma = 0"] + [names[int(np.sign(e))].format(abs(e)) for e in epsilons]
 
 
 def methods(config: Config) -> dict[Method, list[tuple[int, float, float]]]:
@@ -406,36 +437,21 @@ def table(results: dict[str, Any]) -> str:
     """The table of every kind of data sets: mean and standard error over data sets, and the largest
     disagreement with the theory.
     """
-    return "\n\n".join(_part_table(results, name) for name in TITLES)
+    return "\n\n".join(_part_table(case(results, name), TITLES[name]) for name in TITLES)
 
 
-def _part_table(results: dict[str, Any], name: str) -> str:
-    part = results[name]
-    columns = ["scale", "l1", "error", "risk"]
-    rows = [f"{TITLES[name]} ({len(part['scale'])} data sets)"]
-    heads = ["alpha_eff/alpha", "L1 / teacher's", "squared error", "test loss"]
-    rows.append(
-        f"{'flow':<12}"
-        + "".join(f"{head:>18}" for head in heads)
-        + f"{'off prediction':>18}{'the same for y':>18}"
-    )
-    for i, label in enumerate(labels(results)):
-        cells = "".join(
-            f"{f'{statistics.estimate(part[column][:, i]):.4f}':>18}" for column in columns
-        )
-        rows.append(
-            f"{label:<12}{cells}{part['agreement'][:, i].max():>18.1e}"
-            f"{part['agreement_y'][:, i].max():>18.1e}"
-        )
+def _part_table(part: dict[str, Floats], title: str) -> str:
+    columns = {"scale": "alpha_eff/alpha", "l1": "L1 / teacher's", "error": "squared error"}
+    columns["risk"] = "test loss"
+    rows = []
+    for i, label in enumerate(labels(part["epsilon"].tolist())):
+        cells = [f"{statistics.estimate(part[column][:, i]):.4f}" for column in columns]
+        worst = [f"{part[column][:, i].max():.1e}" for column in ("agreement", "agreement_y")]
+        rows.append([label, *cells, *worst])
+    head = ["flow", *columns.values(), "off prediction", "the same for y"]
     falls = np.all(np.diff(part["scale"][:, 1:], axis=1) < 0, axis=1)
-    rows.append(f"alpha_eff falls strictly with epsilon in {falls.sum()} of {len(falls)} data sets")
-    return "\n".join(rows)
-
-
-def labels(results: dict[str, Any]) -> list[str]:
-    """The names of the flows: the plain one first."""
-    names = {-1: "B-GR {:g}", 0: "DB", 1: "F-GR {:g}"}
-    return ["gamma = 0"] + [names[int(np.sign(e))].format(abs(e)) for e in results["epsilon"]]
+    end = f"alpha_eff falls strictly with epsilon in {falls.sum()} of {len(falls)} data sets"
+    return "\n".join([f"{title} ({len(falls)} data sets)", tables.aligned(head, rows), end])
 
 
 def plot(results: dict[str, Any], output: Path) -> list[Path]:
@@ -445,52 +461,39 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
     Returns:
       The path of the figure, ``implicit_bias.png``.
     """
-    from matplotlib.figure import Figure  # no state, no display
-
-    figure = Figure(figsize=(15, 7), layout="constrained")
-    panels = figure.subplots(2, 4)
+    made, panels = plots.figure(4, rows=2, width=3.75, height=3.5)
     names = {
         "scale": r"$\alpha_\mathrm{eff}/\alpha$ (geometric mean)",
         "l1": r"$\|\beta\|_1 / \|\beta^*\|_1$",
         "risk": "test loss, relative",
     }
     for row, name in zip(panels, ("mean_one", "mean_zero"), strict=True):
+        part = case(results, name)
         for panel, (column, label) in zip(row, names.items(), strict=False):
-            _draw_column(panel, results["epsilon"], results[name][column])
+            _draw_column(panel, part["epsilon"], part[column])
             panel.set(xlabel=r"ascent step $\epsilon$ (B-GR < 0 = DB < F-GR)", ylabel=label)
-        _draw_weights(row[3], results, name)
+        _draw_weights(row[3], part)
         row[0].set_title(TITLES[name], loc="left")
     panels[0, 2].legend()
-    output.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output / "implicit_bias.png", dpi=100)
-    return [output / "implicit_bias.png"]
+    return plots.save(made, output, "implicit_bias")
 
 
 def _draw_column(panel: Any, epsilon: Floats, values: Floats) -> None:
     panel.plot(epsilon, values[:, 1:].T, color="C0", alpha=0.25, linewidth=1)
-    panel.plot(
-        epsilon,
-        values[:, 1:].mean(axis=0),
-        "o-",
-        color="C0",
-        label="regularized flow, mean (thin: data sets)",
-    )
-    panel.axhline(
-        values[:, 0].mean(), color="C3", linestyle="--", label=r"plain flow, $\gamma = 0$"
-    )
+    mean, label = values.mean(axis=0), "regularized flow, mean (thin: data sets)"
+    panel.plot(epsilon, mean[1:], "o-", color="C0", label=label)
+    panel.axhline(mean[0], color="C3", linestyle="--", label=r"plain flow, $\gamma = 0$")
     panel.axvline(0, color="0.8", zorder=0)
 
 
-def _draw_weights(panel: Any, results: dict[str, Any], name: str) -> None:
-    part = results[name]
+def _draw_weights(panel: Any, part: dict[str, Floats]) -> None:
     extent = [float(part["predicted"].min()), float(part["predicted"].max())]
     panel.plot(extent, extent, color="0.7", zorder=0)
-    for i, label in enumerate(labels(results)):
+    for i, label in enumerate(labels(part["epsilon"].tolist())):
         panel.plot(part["predicted"][i], part["reached"][i], ".", markersize=4, label=label)
-    worst = float(part["agreement"].max())
     panel.set(
         xlabel=r"predicted $\beta$: $\mathrm{argmin}\ \Phi_{\alpha_\mathrm{eff}}$",
         ylabel=r"reached $\beta$",
     )
-    panel.set_title(f"relative distance at most {worst:.0e}", loc="left")
+    panel.set_title(f"relative distance at most {part['agreement'].max():.0e}", loc="left")
     panel.legend(fontsize=7)

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def write(path: Path, document: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.write_text(json.dumps(plain(document), indent=1, allow_nan=False) + "\n")
+            text = json.dumps(plain(document), indent=1, allow_nan=False)
+            partial.write_text(re.sub(r"\[\s[^][{}]*\]", _one_line, text) + "\n")
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -152,6 +154,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.9g}") if np.isfinite(value) else None
     return value if isinstance(value, (bool, int, str)) or value is None else str(value)
+
+
+def _one_line(column: re.Match[str]) -> str:
+    return re.sub(r"\s*\n\s*", " ", column[0])  # a line break is never within a string
 
 
 def _arrays(value: Any) -> Any:

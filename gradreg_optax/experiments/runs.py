@@ -201,6 +201,33 @@ def stack(*tables: Mapping[str, Any]) -> Columns:
     return _columns(rows)
 
 
+def tidy(axes: Mapping[str, Any], **blocks: Any) -> Columns:
+    """Arrays over some axes as columns, one row an entry.
+
+    Args:
+      axes: the values along each axis, by name.
+      **blocks: arrays over all of them.
+    """
+    grid = np.meshgrid(*map(np.asarray, axes.values()), indexing="ij")
+    columns = dict(zip(axes, (axis.ravel() for axis in grid), strict=True))
+    return columns | {name: np.asarray(block).ravel() for name, block in blocks.items()}
+
+
+def block(columns: Mapping[str, Any], name: str, *axes: str) -> Array:
+    """A column as an array over the different values of others, each in the order of its first row:
+    the inverse of :func:`tidy`.
+    """
+    places, shape = [], []
+    for axis in axes:
+        values = np.asarray(columns[axis]).tolist()
+        order = {value: place for place, value in enumerate(dict.fromkeys(values))}
+        places.append([order[value] for value in values])
+        shape.append(len(order))
+    found = np.empty(shape, np.asarray(columns[name]).dtype)
+    found[tuple(places)] = columns[name]
+    return found
+
+
 def best(columns: Mapping[str, Any], *names: str) -> dict[str, float] | None:
     """The setting with the best mean accuracy among those where no run diverged.
 
