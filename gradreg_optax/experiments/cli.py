@@ -62,7 +62,7 @@ def parse(arguments: list[str]) -> tuple[str, ModuleType, Any]:
     choices: list[Any] = [
         Annotated[
             module.Config,
-            tyro.conf.subcommand(name, description=(module.__doc__ or "").strip().splitlines()[0]),
+            tyro.conf.subcommand(name, description=_summary(module)),
         ]
         for name, module in COMMANDS.items()
     ]
@@ -78,6 +78,10 @@ def parse(arguments: list[str]) -> tuple[str, ModuleType, Any]:
     )
     command = next(name for name, made in COMMANDS.items() if type(config) is made.Config)
     return command, COMMANDS[command], config
+
+
+def _summary(module: ModuleType) -> str:
+    return " ".join((module.__doc__ or "").split("\n\n")[0].split())
 
 
 def _run(command: str, module: ModuleType, config: Any) -> None:

@@ -252,8 +252,8 @@ def deviation(
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(rest)]))
     return (
         largest,
-        optax.global_norm(rest) / optax.global_norm(predicted),
-        optax.global_norm(predicted),
+        optax.tree.norm(rest) / optax.global_norm(predicted),
+        optax.tree.norm(predicted),
     )
 
 

@@ -100,7 +100,7 @@ def write(path: Path, document: dict[str, Any]) -> None:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise CommandError(
-            f"{path} cannot be written ({reason}): choose another folder."
+            f"{path.parent} cannot be written to ({reason}): choose another folder."
         ) from error
 
 

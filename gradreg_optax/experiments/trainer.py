@@ -279,7 +279,7 @@ class Problem:
             "train_loss": loss,
             "grad_norm": curvature.gradient_norm(lambda p: self.loss(p, batch), params),
             "diverged": ~(
-                jnp.isfinite(optax.global_norm(params))
+                jnp.isfinite(optax.tree.norm(params))
                 & (loss < _BLOWN_UP * math.log(self.dataset.classes))
             ),
         }

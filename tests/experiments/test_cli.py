@@ -1,11 +1,20 @@
 import dataclasses
+import importlib.metadata
+import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
+from gradreg_optax.experiments.cli import COMMANDS
+
+COMMITTED = Path(__file__).parents[2] / "notebooks" / "results"
+
 from gradreg_optax.experiments import cli, results
-from gradreg_optax.experiments.registry import COMMANDS
 
 
 def test_help_lists_every_command_with_what_it_does(capsys):
@@ -53,8 +62,8 @@ def test_a_wrong_command_line_stops_with_a_message(arguments, capsys):
     [
         (["sweep", "--dataset", "imagenet"], "gradreg sweep: unknown data set 'imagenet'"),
         (
-            ["sweep", "--dataset", "mnist", "--data-dir", "nowhere"],
-            "gradreg sweep: mnist: no train-images",
+            ["sweep", "--dataset", "fashion-mnist", "--data-dir", "nowhere"],
+            "gradreg sweep: fashion-mnist: no train-images",
         ),
         (
             ["sweep", "--batch-size", "500"],
@@ -74,15 +83,15 @@ def test_what_does_not_fit_is_said_in_a_sentence(arguments, message, tmp_path):
 
 def test_a_figure_is_redrawn_without_the_run(tmp_path, monkeypatch, capsys):
     module = COMMANDS["sweep"]
-    method = {
-        "label": "SGD",
-        "settings": {},
-        "accuracy": [[0.5, 0.7]],
-        "diverged": [[0.0, 0.0]],
-        "chosen": 0,
-        "report": {"accuracy": [0.6, 0.8]},
+    rows = {
+        "role": ["choose", "choose", "report", "report"],
+        "method": ["SGD"] * 4,
+        "seed": [0, 1, 2, 3],
+        "gradients": [1] * 4,
+        "accuracy": [0.5, 0.7, 0.6, 0.8],
+        "diverged": [False] * 4,
     }
-    found = {"dataset": "digits", "seeds": [0, 1], "report_seeds": [2, 3], "methods": [method]}
+    found = {"dataset": "digits", "runs": rows}
     results.save(tmp_path, "sweep", module.Config(), found)
     monkeypatch.setattr(module, "run", None)
     cli.run(["sweep", "--redraw", "--output", str(tmp_path)])
@@ -90,15 +99,111 @@ def test_a_figure_is_redrawn_without_the_run(tmp_path, monkeypatch, capsys):
     assert "70.00 ± 10.00" in shown
     assert (tmp_path / "sweep.png").exists()
 
+    (tmp_path / "sweep.png").unlink()
+    with pytest.raises(
+        SystemExit, match=r"holds results of 'gradreg sweep', not of 'gradreg cost'"
+    ):
+        cli.run(["cost", "--redraw", "--output", str(tmp_path)])
 
-def test_an_interrupted_run_ends_without_a_traceback(tmp_path, monkeypatch):
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_results_without_what_is_drawn_are_named(command, tmp_path):
+    results.save(tmp_path, command, COMMANDS[command].Config(), {"runs": {"seed": [1]}})
+    with pytest.raises(SystemExit, match=f"does not hold what gradreg {command} draws"):
+        cli.run([command, "--redraw", "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_an_interrupted_run_says_that_the_same_command_goes_on(tmp_path, monkeypatch, capsys, kept):
     def interrupt(config):
+        for i in range(kept):
+            results.write(config.output / "parts" / f"{i}.json", {})
         raise KeyboardInterrupt
 
     monkeypatch.setattr(COMMANDS["sweep"], "run", interrupt)
     with pytest.raises(SystemExit) as stop:
         cli.run(["sweep", "--output", str(tmp_path)])
     assert stop.value.code == 130
+    said = capsys.readouterr().err
+    assert f"{kept} finished parts are in" in said
+    assert "the same command goes on where it stopped" in said
+
+
+@pytest.mark.parametrize("place", ["file", "file/folder"])
+def test_a_folder_that_cannot_be_made_is_named_before_the_training(tmp_path, monkeypatch, place):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(COMMANDS["compare"], "run", None)
+    with pytest.raises(SystemExit, match=r"gradreg compare: .*file.* cannot be written to"):
+        cli.run(["compare", "--output", str(tmp_path / place)])
+
+
+@pytest.mark.parametrize("arguments", [["sweep", "--gammas", "-1"], ["sweep", "--gammas"]])
+def test_values_that_cannot_be_stop_with_a_message(arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.run([*arguments, "--output", str(tmp_path)])
+    assert stop.value.code == 2
+    shown = capsys.readouterr()
+    assert "gammas must" in shown.err + shown.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_that_is_not_the_commands_own_keeps_its_trace(tmp_path, monkeypatch):
+    def fail(config):
+        raise ValueError("a fault of the program")
+
+    monkeypatch.setattr(COMMANDS["sweep"], "run", fail)
+    with pytest.raises(ValueError, match="a fault of the program"):
+        cli.run(["sweep", "--output", str(tmp_path)])
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    cli.run(["--version"])
+    assert capsys.readouterr().out == f"gradreg {importlib.metadata.version('gradreg-optax')}\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "gradreg_optax", "sweep", "--redraw", "--output"]
+    read, write = os.pipe()
+    os.close(read)  # as head does after its lines
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(COMMITTED / "sweep_digits" / "results.json", folder)
+        done = subprocess.run(
+            [*command, folder], stdout=write, stderr=subprocess.PIPE, timeout=120, check=False
+        )
+        assert (Path(folder) / "sweep.png").exists()
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_run_without_a_terminal_shows_no_progress(tmp_path, capsys):
+    sizes = ["--train-size", "20", "--test-size", "20", "--steps", "2", "--batch-size", "10"]
+    seeds = ["--seeds", "1", "--report-seeds", "1", "--methods", "SGD", "--width", "2"]
+    cli.run(["sweep", *sizes, *seeds, "--output", str(tmp_path)])
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "\r" not in shown.out
+    assert "figure:" in shown.out
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["sources"] == results.sources()
+
+
+COMMITTED_RUNS = {
+    "compare": "compare",
+    "cost": "cost",
+    "flooding": "flooding",
+    "implicit_bias": "implicit-bias",
+    **dict.fromkeys(("sweep_digits", "sweep_cnn", "sweep_fashion_mnist"), "sweep"),
+    **dict.fromkeys(
+        ("frontier_digits", "frontier_fractions", "frontier_fashion_mnist"), "frontier"
+    ),
+}
+
+
+@pytest.mark.parametrize("folder", sorted(COMMITTED_RUNS))
+def test_the_committed_results_are_those_of_their_commands(folder):
+    command = COMMITTED_RUNS[folder]
+    found = results.load(COMMITTED / folder, command)
+    assert COMMANDS[command].table(found)
 
 
 def test_without_matplotlib_the_command_names_the_extra():

@@ -1,26 +1,27 @@
-import json
-
 import numpy as np
 import pytest
 
-from gradreg_optax.experiments import compare, results, statistics
+from gradreg_optax.experiments import compare, results, runs, statistics
 
-CONFIG = compare.Config(seeds=3)
-LABELS = ("SGD", "DB", "B-GR", "F-GR")
+LABELS = ("SGD", "DB", "B-GR", "F-GR", "SAM")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """The comparison as the command makes it, on three seeds and without the methods that no claim
     speaks of."""
-    folder = tmp_path_factory.mktemp("compare")
+    config = compare.Config(seeds=3, output=tmp_path_factory.mktemp("compare"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "SETTINGS", {label: compare.SETTINGS[label] for label in LABELS})
-        return results.load(results.save(folder, "compare", CONFIG, compare.run(CONFIG)))
+        return results.load(results.save(config.output, "compare", config, compare.run(config)))
+
+
+def rows(found, label):
+    return runs.select(found["runs"], role="best", method=label)
 
 
 def accuracy(found, label):
-    return next(method for method in found["methods"] if method["label"] == label)["accuracy"]
+    return rows(found, label)["accuracy"]
 
 
 def test_forward_differences_beat_double_backpropagation_which_beats_plain_descent(found):
@@ -35,17 +36,23 @@ def test_forward_differences_beat_double_backpropagation_which_beats_plain_desce
 
 
 def test_at_one_gamma_accuracy_rises_with_the_signed_ascent_step(found):
-    signed = found["signed_epsilon"]
-    assert list(signed["epsilon"]) == sorted(signed["epsilon"])
-    assert (np.diff(signed["accuracy"].mean(axis=1)) > 0).all()
+    signed = runs.groups(runs.select(found["runs"], role="signed"), "step")
+    steps, means = zip(*((step, part["accuracy"].mean()) for (step,), part in signed), strict=True)
+    assert steps == tuple(sorted(steps))
+    assert (np.diff(means) > 0).all()
 
 
 def test_regularization_finds_flatter_minima(found):
-    sharpness = {method["label"]: method["eigenvalue"] for method in found["methods"]}
+    sharpness = {label: rows(found, label)["eigenvalue"] for label in LABELS}
     assert (sharpness["F-GR"] < sharpness["DB"]).all()
     assert (sharpness["DB"] < sharpness["SGD"] / 2).all()
-    for method in found["methods"]:  # the eigenvalues are eigenvalues
-        assert (method["eigenvalue_residual"] < 0.01 * method["eigenvalue"]).all()
+    best = runs.select(found["runs"], role="best")  # the eigenvalues are eigenvalues
+    assert (best["eigenvalue_residual"] < 0.01 * best["eigenvalue"]).all()
+
+
+def test_the_results_say_what_was_compared(found):
+    assert found["methods"]["B-GR"] == "fd_gradreg(scheme='backward', gamma=6, epsilon=0.1)"
+    assert (found["recipe"]["model"], found["recipe"]["label_noise"]) == ("mlp", 0.3)
 
 
 def test_the_table_names_method_difference_cost_and_number_of_seeds(found):
@@ -57,19 +64,29 @@ def test_the_table_names_method_difference_cost_and_number_of_seeds(found):
     assert "means over 3 seeds" in text
 
 
+def test_the_table_sets_forward_differences_beside_sam(found):
+    gain = statistics.paired(100 * accuracy(found, "F-GR"), 100 * accuracy(found, "SAM"))
+    assert f"F-GR minus SAM  {gain!s}, 3 seeds" in compare.table(found)
+
+
+def test_one_seed_has_no_p(found):
+    alone = {**found, "runs": runs.select(found["runs"], seed=0)}
+    text = compare.table(alone)
+    assert "nan" not in text
+    assert "p =" not in text
+
+
 def test_a_diverged_run_is_named_and_not_averaged(found):
-    broken = {**found, "methods": [dict(method) for method in found["methods"]]}
-    values = np.array([0.5, 0.7, np.nan])
-    broken["methods"][3] |= {"accuracy": values}
-    row = next(line for line in compare.table(broken).splitlines() if line.startswith("F-GR  "))
+    broken = {name: values.copy() for name, values in found["runs"].items()}
+    place = (broken["role"] == "best") & (broken["method"] == "F-GR")
+    broken["accuracy"][place] = [0.5, 0.7, np.nan]
+    text = compare.table({**found, "runs": broken})
+    row = next(line for line in text.splitlines() if line.startswith("F-GR  "))
     assert "60.0 ± 10.0 (1 of 3 diverged)" in row
 
 
 def test_the_figure_is_drawn_from_the_file_alone(found, tmp_path):
-    again = json.loads(json.dumps(results.plain(found)))
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps({"results": again}))
-    (figure,) = compare.plot(results.load(path), tmp_path)
+    (figure,) = compare.plot(found, tmp_path)
     assert figure.name == "compare.png"
     assert figure.read_bytes().startswith(b"\x89PNG")
 

@@ -128,18 +128,24 @@ def test_different_batches_leave_a_rest_that_swamps_the_penalty_like_one_over_et
 )
 def test_settings_that_cannot_be_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        flooding.run(dataclasses.replace(SMALL, **change))
+        dataclasses.replace(SMALL, **change)
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """The results of a small run, as they come back from disk."""
-    path = results.save(tmp_path_factory.mktemp("flooding"), "flooding", SMALL, flooding.run(SMALL))
+    config = dataclasses.replace(SMALL, output=tmp_path_factory.mktemp("flooding"))
+    path = results.save(config.output, "flooding", config, flooding.run(config))
     return results.load(path)
 
 
-def test_plain_descent_sinks_below_the_level_and_flooding_floats_on_it(found):
-    training, level = found["training"], found["level"]
+@pytest.fixture(scope="module")
+def curves(found):
+    return flooding.curves(found)
+
+
+def test_plain_descent_sinks_below_the_level_and_flooding_floats_on_it(found, curves):
+    training, level = curves, found["level"]
     assert np.all(training["plain descent"]["sign"] == 1)
     assert training["plain descent"]["loss"][:, -1].max() < level / 2
     for name in ("flooding", "flooding, small steps", "flooding, momentum"):
@@ -149,21 +155,21 @@ def test_plain_descent_sinks_below_the_level_and_flooding_floats_on_it(found):
         assert np.abs(training[name]["sign"][:, -1]).max() < 0.2, name
 
 
-def test_only_flooding_without_momentum_and_with_one_batch_alternates(found):
-    late = {name: part["alternation"][:, -1] for name, part in found["training"].items()}
+def test_only_flooding_without_momentum_and_with_one_batch_alternates(curves):
+    late = {name: part["alternation"][:, -1] for name, part in curves.items()}
     assert late["flooding, small steps"].min() > 0.9
     assert late["flooding, momentum"].max() < 0.7
     assert late["flooding, different batches"].max() < 0.9
 
 
-def test_every_variant_has_the_same_time(found):
-    times = [part["time"] for part in found["training"].values()]
+def test_every_variant_has_the_same_time(curves):
+    times = [part["time"] for part in curves.values()]
     for time in times[1:]:
         np.testing.assert_allclose(time, times[0])
 
 
-def test_every_eigenvalue_carries_its_residual(found):
-    for part in found["training"].values():
+def test_every_eigenvalue_carries_its_residual(curves):
+    for part in curves.values():
         assert part["residual"].shape == part["eigenvalue"].shape == (2, 3)
         assert np.all(part["residual"] < 0.1 * part["eigenvalue"])
 
@@ -172,6 +178,6 @@ def test_figure_and_table_come_from_the_results_alone(found, tmp_path: Path):
     (figure,) = flooding.plot(found, tmp_path / "new")
     assert figure.read_bytes().startswith(b"\x89PNG")
     text = flooding.table(found)
-    late = found["training"]["plain descent"]["accuracy"][:, -1:].mean()
+    late = flooding.curves(found)["plain descent"]["accuracy"][:, -1:].mean()
     assert f"{late:.4f}" in text
     assert text.count("different batches") == 3

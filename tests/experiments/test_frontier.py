@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gradreg_optax import fd_gradreg
-from gradreg_optax.experiments import frontier, results, training
-from gradreg_optax.experiments.training import Recipe, Trainer
+from gradreg_optax.experiments import frontier, results, runs, trainer
+from gradreg_optax.experiments.trainer import METHODS, Recipe, Trainer
 
 CONFIG = frontier.Config(
     train_size=64,
@@ -37,8 +37,14 @@ def found(made):
 
 
 def cell(found, fraction, interval, choice="search"):
-    wanted = {"label": "F-GR", "fraction": fraction, "interval": interval, "choice": choice}
-    return next(c for c in found["optimizers"]["sgd"]["cells"] if wanted.items() <= c.items())
+    where = {"method": "F-GR", "fraction": fraction, "interval": interval, "choice": choice}
+    return runs.select(found["cells"], optimizer="sgd", **where)
+
+
+def one(found, name, *where):
+    """The one value that a column has in a cell."""
+    (value,) = set(cell(found, *where)[name].tolist())
+    return value
 
 
 @pytest.mark.parametrize(
@@ -53,47 +59,46 @@ def cell(found, fraction, interval, choice="search"):
     ],
 )
 def test_a_cell_costs_one_gradient_and_those_of_its_penalty(fraction, interval, count):
-    assert frontier.gradients(fraction, interval) == count
+    assert METHODS["F-GR"].cost(fraction, interval) == count
 
 
 def test_the_flops_of_a_cell_are_its_gradients(found):
     for fraction in CONFIG.fractions:
         for interval in CONFIG.intervals:
-            one = cell(found, fraction, interval)
+            flops, gradients = (
+                one(found, name, fraction, interval) for name in ("flops", "gradients")
+            )
             # beside the gradients there are the optimizer and the sum of two trees: a few
             # operations per parameter
-            assert one["flops"] == pytest.approx(one["gradients"], rel=0.02)
+            assert flops == pytest.approx(gradients, rel=0.02)
 
 
 def test_the_cost_of_skipped_steps_is_that_of_the_plain_step(found):
     for fraction in CONFIG.fractions:
-        every, fourth = cell(found, fraction, 1)["flops"], cell(found, fraction, 4)["flops"]
+        every, fourth = (one(found, "flops", fraction, interval) for interval in (1, 4))
         assert fourth == pytest.approx(1 + (every - 1) / 4, rel=1e-7)  # saved to nine digits
 
 
 def test_gamma_is_the_best_of_the_choosing_seeds_and_reported_on_others(found):
     assert not set(found["seeds"]["choose"]) & set(found["seeds"]["report"])
-    search = found["optimizers"]["sgd"]["search"]
-    for i, fraction in enumerate(CONFIG.fractions):
-        for j, interval in enumerate(CONFIG.intervals):
-            assert (
-                cell(found, fraction, interval)["gamma"]
-                == CONFIG.gammas[int(np.argmax(search[i, j]))]
-            )
+    axes, search = frontier.searched(found, "sgd")
+    for i, fraction in enumerate(axes["fraction"]):
+        for j, interval in enumerate(axes["interval"]):
+            best = CONFIG.gammas[int(np.argmax(search[i, j]))]
+            assert one(found, "gamma", fraction, interval) == best
 
 
 def test_the_rule_scales_the_gamma_of_the_full_penalty_by_the_ratio_of_the_squared_norms(found):
-    norm = found["optimizers"]["sgd"]["probes"]["norm"].mean(axis=0)
-    gamma = cell(found, 1.0, 1)["gamma"]
+    probes = runs.select(found["probes"], optimizer="sgd")
+    full, part = (runs.select(probes, fraction=f)["norm"].mean() for f in CONFIG.fractions)
+    gamma = one(found, "gamma", 1.0, 1)
     for interval in CONFIG.intervals:
-        assert cell(found, 1.0, interval, "rule")["gamma"] == gamma
+        assert one(found, "gamma", 1.0, interval, "rule") == gamma
         # gamma is rounded to two digits
-        assert cell(found, 0.25, interval, "rule")["gamma"] == pytest.approx(
-            gamma * norm[0] / norm[1], rel=0.05
-        )
-    assert (
-        0.25 * 0.9 < norm[0] / norm[1] < 1
-    )  # between f and 1 in expectation; a tenth for the noise of 16 batches
+        ruled = one(found, "gamma", 0.25, interval, "rule")
+        assert ruled == pytest.approx(gamma * full / part, rel=0.05)
+    # between f and 1 in expectation; a tenth for the noise of 16 batches
+    assert 0.25 * 0.9 < full / part < 1
 
 
 def test_one_setting_trains_to_one_result_whatever_chose_it(found):
@@ -114,7 +119,7 @@ def test_a_second_start_trains_nothing_and_gives_the_same(made, monkeypatch):
 def test_table_and_figure_show_every_cell(found, tmp_path):
     text = frontier.table(found)
     assert (
-        text.count("\nF-GR  ") == 7
+        text.count("\nF-GR ") == 7
     )  # four cells by search, four by rule, and the full penalty only once
     assert "twice the steps" in text
     assert "factor on gamma for f = 0.25" in text
@@ -132,10 +137,15 @@ def test_the_kick_is_how_far_a_penalised_step_goes_on_a_quadratic():
     probes = {
         "eigenvalue": np.stack([0.5 * curvature, 1.5 * curvature])
     }  # the mean over the training counts
+    search = runs.tidy(
+        {"optimizer": ["sgd"], "fraction": [1.0, 0.5], "interval": intervals, "gamma": gammas},
+        accuracy=np.zeros((1, 2, 2, 3)),
+    )
+    axes = {"optimizer": ["sgd"], "step": [0, 1], "fraction": [1.0, 0.5]}
     made = {
-        "gammas": gammas,
-        "intervals": intervals,
-        "optimizers": {"sgd": {"learning_rate": rate, "probes": probes}},
+        "search": search,
+        "learning_rates": {"sgd": rate},
+        "probes": runs.tidy(axes, **probes),
     }
     kick = frontier.kicks(made)
     assert kick.shape == (2, 2, 3)
@@ -165,7 +175,7 @@ def test_the_search_is_shown_with_every_accuracy(found):
     ]
     shown = [[float(value) for value in row.split()[2::2]] for row in rows]
     np.testing.assert_allclose(
-        shown, 100 * found["optimizers"]["sgd"]["search"].reshape(4, -1), atol=0.05 + 1e-9
+        shown, 100 * frontier.searched(found, "sgd")[1].reshape(4, -1), atol=0.05 + 1e-9
     )
 
 
@@ -200,7 +210,7 @@ def test_the_share_of_the_gain_is_one_for_the_full_penalty_and_zero_for_the_plai
 )
 def test_each_start_reaches_the_full_penalty_after_the_warm_up(start, first, middle, last):
     # On a quadratic the difference is exact for every epsilon, so that the update shows gamma.
-    tx = frontier._starting(start, 10).regularizer({"gamma": 3.0, "epsilon": 2.0})
+    tx = frontier.starting(start, 10).make(gamma=3.0, epsilon=2.0)
     params = jnp.array([1.0, 2.0])
     state, seen = tx.init(params), []
     for _ in range(12):
@@ -212,7 +222,7 @@ def test_each_start_reaches_the_full_penalty_after_the_warm_up(start, first, mid
 
 
 def test_the_learning_rate_warms_up_along_a_line_and_falls_along_a_cosine():
-    optimizer = training._optimizer(Recipe(steps=30, warmup_steps=10, learning_rate=0.5))
+    optimizer = trainer._optimizer(Recipe(steps=30, warmup_steps=10, learning_rate=0.5))
     params = jnp.float32(0.0)
     state, rates = optimizer.init(params), []
     for _ in range(31):
@@ -230,9 +240,20 @@ def test_a_warm_up_beyond_the_training_is_named():
         Recipe(steps=10, warmup_steps=10)
 
 
-@pytest.mark.parametrize("change", [{"fractions": (0.25,)}, {"intervals": (4, 1)}])
-def test_cells_without_the_full_penalty_are_refused(change):
-    with pytest.raises(ValueError, match="must begin with 1"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fractions": (0.25,)}, "must begin with 1"),
+        ({"intervals": (4, 1)}, "must begin with 1"),
+        ({"fractions": (1.0, 2.0)}, "must not exceed 1"),
+        ({"fractions": (1.0, -0.5)}, "fractions must be at least 0, got -0.5"),
+        ({"gammas": ()}, "gammas must hold at least one value"),
+        ({"epsilon": 0.0}, "epsilon must be above 0"),
+        ({"optimizers": ()}, "optimizers must not be empty"),
+    ],
+)
+def test_cells_that_cannot_be_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **change)
 
 

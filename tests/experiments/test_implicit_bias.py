@@ -161,21 +161,27 @@ def test_newtons_method_says_when_it_has_not_converged(monkeypatch):
 
 def test_epsilons_out_of_order_are_refused():
     with pytest.raises(ValueError, match="increasing order"):
-        implicit_bias.run(dataclasses.replace(SMALL, epsilons=(0.1, 0.0)))
+        dataclasses.replace(SMALL, epsilons=(0.1, 0.0))
+
+
+@pytest.mark.parametrize("change", [{"samples": 21}, {"alpha": 0.0}, {"seeds": 0}, {"seed": -1}])
+def test_sizes_that_cannot_be_are_refused(change):
+    with pytest.raises(ValueError, match=r"must be (at least|above 0)"):
+        dataclasses.replace(SMALL, **change)
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """The results of a small run, as they come back from disk."""
-    path = results.save(
-        tmp_path_factory.mktemp("implicit_bias"), "implicit-bias", SMALL, implicit_bias.run(SMALL)
+    config = dataclasses.replace(SMALL, output=tmp_path_factory.mktemp("implicit_bias"))
+    return results.load(
+        results.save(config.output, "implicit-bias", config, implicit_bias.run(config))
     )
-    return results.load(path)
 
 
 @pytest.mark.parametrize("name", SMALL.cases())
 def test_the_flow_reaches_the_weights_of_least_entropy(found, name):
-    part = found[name]
+    part = implicit_bias.case(found, name)
     assert part["agreement"].shape == (3, 4)  # three data sets; the plain flow and three epsilons
     assert (
         part["agreement"].max() < 2e-6
@@ -188,19 +194,21 @@ def test_the_flow_reaches_the_weights_of_least_entropy(found, name):
 
 
 def test_a_converged_flow_reaches_the_interpolator_of_least_entropy(found):
-    assert found["converged"]["residual"].max() < 1e-5
-    assert found["converged"]["agreement_y"].max() < 1e-5
+    assert implicit_bias.case(found, "converged")["residual"].max() < 1e-5
+    assert implicit_bias.case(found, "converged")["agreement_y"].max() < 1e-5
 
 
 def test_alpha_eff_falls_strictly_with_epsilon(found):
-    assert np.all(np.diff(found["mean_one"]["scale"][:, 1:]) < 0)
+    assert np.all(np.diff(implicit_bias.case(found, "mean_one")["scale"][:, 1:]) < 0)
 
 
-def test_tracing_adds_no_program_when_epsilon_changes(found):
+def test_tracing_adds_no_program_when_epsilon_changes(found, tmp_path):
     del found  # its programs are those of this module's configuration
     before = implicit_bias.integrate._cache_size()
     implicit_bias.run(
-        dataclasses.replace(SMALL, epsilons=(-0.1, 0.0, 0.3), gamma=0.05, seed=7, horizon=1.0)
+        dataclasses.replace(
+            SMALL, output=tmp_path, epsilons=(-0.1, 0.0, 0.3), gamma=0.05, seed=7, horizon=1.0
+        )
     )
     assert implicit_bias.integrate._cache_size() == before
 

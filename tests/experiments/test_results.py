@@ -1,7 +1,10 @@
 import dataclasses
+import errno
 import json
 import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,6 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gradreg_optax.experiments import results
+
+CAPTURED = {"capture_output": True, "text": True, "check": True, "timeout": 60}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,7 @@ def test_a_file_says_how_it_was_made_and_not_where(tmp_path):
     document = json.loads(results.save(tmp_path, "test", Config(), {}).read_text())
     assert document["command"] == "gradreg test"
     assert document["config"] == {"gammas": [1.0, 2.0], "data_dir": None}
+    assert document["sources"] == results.sources()
     assert {"jax", "optax", "numpy", "gradreg-optax", "python"} <= set(document["versions"])
     assert document["machine"]["cores"] == os.cpu_count()
     text = json.dumps(document)
@@ -71,3 +77,74 @@ def test_nothing_but_the_results_is_left_in_the_folder(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="run the command without --redraw first"):
         results.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "results.json is broken"),
+        ('{"command": "gradreg test", "layout"', "results.json is broken"),
+        ("[1, 2]", "results.json is broken"),
+        ('{"results": {}}', "results.json is broken"),
+        ('{"command": "gradreg test", "layout": 1, "results": {}}', "layout 1, this version reads"),
+        ('{"command": "gradreg cost", "layout": 2, "results": {}}', "of 'gradreg cost', not of"),
+        (b"\xff\xfe\x00", "results.json is broken"),
+    ],
+)
+def test_a_broken_file_and_one_of_another_command_are_named(tmp_path, content, message):
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / "results.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        results.load(tmp_path, "test")
+
+
+def test_truths_large_integers_nan_and_strings_survive(tmp_path):
+    written = {
+        "truth": np.bool_(True),
+        "large": np.int64(2**62 + 1),
+        "larger": 2**70,
+        "nan": float("nan"),
+        "truths": np.array([True, False]),
+        "integers": np.array([2**62 + 1, -(2**62) - 1]),
+        "unsigned": np.array([2**64 - 1], np.uint64),
+        "strings": np.array(["SGD", ""]),
+        "single": np.float32(0.5),
+        "ragged": [[1, 2], [3]],
+        "brackets": ["a [ b", "c ] d", "e,\n f"],
+        "empty": [],
+    }
+    loaded = results.load(results.save(tmp_path, "test", Config(), written))
+    assert loaded["truth"] is True
+    assert (loaded["large"], loaded["larger"]) == (2**62 + 1, 2**70)
+    assert np.isnan(loaded["nan"])
+    for name in ("truths", "integers", "unsigned", "strings", "brackets"):
+        assert loaded[name].tolist() == np.asarray(written[name]).tolist()
+    assert (loaded["single"], loaded["empty"]) == (0.5, [])
+    assert [row.tolist() for row in loaded["ragged"]] == [[1, 2], [3]]
+
+
+def test_a_column_is_one_line_of_the_file(tmp_path):
+    path = results.save(tmp_path, "test", Config(), {"column": np.arange(1000)})
+    assert len(path.read_text().splitlines()) < 40
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(self, text):
+        self.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ValueError, match=r"cannot be written to .*No space left"):
+        results.save(tmp_path, "test", Config(), {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_run_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    (tmp_path / "parts").mkdir()
+    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], **CAPTURED)
+    left = tmp_path / "parts" / f".F-GR.json.{int(done.stdout)}.partial"
+    living = tmp_path / f".results.json.{os.getpid()}.partial"
+    for path in (left, living):
+        path.write_text("{")
+    results.prepare(tmp_path)
+    assert (left.exists(), living.exists()) == (False, True)

@@ -25,3 +25,17 @@ def test_an_estimate_is_written_with_its_error_if_it_has_one():
     assert f"{statistics.estimate([1.0]):.1f}" == "1.0"
     assert f"{statistics.estimate([np.nan]):.1f}" == ""
     assert f"{statistics.paired([3.0, 5.0], [1.0, 1.0]):+.1f}" == "+3.0 ± 1.0"
+
+
+def test_one_seed_has_no_p():
+    alone = statistics.paired([3.0], [1.0])
+    assert alone.chance == ""
+    assert str(alone) == "+2.00"
+    assert str(statistics.paired([3.0, 5.0, 4.0], [1.0, 1.0, 1.0])) == "+3.00 ± 0.58 (p = 0.04)"
+    assert statistics.pairs({"A": np.array([0.5]), "B": np.array([0.4])}, [("A", "B")]) == [
+        "A minus B  +10.00, 1 seeds"
+    ]
+
+
+def test_a_diverged_run_is_named_and_not_averaged():
+    assert statistics.percent([0.5, 0.7, np.nan]) == "60.0 ± 10.0 (1 of 3 diverged)"

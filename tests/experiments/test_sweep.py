@@ -7,16 +7,15 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from gradreg_optax.experiments import results, sweep, training
+from gradreg_optax.experiments import results, runs, sweep, trainer
 
 TINY = sweep.Config(
     seeds=3,
     report_seeds=2,
     gammas=(1.0, 2.0),
     epsilons=(0.1, 1.0),
+    rhos=(0.5,),
     train_size=40,
     test_size=40,
     steps=20,
@@ -32,94 +31,80 @@ class Pretended:
     calls = 0
 
     def __init__(self, dataset, method, recipe):
-        self.method = method
+        self.method, self.recipe = method, recipe
 
-    def __call__(self, settings, seeds, *, progress=False):
+    def digest(self, settings):
+        return self.method.label
+
+    def __call__(self, settings, seeds, advanced):
         Pretended.calls += 1
-        gamma, epsilon = (
-            settings.get("gamma", np.zeros(len(seeds))),
-            settings.get("epsilon", np.zeros(len(seeds))),
-        )
-        best = {"SGD": 0.0, "DB": 0.1, "B-GR": 0.1, "F-GR": 0.2}[self.method.label]
+        advanced(len(seeds) * self.recipe.steps)
+        nothing = np.zeros(len(seeds))
+        gamma, epsilon = (settings.get(name, nothing) for name in ("gamma", "epsilon"))
+        best = {"F-GR": 0.2, "SGD": 0.0}.get(self.method.label, 0.1)
         accuracy = 0.5 + best * gamma / 2 + 0.01 * (seeds % 7) - 0.01 * epsilon
         diverged = (self.method.label == "B-GR") & (epsilon == 1) & (seeds == 1)
-        return {
-            "accuracy": np.where(diverged, np.nan, accuracy),
-            "train_loss": accuracy,
-            "grad_norm": accuracy,
-            "diverged": diverged,
-        }
+        return {"accuracy": np.where(diverged, np.nan, accuracy), "diverged": diverged}
 
 
 @pytest.fixture
 def pretended(monkeypatch):
     Pretended.calls = 0
-    monkeypatch.setattr(sweep, "Trainer", Pretended)
+    monkeypatch.setattr(runs, "_trainer", Pretended)
     return Pretended
 
 
 def run(folder, **changes):
-    return results.plain(
-        sweep.run(dataclasses.replace(TINY, output=folder, **changes), progress=False)
-    )
+    return results.plain(sweep.run(dataclasses.replace(TINY, output=folder, **changes)))
 
 
 def loaded(folder, **changes):
     config = dataclasses.replace(TINY, output=folder, **changes)
-    return results.load(results.save(folder, "sweep", config, sweep.run(config, progress=False)))
+    return results.load(results.save(folder, "sweep", config, sweep.run(config)))
 
 
 def test_the_best_sound_setting_is_chosen_on_some_seeds_and_reported_on_others(tmp_path, pretended):
-    found = loaded(tmp_path)
-    assert not set(found["seeds"]) & set(found["report_seeds"])
-    chosen = {
-        m["label"]: {name: values[m["chosen"]] for name, values in m["settings"].items()}
-        for m in found["methods"]
-    }
-    assert chosen == {
-        "SGD": {},
-        "DB": {"gamma": 2},
-        "B-GR": {"gamma": 2, "epsilon": 0.1},
-        "F-GR": {"gamma": 2, "epsilon": 0.1},
-    }
-    forward = found["methods"][3]
+    found = loaded(tmp_path, methods=("SGD", "DB", "B-GR", "F-GR", "SAM"))
+    choose, report = (runs.select(found["runs"], role=role) for role in ("choose", "report"))
+    assert not set(choose["seed"]) & set(report["seed"])
+    names = ("method", "gamma", "epsilon", "rho")
+    assert results.plain([list(key) for key, _ in runs.groups(report, *names)]) == [
+        ["SGD", None, None, None],
+        ["DB", 2, None, None],
+        ["B-GR", 2, 0.1, None],
+        ["F-GR", 2, 0.1, None],
+        ["SAM", None, None, 0.5],
+    ]
     np.testing.assert_allclose(
-        forward["report"]["accuracy"], [0.5 + 0.2 + 0.03 - 0.001, 0.5 + 0.2 + 0.04 - 0.001]
+        sweep.reported(found, "F-GR"), [0.5 + 0.2 + 0.03 - 0.001, 0.5 + 0.2 + 0.04 - 0.001]
     )
-    assert forward["accuracy"].shape == (4, 3)
-    assert "F-GR minus SGD   +19.90 ± 0.00" in sweep.table(found)
+    assert len(runs.select(choose, method="F-GR")["seed"]) == 4 * 3
+    text = sweep.table(found)
+    assert "F-GR minus SGD   +19.90 ± 0.00" in text
+    assert "F-GR minus SAM   +19.90 ± 0.00" in text
     assert [path.name for path in sweep.plot(found, tmp_path)] == ["sweep.png"]
 
 
-@given(
-    values=st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=1, max_size=5),
-    data=st.data(),
-)
-def test_a_setting_with_a_diverged_run_is_never_chosen(values, data):
-    accuracy = np.array(values)
-    diverged = np.array(
-        data.draw(st.lists(st.booleans(), min_size=accuracy.size, max_size=accuracy.size))
-    ).reshape(accuracy.shape)
-    index = sweep.choose(np.where(diverged, np.nan, accuracy), diverged)
-    sound = ~diverged.any(axis=1)
-    if index < 0:
-        assert not sound.any()
-    else:
-        assert sound[index]
-        assert accuracy[index].mean() == pytest.approx(accuracy[sound].mean(axis=1).max())
+def test_every_method_of_the_table_can_be_swept(tmp_path, pretended):
+    found = loaded(tmp_path, methods=tuple(trainer.METHODS))
+    text = sweep.table(found)
+    assert all(f"\n{label} " in text for label in trainer.METHODS)
+    assert sweep.plot(found, tmp_path)
+    for method in trainer.METHODS.values():
+        assert all(hasattr(TINY, f"{name}s") for name in method.settings)
+
+
+@pytest.mark.parametrize("methods", [("SAM",), ("flooding", "SGD"), ("DB",)])
+def test_methods_without_a_gamma_or_an_epsilon_are_drawn_too(tmp_path, pretended, methods):
+    assert sweep.plot(loaded(tmp_path, methods=methods), tmp_path)
 
 
 def test_a_method_that_always_diverges_is_named(tmp_path, monkeypatch):
-    def diverge(self, settings, seeds, *, progress=False):
-        nothing = np.full(len(seeds), np.nan)
-        return {
-            "accuracy": nothing,
-            "train_loss": nothing,
-            "grad_norm": nothing,
-            "diverged": np.ones(len(seeds)),
-        }
+    def diverge(self, settings, seeds, advanced):
+        lost = np.full(len(seeds), np.nan)
+        return {"accuracy": lost, "diverged": np.ones(len(seeds), bool)}
 
-    monkeypatch.setattr(sweep, "Trainer", type("Diverging", (Pretended,), {"__call__": diverge}))
+    monkeypatch.setattr(runs, "_trainer", type("Diverging", (Pretended,), {"__call__": diverge}))
     found = loaded(tmp_path, methods=("SGD", "DB"))
     assert "every setting diverged" in sweep.table(found)
     assert sweep.plot(found, tmp_path)
@@ -128,7 +113,8 @@ def test_a_method_that_always_diverges_is_named(tmp_path, monkeypatch):
 def test_what_is_finished_is_not_computed_again_and_what_is_missing_is(tmp_path, pretended):
     first = run(tmp_path)
     units = pretended.calls
-    assert units == len(list((tmp_path / "parts").iterdir())) == sweep._units(TINY)
+    # three seeds of one setting, of two and of four (twice) by at most four lanes, and the reports
+    assert units == (1 + 2 + 3 + 3) + 4 == len(list((tmp_path / "parts").iterdir()))
     assert run(tmp_path) == first
     assert pretended.calls == units
     next((tmp_path / "parts").glob("F-GR*")).unlink()
@@ -145,16 +131,18 @@ def test_what_is_finished_is_not_computed_again_and_what_is_missing_is(tmp_path,
         {"learning_rate": 0.1},
         {"model": "cnn"},
         {"gammas": (1.5, 2.5)},
-        {"lanes": 5},
+        {"lanes": 3},
     ],
 )
 def test_a_changed_configuration_uses_no_stale_part(tmp_path, pretended, change):
+    changed = {"methods": ("DB",), **change}
+    run(tmp_path / "other", **changed)
+    alone = pretended.calls
     run(tmp_path, methods=("DB",))
     before = pretended.calls
-    run(tmp_path, methods=("DB",), **change)
-    assert pretended.calls == before + sweep._units(
-        dataclasses.replace(TINY, methods=("DB",), **change)
-    )
+    run(tmp_path, **changed)
+    # two seeds of one setting are two lanes, whatever the most
+    assert pretended.calls == before + alone - (change == {"lanes": 3})
 
 
 def test_a_changed_file_uses_no_stale_part(tmp_path, pretended):
@@ -172,18 +160,26 @@ def test_a_changed_file_uses_no_stale_part(tmp_path, pretended):
     assert pretended.calls == 2 * before
 
 
-def test_forty_settings_on_ten_seeds_are_cut_into_units_without_a_rest():
-    config = sweep.Config()
-    assert len(sweep.settings_of(config, "F-GR")) == 40
-    assert len(sweep.settings_of(config, "DB")) == 8
-    assert sweep.settings_of(config, "SGD") == [{}]
-    assert sweep._units(config) == (1 + 1) + (2 + 1) + (10 + 1) + (10 + 1)
-
-
-@pytest.mark.parametrize("name", ["seeds", "report_seeds", "lanes"])
-def test_nothing_to_do_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        run(tmp_path, **{name: 0})
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"report_seeds": 0}, "report_seeds must be at least 1, got 0"),
+        ({"lanes": 0}, "lanes must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"gammas": (-1.0,)}, "gammas must be at least 0, got -1"),
+        ({"gammas": (1.0, float("nan"))}, "gammas must be at least 0, got nan"),
+        ({"gammas": ()}, "gammas must hold at least one value"),
+        ({"epsilons": (0.0,)}, "epsilons must be above 0"),
+        ({"rhos": (-0.1,)}, "rhos must be at least 0, got -0.1"),
+        ({"methods": ()}, "methods must be some of SGD, .*, got none"),
+        ({"methods": ("GR",)}, "methods must be some of SGD, .*, got GR"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **change)
 
 
 COMMAND = (
@@ -193,14 +189,16 @@ COMMAND = (
 COMMAND += " --steps 20 --width 4 --batch-size 16 --lanes 1"
 
 
-def test_a_killed_sweep_continues_where_it_ended_and_compiles_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch, how):
     config = dataclasses.replace(TINY, output=tmp_path / "parts_here", methods=("F-GR",), lanes=1)
-    parts = config.output / "parts"
+    parts, units = config.output / "parts", 4 * 3 + 2
     process = subprocess.Popen(
         [sys.executable, "-m", "gradreg_optax", "sweep", *COMMAND.split()],
         cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 120
     while (
@@ -209,33 +207,32 @@ def test_a_killed_sweep_continues_where_it_ended_and_compiles_once(tmp_path, mon
         and time.monotonic() < deadline
     ):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    finished = {
-        path: (path.stat().st_mtime_ns, json.loads(path.read_text()))
-        for path in parts.glob("*.json")
-    }
-    assert 2 <= len(finished) < sweep._units(config)
+    process.send_signal(how)
+    said = process.communicate(timeout=60)[1]
+    if how == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130
+        assert "the same command goes on where it stopped" in said
+        assert "Traceback" not in said
+    assert "\r" not in said  # no progress bar where there is no terminal
+    finished = {path: path.stat().st_mtime_ns for path in parts.glob("*.json")}
+    assert 2 <= len(finished) < units
     assert not (config.output / "results.json").exists()
+    if how == signal.SIGINT:
+        return
 
-    trainers, calls = [], []
+    calls, train = [], trainer.Trainer.__call__
 
-    class Watched(training.Trainer):
-        def __init__(self, *args):
-            super().__init__(*args)
-            trainers.append(self)
+    def watched(self, *args):
+        calls.append(self)
+        return train(self, *args)
 
-        def __call__(self, settings, seeds, **options):
-            calls.append(1)
-            return super().__call__(settings, seeds, **options)
-
-    monkeypatch.setattr(sweep, "Trainer", Watched)
+    monkeypatch.setattr(trainer.Trainer, "__call__", watched)
     continued = loaded(config.output, methods=("F-GR",), lanes=1)
-    assert len(calls) == sweep._units(config) - len(finished)
-    assert {
-        path: (path.stat().st_mtime_ns, json.loads(path.read_text())) for path in finished
-    } == finished
-    uninterrupted = loaded(tmp_path / "other", methods=("F-GR",), lanes=1)
-    assert sweep.table(continued) == sweep.table(uninterrupted)
-    assert len(calls) == 2 * sweep._units(config) - len(finished)
-    assert [trainer.traces for trainer in trainers] == [1, 1]
+    assert len(calls) == units - len(finished)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert {one.traces for one in calls} == {1}
+    text = json.loads((config.output / "results.json").read_text())
+    assert text["sources"] == results.sources()
+    assert "F-GR" in sweep.table(continued)

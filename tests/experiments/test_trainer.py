@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,8 @@ import optax
 import pytest
 
 from gradreg_optax import fd_gradreg, make_train_step
-from gradreg_optax.experiments import data, training
+from gradreg_optax.experiments import data, models
+from gradreg_optax.experiments import trainer as training
 
 RECIPE = training.Recipe(
     width=6, train_size=40, test_size=50, batch_size=16, steps=130, eigenvalue=False
@@ -118,6 +121,11 @@ def test_settings_of_another_method_are_refused(settings, forward):
     [
         ({"steps": 0}, "steps must be at least 1"),
         ({"optimizer": "lion"}, "unknown optimizer 'lion'"),
+        ({"model": (jnp.sin,)}, r"a pair of functions \(init, apply\)"),
+        ({"model": (jnp.sin, "mlp")}, r"a pair of functions \(init, apply\)"),
+        ({"model": "vit"}, "unknown model 'vit'"),
+        ({"model": (lambda key: 0.0, lambda p, x: x)}, r"logits of shape \(batch, 10\), got"),
+        ({"warmup_steps": 3000}, "warmup_steps must be at least 0 and below the 3000 steps"),
         ({"batch_size": 41}, "must not exceed the 40"),
     ],
 )
@@ -135,3 +143,27 @@ def test_the_difference_costs_two_gradients_as_xla_counts_them(forward):
     assert forward[0].flops() / plain.flops() == pytest.approx(
         2, abs=0.05
     )  # the optimizer and the loss are not doubled
+
+
+def test_any_function_of_a_schedule_is_an_optimizer():
+    given = {"adam": optax.adam, "momentum": lambda rate: optax.sgd(rate, momentum=0.9)}
+    for name, own in given.items():
+        named, free = (
+            train("SGD", {}, [0], dataclasses.replace(RECIPE, optimizer=optimizer, steps=5))
+            for optimizer in (name, own)
+        )
+        for metric, values in named.items():
+            np.testing.assert_array_equal(free[metric], values)
+
+
+def test_a_recipe_is_described_by_names_and_numbers():
+    recipe = training.Recipe(model=models.Model(jnp.sin, jnp.cos), optimizer=optax.lion)
+    found = recipe.describe()
+    assert (found["model"], found["optimizer"], found["steps"]) == ("cos", "lion", 3000)
+
+
+def test_every_hundred_steps_are_told():
+    told = []
+    method = training.METHODS["SGD"]
+    training.Trainer(DIGITS, method, RECIPE)({}, [0, 1], told.append)
+    assert told == [200, 60]

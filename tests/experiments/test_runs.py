@@ -1,0 +1,209 @@
+"""One row a run: what is trained, what is kept, and how the rows are read."""
+
+import dataclasses
+import functools
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradreg_optax import fd_gradreg
+from gradreg_optax.experiments import data, results, runs, trainer
+from gradreg_optax.experiments.trainer import METHODS, Method, Recipe
+
+DIGITS = data.load("digits")
+RECIPE = Recipe(train_size=40, test_size=40, steps=3, width=4, batch_size=16, eigenvalue=False)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The methods that have been trained, one entry for each call of a trainer."""
+    calls, train = [], trainer.Trainer.__call__
+
+    def watched(self, settings, seeds, *rest):
+        calls.append((self.method.label, len(seeds)))
+        return train(self, settings, seeds, *rest)
+
+    monkeypatch.setattr(trainer.Trainer, "__call__", watched)
+    return calls
+
+
+def keep(folder, what="it", made=1.0, **depends):
+    return runs.Store(folder, **depends).keep("F-GR", what, lambda: {"x": np.array([made])})["x"]
+
+
+def test_a_part_is_made_once_and_comes_back_with_its_nans(tmp_path):
+    for made in (1.0, 2.0):
+        assert keep(tmp_path, made=made) == 1.0
+    assert np.isnan(keep(tmp_path, what="lost", made=np.nan))
+    assert {path.name[:5] for path in (tmp_path / "parts").iterdir()} == {"F-GR-"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"x": [1.0'])
+def test_an_empty_or_cut_part_is_made_anew(tmp_path, content):
+    keep(tmp_path)
+    (part,) = (tmp_path / "parts").iterdir()
+    part.write_text(content)
+    assert keep(tmp_path, made=2.0) == 2.0
+    assert keep(tmp_path, made=3.0) == 2.0
+
+
+@pytest.mark.parametrize("change", [{"what": "another"}, {"data": "another"}])
+def test_what_the_numbers_depend_on_makes_another_part(tmp_path, change):
+    keep(tmp_path)
+    assert keep(tmp_path, made=2.0, **change) == 2.0
+
+
+def test_a_changed_source_makes_every_part_anew(tmp_path, monkeypatch):
+    package = tmp_path / "package"
+    shutil.copytree(results._PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    assert results.sources(package) == results.sources()
+    keep(tmp_path)
+    module = package / "penalty.py"
+    module.write_text(module.read_text() + "# edited\n")
+    results.sources.cache_clear()
+    changed = results.sources(package)
+    assert changed != results.sources()
+    monkeypatch.setattr(results, "sources", lambda: changed)
+    assert keep(tmp_path, made=2.0) == 2.0
+
+
+def test_the_fingerprint_sees_every_label():
+    labels = DIGITS.train_y.copy()
+    labels[-1] += 1
+    changed = dataclasses.replace(DIGITS, train_y=labels)
+    assert runs.fingerprint(DIGITS) != runs.fingerprint(changed)
+
+
+def test_a_row_is_a_run_whatever_trains_beside_it(tmp_path, counted):
+    wanted = runs.grid(METHODS["F-GR"], RECIPE, {"gamma": (1.0, 2.0), "epsilon": (0.5,)}, [0, 1])
+    wanted += runs.grid(METHODS["SGD"], RECIPE, {"gamma": (1.0,)}, [1], role="plain")
+    store = runs.Store(tmp_path)
+    found = runs.train(DIGITS, wanted, store, lanes=3)
+    assert counted == [("F-GR", 2), ("F-GR", 2), ("SGD", 1)]
+    assert found["method"].tolist() == ["F-GR"] * 4 + ["SGD"]
+    assert found["seed"].tolist() == [0, 1, 0, 1, 1]
+    np.testing.assert_array_equal(found["gamma"], [1, 1, 2, 2, np.nan])
+    assert found["role"].tolist() == ["", "", "", "", "plain"]
+    assert found["gradients"].tolist() == [2, 2, 2, 2, 1]
+    again = runs.train(DIGITS, wanted, store, lanes=3)
+    assert len(counted) == 3
+    assert results.plain(again) == results.plain(found)
+    alone = runs.train(DIGITS, wanted[2:3])
+    # the same numbers in another order of additions, on a program of another width
+    np.testing.assert_allclose(alone["train_loss"], found["train_loss"][2:3], rtol=1e-4)
+
+
+def linear_init(key, scale=0.1):
+    return scale * jax.random.normal(key, (64, 10))
+
+
+def linear(weights, x):
+    return x.reshape(len(x), -1) @ weights
+
+
+def twice(weights, x):
+    return 2 * linear(weights, x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"recipe": {"model": (linear_init, twice)}},
+        {"recipe": {"model": (functools.partial(linear_init, scale=0.2), linear)}},
+        {"recipe": {"optimizer": lambda rate: optax.adamw(rate, weight_decay=0.1)}},
+        {"recipe": {"steps": 4}},
+        {"make": functools.partial(fd_gradreg, scheme="central")},
+        {"seed": 5},
+        {"gamma": 2.0},
+    ],
+)
+def test_a_function_of_the_users_own_that_changes_uses_no_stale_part(tmp_path, counted, change):
+    first = {"model": (linear_init, linear), "optimizer": lambda rate: optax.adamw(rate)}
+
+    def train(recipe=(), make=fd_gradreg, seed=0, gamma=1.0):
+        method = Method("own", make, ("gamma", "epsilon"), 2)
+        chosen = dataclasses.replace(RECIPE, **first | dict(recipe))
+        values = {"gamma": (gamma,), "epsilon": (0.1,)}
+        return runs.train(DIGITS, runs.grid(method, chosen, values, [seed]), runs.Store(tmp_path))
+
+    train()
+    train()
+    assert len(counted) == 1
+    train(**change)
+    assert len(counted) == 2
+
+
+def test_an_own_pair_trains_as_the_named_network_does():
+    named = dataclasses.replace(RECIPE, model="mlp")
+    pair = trainer.problem(DIGITS, named).model
+    both = [
+        runs.train(DIGITS, runs.grid(METHODS["SGD"], recipe, {}, [0, 1]))
+        for recipe in (named, dataclasses.replace(RECIPE, model=list(pair)))
+    ]
+    assert results.plain(both[0]) == results.plain(both[1])
+
+
+@given(shape=st.tuples(st.integers(1, 3), st.integers(1, 4)))
+def test_columns_and_arrays_are_two_ways_to_write_one_table(shape):
+    values = np.arange(np.prod(shape)).reshape(shape)
+    axes = {"kind": list("zab")[: shape[0]], "step": np.arange(shape[1])[::-1]}
+    columns = runs.tidy(axes, value=values)
+    np.testing.assert_array_equal(runs.block(columns, "value", "kind", "step"), values)
+    for i, (kind, rows) in enumerate(runs.groups(columns, "kind")):
+        assert kind == (axes["kind"][i],)
+        np.testing.assert_array_equal(rows["value"], values[i])
+
+
+def test_stacked_tables_have_the_columns_of_both_and_nan_is_found_by_nan():
+    table = runs.stack({"method": ["SGD"], "seed": [1]}, {"seed": [2, 3], "gamma": [0.5, 0.7]})
+    assert table["method"].tolist() == ["SGD", "", ""]
+    np.testing.assert_array_equal(table["gamma"], [np.nan, 0.5, 0.7])
+    assert runs.select(table, gamma=float("nan"))["seed"].tolist() == [1]
+    assert [len(rows["seed"]) for _, rows in runs.groups(table, "gamma")] == [1, 1, 1]
+
+
+@given(
+    values=st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=1, max_size=5),
+    data=st.data(),
+)
+def test_a_setting_with_a_diverged_run_is_never_the_best(values, data):
+    accuracy = np.array(values)
+    booleans = st.lists(st.booleans(), min_size=accuracy.size, max_size=accuracy.size)
+    diverged = np.array(data.draw(booleans)).reshape(accuracy.shape)
+    axes = {"gamma": np.arange(len(values)), "seed": np.arange(3)}
+    seen = np.where(diverged, np.nan, accuracy)
+    best = runs.best(runs.tidy(axes, accuracy=seen, diverged=diverged), "gamma")
+    sound = ~diverged.any(axis=1)
+    if best is None:
+        assert not sound.any()
+    else:
+        assert sound[best["gamma"]]
+        most = accuracy[sound].mean(axis=1).max()
+        assert accuracy[best["gamma"]].mean() == pytest.approx(most)
+
+
+def test_a_method_without_settings_has_one_best_setting():
+    rows = {"accuracy": np.array([0.5, 0.7]), "diverged": np.array([False, False])}
+    assert runs.best(rows) == {}
+
+
+def test_flops_are_those_of_the_plain_step_times_the_gradients(tmp_path):
+    store = runs.Store(tmp_path)
+    found = [runs.flops(DIGITS, METHODS["F-GR"], RECIPE, store) for _ in range(2)]
+    assert found[0] == found[1] == pytest.approx(2, abs=0.1)  # loss and optimizer come once
+
+
+@pytest.mark.parametrize("label", sorted(METHODS))
+def test_every_method_says_how_it_is_made(label):
+    method = METHODS[label]
+    given = dict.fromkeys(method.settings, 0.5)
+    assert all(f"{name}=0.5" in method.call(given) for name in method.settings)
+    made = None if method.make is None else method.make(**given)
+    assert made is None or callable(made.update)
+    assert jnp.isfinite(method.cost(0.25, 4))
