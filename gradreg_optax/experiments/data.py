@@ -246,7 +246,7 @@ def _npz(path: Path) -> list[Array]:
     if not path.exists():
         raise MissingError(f"no file {path}: --dataset takes a name or the path of an .npz file.")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as content, np.load(content, allow_pickle=False) as file:
             missing = [name for name in _PARTS if name not in file]
             if missing:
                 raise CommandError(

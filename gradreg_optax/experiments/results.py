@@ -72,7 +72,7 @@ def load(path: Path, command: str | None = None) -> dict[str, Any]:
         raise MissingError(f"no results at {path}: {again} first.")
     try:
         document = read(path)
-        made, layout, results = (document[key] for key in ("command", "layout", "results"))
+        made, layout, results = document["command"], document.get("layout", 1), document["results"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CommandError(f"{path} is broken or no file of results: {again}.") from error
     if command is not None and made != f"gradreg {command}":

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from gradreg_optax.experiments import cli, results
 from gradreg_optax.experiments.cli import COMMANDS
 
 COMMITTED = Path(__file__).parents[2] / "notebooks" / "results"
-
-from gradreg_optax.experiments import cli, results
 
 
 def test_help_lists_every_command_with_what_it_does(capsys):

@@ -165,7 +165,7 @@ def test_a_spoilt_idx_file_is_refused_by_its_name(tmp_path, content, message):
 def test_a_set_without_samples_is_refused(tmp_path):
     arrays = {name: np.zeros((0, *array.shape[1:])) for name, array in idx_arrays().items()}
     write_idx(tmp_path, arrays)
-    with pytest.raises(CommandError, match="fashion-mnist: training inputs .* are empty"):
+    with pytest.raises(CommandError, match=r"fashion-mnist: training inputs .* are empty"):
         data.load("fashion-mnist", tmp_path)
 
 
