@@ -252,7 +252,7 @@ def deviation(
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(rest)]))
     return (
         largest,
-        optax.tree.norm(rest) / optax.global_norm(predicted),
+        optax.tree.norm(rest) / optax.tree.norm(predicted),
         optax.tree.norm(predicted),
     )
 

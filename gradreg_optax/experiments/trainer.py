@@ -343,7 +343,7 @@ class Trainer:
           CommandError: a batch larger than the training set, or more samples than there are.
         """
         self.method, self.traces = method, 0
-        self._programs: dict[tuple[str, ...], tuple[Any, Any]] = {}
+        self._digests: dict[tuple[str, ...], str] = {}
         self._problem, self._recipe = problem(dataset, recipe), recipe
         self._begin = jax.jit(jax.vmap(self._start))
         self._advance = jax.jit(self._steps, donate_argnums=0)
@@ -407,7 +407,9 @@ class Trainer:
 
     def flops(self) -> float:
         """Floating-point operations of one step of one run, as XLA counts them."""
-        analysis: Any = self._lowered(self.method.settings)[1].compile().cost_analysis()
+        lane = dict.fromkeys(self.method.settings, 1.0)
+        step = jax.jit(lambda state, batch: self._train_step(lane).step(state, batch))
+        analysis: Any = step.lower(*self._example(lane)).compile().cost_analysis()
         return float(analysis["flops"])
 
     def digest(self, settings: tuple[str, ...]) -> str:
@@ -417,20 +419,20 @@ class Trainer:
         Args:
           settings: names of the hyperparameters that the runs give.
         """
-        text = "".join(program.as_text() for program in self._lowered(settings))
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def _lowered(self, settings: tuple[str, ...]) -> tuple[Any, Any]:
-        """Initialization and step of one run, whose settings stay open."""
-        if settings not in self._programs:
-            key, shape = jax.random.key(0), (self._recipe.batch_size, *self._problem.dataset.shape)
+        if settings not in self._digests:
             lane = {name: _setting(name, 1) for name in settings}
-            init = jax.jit(self._problem.model.init)
-            state = jax.eval_shape(lambda lane, key: self._start(lane, init(key)), lane, key)
-            batch = jnp.zeros(shape), jnp.zeros(shape[0], jnp.int32)
             step = jax.jit(lambda lane, state, batch: self._train_step(lane).step(state, batch))
-            self._programs[settings] = init.lower(key), step.lower(lane, state, batch)
-        return self._programs[settings]
+            init = jax.jit(self._problem.model.init).lower(jax.random.key(0))
+            text = init.as_text() + step.lower(lane, *self._example(lane)).as_text()
+            self._digests[settings] = hashlib.sha256(text.encode()).hexdigest()
+        return self._digests[settings]
+
+    def _example(self, lane: Settings) -> tuple[Any, Any]:
+        """A state and a batch, of which the shapes matter."""
+        shape = (self._recipe.batch_size, *self._problem.dataset.shape)
+        init = self._problem.model.init
+        state = jax.eval_shape(lambda key: self._start(lane, init(key)), jax.random.key(0))
+        return state, (jnp.zeros(shape), jnp.zeros(shape[0], jnp.int32))
 
     def _lanes(self, settings: Settings, seeds: Array) -> dict[str, jax.Array]:
         wanted, given = set(self.method.settings), set(settings) - {"interval"}

@@ -218,4 +218,4 @@ def test_the_committed_figure_and_table_come_from_the_results_alone(found, tmp_p
     assert figure.read_bytes().startswith(b"\x89PNG")
     text = implicit_bias.table(found)
     assert text.count("F-GR 0.2") == 3
-    assert f"{found['mean_one']['l1'][:, 2].mean():.4f}" in text
+    assert f"{implicit_bias.case(found, 'mean_one')['l1'][:, 2].mean():.4f}" in text

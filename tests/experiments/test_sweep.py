@@ -131,7 +131,7 @@ def test_what_is_finished_is_not_computed_again_and_what_is_missing_is(tmp_path,
         {"learning_rate": 0.1},
         {"model": "cnn"},
         {"gammas": (1.5, 2.5)},
-        {"lanes": 3},
+        {"lanes": 2},
     ],
 )
 def test_a_changed_configuration_uses_no_stale_part(tmp_path, pretended, change):
@@ -142,7 +142,7 @@ def test_a_changed_configuration_uses_no_stale_part(tmp_path, pretended, change)
     before = pretended.calls
     run(tmp_path, **changed)
     # two seeds of one setting are two lanes, whatever the most
-    assert pretended.calls == before + alone - (change == {"lanes": 3})
+    assert pretended.calls == before + alone - (change == {"lanes": 2})
 
 
 def test_a_changed_file_uses_no_stale_part(tmp_path, pretended):
@@ -189,8 +189,7 @@ COMMAND = (
 COMMAND += " --steps 20 --width 4 --batch-size 16 --lanes 1"
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch, how):
+def test_a_stopped_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
     config = dataclasses.replace(TINY, output=tmp_path / "parts_here", methods=("F-GR",), lanes=1)
     parts, units = config.output / "parts", 4 * 3 + 2
     process = subprocess.Popen(
@@ -207,20 +206,15 @@ def test_a_stopped_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch, how):
         and time.monotonic() < deadline
     ):
         time.sleep(0.01)
-    process.send_signal(how)
+    process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1]
-    if how == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
-    else:
-        assert process.returncode == 130
-        assert "the same command goes on where it stopped" in said
-        assert "Traceback" not in said
+    assert process.returncode == 130
+    assert "the same command goes on where it stopped" in said
+    assert "Traceback" not in said
     assert "\r" not in said  # no progress bar where there is no terminal
     finished = {path: path.stat().st_mtime_ns for path in parts.glob("*.json")}
     assert 2 <= len(finished) < units
     assert not (config.output / "results.json").exists()
-    if how == signal.SIGINT:
-        return
 
     calls, train = [], trainer.Trainer.__call__
 
