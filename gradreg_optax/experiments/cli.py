@@ -55,6 +55,8 @@ def run(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except CommandError as error:
         raise SystemExit(f"{name}: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def parse(arguments: list[str]) -> tuple[str, ModuleType, Any]:
@@ -108,11 +110,9 @@ def _interruptible(module: ModuleType, config: Any) -> dict[str, Any]:
     try:
         found: dict[str, Any] = module.run(config)
     except KeyboardInterrupt:
-        kept = len(list((config.output / "parts").glob("*.json")))
-        print(
-            f"\ninterrupted; {kept} finished parts are in {config.output / 'parts'}:",
-            file=sys.stderr,
-        )
-        print("the same command goes on where it stopped.", file=sys.stderr)
-        raise SystemExit(130) from None
+        parts = config.output / "parts"
+        kept = f"{len(list(parts.glob('*.json')))} finished parts are in {parts}"
+        said = f"\ninterrupted; {kept}: the same command goes on where it stopped."
+        print(said, file=sys.stderr)
+        raise
     return found
