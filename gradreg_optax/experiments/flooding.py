@@ -47,11 +47,12 @@ from gradreg_optax.experiments.models import PyTree
 Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 Order: TypeAlias = Literal["ascent, descent", "descent, ascent"]
 
+BEYOND = 1e30  # a level that no loss reaches
 # The signs of the two steps as flood levels that force them, and the difference that they amount to
 # (in units of the step).
 ORDERS: dict[Order, tuple[tuple[float, float], int]] = {
-    "ascent, descent": ((np.inf, -np.inf), 1),
-    "descent, ascent": ((-np.inf, np.inf), -1),
+    "ascent, descent": ((BEYOND, -BEYOND), 1),
+    "descent, ascent": ((-BEYOND, BEYOND), -1),
 }
 _APPLY = models.build("mlp", (8, 8, 1), classes=10).apply  # whatever the width of the weights
 
@@ -134,7 +135,7 @@ def variants(config: Config) -> dict[str, Variant]:
     """The ways to train, by name."""
     n, step = config.train_size, config.learning_rate
     return {
-        "plain descent": Variant(-np.inf, step, 0.0, n, 1),
+        "plain descent": Variant(-BEYOND, step, 0.0, n, 1),
         "flooding": Variant(config.level, step, 0.0, n, 1),
         "flooding, small steps": Variant(
             config.level, step / config.smaller, 0.0, n, config.smaller
