@@ -18,6 +18,7 @@ COLORS = {
     "SAM": "#ff7f0e",
     "ASAM": "#8c564b",
     "GNP": "#bcbd22",
+    "relative": "#e377c2",
     "flooding": "#2ca02c",
 }
 

@@ -23,6 +23,8 @@ PAIRS = (
     ("F-GR", "SAM"),
     ("DB", "SGD"),
     ("SAM", "SGD"),
+    ("relative", "SGD"),
+    ("relative", "F-GR"),
 )
 
 
@@ -36,13 +38,16 @@ class Config(common.OnData):
     report_seeds: int = 10
     """Number of further seeds that the chosen settings are reported on."""
     methods: tuple[str, ...] = ("SGD", "DB", "B-GR", "F-GR")
-    """Methods to sweep: SGD, DB, B-GR, C-GR, F-GR, SAM, ASAM, GNP, flooding."""
+    """Methods to sweep: SGD, DB, B-GR, C-GR, F-GR, SAM, ASAM, GNP, relative,
+    flooding."""
     gammas: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
     """Values of the regularization coefficient."""
     epsilons: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
     """Values of the ascent step of the differences."""
     rhos: tuple[float, ...] = (0.1, 0.3, 0.7, 1.0, 1.5, 2.0, 3.0)
     """Values of the radius of SAM and ASAM."""
+    strengths: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
+    """Values of the strength of the relative penalty, its share of the step."""
     levels: tuple[float, ...] = (0.3, 0.6, 0.9, 1.2, 1.5)
     """Values of the flood level."""
     model: models.Name = "mlp"
@@ -64,7 +69,7 @@ class Config(common.OnData):
         """Checks the numbers of runs and every value of the grids."""
         super().__post_init__()
         common.at_least(self, 1, "seeds", "report_seeds", "lanes")
-        common.at_least(self, 0, "gammas", "levels")
+        common.at_least(self, 0, "gammas", "levels", "strengths")
         common.above_zero(self, "epsilons", "rhos")
         unknown = [label for label in self.methods if label not in METHODS]
         if unknown or not self.methods:

@@ -30,6 +30,7 @@ from gradreg_optax import (
     flooding,
     gradient_norm_penalty,
     make_train_step,
+    relative_gradreg,
     sam,
 )
 from gradreg_optax.experiments import common, data, models
@@ -108,6 +109,7 @@ METHODS = {
         Method("SAM", sam, ("rho",), 2),
         Method("ASAM", asam, ("rho",), 2),
         Method("GNP", gradient_norm_penalty, ("gamma", "epsilon"), 2),
+        Method("relative", relative_gradreg, ("strength",), 2),
         Method("flooding", flooding, ("level",), 1),
     )
 }
