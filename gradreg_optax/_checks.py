@@ -58,7 +58,7 @@ RULES = {
     "perturbed_sharpness: rho": Rule(
         lambda x, tiny: math.isfinite(x), "be finite", "negative steps descend"
     ),
-    "level": Rule(lambda x, tiny: math.isfinite(x), "be finite", "it is a value of the loss"),
+    "level": Rule(lambda x, tiny: x == x, "be a number", "it is a value of the loss"),
     "strength": Rule(
         lambda x, tiny: 0 <= x < math.inf,
         "be finite and >= 0",
