@@ -50,12 +50,14 @@ class Losses(NamedTuple):
       training: sum of training losses, older ones weighing less; shape ().
       held_out: the same of the held-out losses; shape ().
       weight: the same of ones; shape (). Zero before the first.
+      progress: the same of what the training loss has fallen by since the start; shape ().
     """
 
     start: jax.Array
     training: jax.Array
     held_out: jax.Array
     weight: jax.Array
+    progress: jax.Array
 
 
 class RelativeState(NamedTuple):
@@ -128,7 +130,8 @@ def relative_gradreg(
         S = \frac{\bar L_\text{held out} - \bar L}{L_0 - \bar L},
 
     and is the running mean of :math:`4 (S - 0.1)`, kept within [0, 1], over some thirty penalised
-    updates. What is memorised is penalised; while a model still learns what holds elsewhere too, or
+    updates, each of which counts by its :math:`L_0 - \bar L`: before anything is learnt, a gap says
+    nothing. What is memorised is penalised; while a model still learns what holds elsewhere too, or
     where every sample is seen once, there is no penalty. The held-out samples are evaluated, not
     differentiated: a few of them per update will do.
 
@@ -191,7 +194,7 @@ def relative_gradreg(
             strength=jnp.asarray(first, zero.dtype),
             scale=zero,
             norms=Norms(zero, zero, zero),
-            losses=Losses(zero, zero, zero, zero) if given is None else (),
+            losses=Losses(*[zero] * 5) if given is None else (),
             ascent=init_ascent(params),
         )
 
@@ -274,25 +277,27 @@ def _self_tuned(bind: LateLoss) -> _Strength:
             value = bind(point.params, extra_args)(point.params)
         held_out, _ = with_aux(_CALLER, held_out_fn, has_aux=False)(point.params)
         dtype = state.strength.dtype
-        losses = _averaged(state.losses, jnp.asarray(value, dtype), held_out.astype(dtype))
-        return state._replace(strength=_followed(state.strength, losses), losses=losses)
+        return _learnt(state, jnp.asarray(value, dtype), held_out.astype(dtype))
 
     return strengthen
 
 
-def _averaged(losses: Any, training: jax.Array, held_out: jax.Array) -> Losses:
-    """The losses remembered, with this update's; as they were, if one of these is not finite."""
-    now = Losses(training, training, held_out, jnp.ones_like(training))
-    sums = Losses(*(_MEMORY * old + new for old, new in zip(losses, now, strict=True)))
-    sums = sums._replace(start=jnp.where(losses.weight > 0, losses.start, training))
+def _learnt(state: RelativeState, training: jax.Array, held_out: jax.Array) -> RelativeState:
+    """The losses remembered and the strength that follows them; nothing of one that is not finite.
+
+    What the losses ask for counts by the progress it is measured on. Otherwise the first updates,
+    whose progress is noise, would decide while the learning rate still warms up.
+    """
+    old: Any = state.losses
+    strength = state.strength
+    start = jnp.where(old.weight > 0, old.start, training)
+    now = training, held_out, jnp.ones_like(training)
+    sums = [_MEMORY * a + b for a, b in zip(old[1:4], now, strict=True)]
+    own, other = sums[0] / sums[2], sums[1] / sums[2]
+    progress = jnp.maximum(start - own, 0)
+    losses = Losses(start, sums[0], sums[1], sums[2], _MEMORY * old.progress + progress)
+    asked = jnp.clip(_GAIN * (_ratio(other - own, progress) - _TOLERATED), 0, 1)
+    strength += (asked - strength) * _ratio(progress, losses.progress)
     finite = jnp.isfinite(training) & jnp.isfinite(held_out)
-    return Losses(*(jnp.where(finite, new, old) for new, old in zip(sums, losses, strict=True)))
-
-
-def _followed(strength: jax.Array, losses: Losses) -> jax.Array:
-    """The running mean of what the losses ask for."""
-    weight = jnp.maximum(losses.weight, 1)
-    training, held_out = losses.training / weight, losses.held_out / weight
-    lost = _ratio(held_out - training, losses.start - training)
-    asked = jnp.clip(_GAIN * (lost - _TOLERATED), 0, 1)
-    return jnp.where(losses.weight > 0, strength + (asked - strength) / weight, strength)
+    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), losses, old)
+    return state._replace(strength=jnp.where(finite, strength, state.strength), losses=kept)

@@ -18,6 +18,7 @@ from gradreg_optax.experiments import (
     frontier,
     implicit_bias,
     results,
+    strength,
     sweep,
 )
 from gradreg_optax.experiments.common import CommandError
@@ -29,6 +30,7 @@ COMMANDS: dict[str, ModuleType] = {
     "implicit-bias": implicit_bias,
     "flooding": flooding,
     "frontier": frontier,
+    "strength": strength,
 }
 
 

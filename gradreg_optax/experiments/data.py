@@ -12,6 +12,7 @@ import math
 import os
 import subprocess
 import sys
+import sysconfig
 import zipfile
 import zlib
 from pathlib import Path
@@ -52,12 +53,14 @@ class Dataset:
     Attributes:
       name: its name, or the name of the user's file.
       train_x: training inputs, shape (samples, ...); images are (samples, height, width, channels).
-      train_y: training labels, shape (samples,), whole numbers from 0.
+      train_y: training labels, shape (samples,), whole numbers from 0; of sequences that have a
+        label at every place, (samples, length).
       test_x: test inputs.
       test_y: test labels.
       classes: number of classes.
       scale: the largest value that an input can take; 1 for inputs that are no whole numbers.
       resplit: there is no official test set, so every seed splits the samples anew.
+      tokens: inputs are whole numbers that stand for something, and networks see them as they are.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Dataset:
     classes: int
     scale: float
     resplit: bool = False
+    tokens: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -179,8 +183,32 @@ def draw(
     train, test = _first("train_size", pool, train_size), _first("test_size", rest, test_size)
     labels = dataset.labels[train]
     wrong = rng.permutation(len(labels))[: round(label_noise * len(labels))]
-    labels[wrong] = (labels[wrong] + rng.integers(1, dataset.classes, len(wrong))) % dataset.classes
+    other = rng.integers(1, dataset.classes, labels[wrong].shape)
+    labels[wrong] = (labels[wrong] + other) % dataset.classes
     return Split(train.astype(np.int32), labels.astype(np.int32), test.astype(np.int32))
+
+
+def source_code(length: int) -> Dataset:
+    """Python's own standard library as text, to be continued byte by byte: a corpus that is on
+    every machine, though not the same for every version of Python.
+
+    Args:
+      length: bytes in a sample; its labels are the bytes that follow each of them.
+
+    Returns:
+      The data set, of 128 classes, of which the last stands for all that is no ASCII. Every second
+      file is for training, the others for testing.
+    """
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    parts = [_windows(files[first::2], length + 1) for first in (0, 1)]
+    train, test = ((part[:, :-1], part[:, 1:]) for part in parts)
+    return Dataset("source code", *train, *test, classes=128, scale=1.0, tokens=True)
+
+
+def _windows(files: list[Path], length: int) -> Array:
+    text = np.frombuffer(b"".join(path.read_bytes() for path in files), np.uint8)
+    whole = len(text) // length * length
+    return np.minimum(text[:whole], 127).astype(np.int32).reshape(-1, length)
 
 
 def cache() -> Path:

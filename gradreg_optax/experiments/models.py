@@ -62,6 +62,72 @@ def build(
     return _cnn(shape, classes, width, depth)
 
 
+def transformer(
+    tokens: int, length: int, *, width: int = 32, depth: int = 2, heads: int = 4
+) -> Model:
+    """A causal transformer: the logits of the next token at every place of a sequence.
+
+    Args:
+      tokens: number of different tokens.
+      length: length of a sequence.
+      width: numbers that stand for a token.
+      depth: blocks of attention and of a hidden layer of four times the width, with learnt
+        root-mean-square normalization in front of each.
+      heads: of the attention; a divisor of the width.
+
+    Returns:
+      The network; its inputs are whole numbers of shape (batch, length), its outputs have shape
+      (batch, length, tokens).
+    """
+    visible = jnp.tril(jnp.ones((length, length), bool))
+
+    def init(key: jax.Array) -> PyTree:
+        embedding, place, head, *keys = jax.random.split(key, 3 + depth)
+        return {
+            "embedding": 0.1 * jax.random.normal(embedding, (tokens, width)),
+            "place": 0.1 * jax.random.normal(place, (length, width)),
+            "blocks": [_block(k, width) for k in keys],
+            "scale": jnp.ones(width),
+            "head": _dense(head, width, tokens),
+        }
+
+    def apply(params: PyTree, x: jax.Array) -> jax.Array:
+        h = params["embedding"][x] + params["place"][None]
+        for block in params["blocks"]:
+            attended = _attention(block, _normalized(block["scales"][0], h), heads, visible)
+            h = h + _affine(block["out"], attended)
+            hidden = jax.nn.gelu(_affine(block["up"], _normalized(block["scales"][1], h)))
+            h = h + _affine(block["down"], hidden)
+        return _affine(params["head"], _normalized(params["scale"], h))
+
+    return Model(init, apply)
+
+
+def _block(key: jax.Array, width: int) -> PyTree:
+    sizes = {"qkv": (1, 3), "out": (1, 1), "up": (1, 4), "down": (4, 1)}
+    keys = jax.random.split(key, len(sizes))
+    made = {
+        name: _dense(k, width * size, width * out)
+        for k, (name, (size, out)) in zip(keys, sizes.items(), strict=True)
+    }
+    return made | {"scales": jnp.ones((2, width))}
+
+
+def _normalized(scale: jax.Array, x: jax.Array) -> jax.Array:
+    size = jnp.mean(x**2, axis=-1, keepdims=True)
+    return jnp.expand_dims(scale, range(x.ndim - 1)) * x * jax.lax.rsqrt(size + 1e-5)
+
+
+def _attention(block: PyTree, x: jax.Array, heads: int, visible: jax.Array) -> jax.Array:
+    batch, length, width = x.shape
+    qkv = _affine(block["qkv"], x).reshape(batch, length, 3, heads, width // heads)
+    q, k, v = (qkv[:, :, i] for i in range(3))
+    score = jnp.einsum("bqhd,bkhd->bhqk", q, k) * math.sqrt(heads / width)
+    weight = jax.nn.softmax(jnp.where(visible[None, None], score, -jnp.inf), axis=-1)
+    mixed: jax.Array = jnp.einsum("bhqk,bkhd->bqhd", weight, v).reshape(batch, length, width)
+    return mixed
+
+
 def _mlp(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Model:
     sizes = [math.prod(shape), *[width] * depth, classes]
 

@@ -44,14 +44,23 @@ _Pool: TypeAlias = tuple[jax.Array, jax.Array]  # all inputs and all labels of t
 _Score: TypeAlias = Callable[
     [jax.Array, jax.Array], jax.Array
 ]  # (logits, label) of one sample -> number
-OptimizerName: TypeAlias = Literal["sgd", "momentum", "adam"]
+OptimizerName: TypeAlias = Literal["sgd", "momentum", "adam", "adamw"]
 OPTIMIZERS: dict[str, Callable[[Any], Transformation]] = {
     "sgd": optax.sgd,
     "momentum": functools.partial(optax.sgd, momentum=0.9),
     "adam": optax.adam,
+    "adamw": optax.adamw,
 }
 
-METRICS = ("accuracy", "train_loss", "grad_norm", "eigenvalue", "eigenvalue_residual", "diverged")
+METRICS = (
+    "accuracy",
+    "test_loss",
+    "train_loss",
+    "grad_norm",
+    "eigenvalue",
+    "eigenvalue_residual",
+    "diverged",
+)
 _CHUNK = 100  # steps between two updates of the progress bar
 _EVALUATION_BATCH = 500
 # a run has diverged when its training loss is that many times that of a uniform guess, or not
@@ -131,9 +140,11 @@ class Recipe:
       steps: number of steps.
       learning_rate: the first learning rate; it falls to zero along a cosine.
       warmup_steps: steps at the start over which the learning rate rises from zero along a line.
-      optimizer: "sgd", "momentum" (0.9), "adam", or any function of a learning-rate schedule that
-        makes an Optax optimizer.
+      optimizer: "sgd", "momentum" (0.9), "adam", "adamw", or any function of a learning-rate
+        schedule that makes an Optax optimizer.
       penalty_fraction: share of the batch that the penalty is taken on.
+      held_out: how many of the training samples no step trains on; a method that tunes itself
+        looks at some of these in every step, as many as the penalty is taken on.
       eigenvalue: measure the top Hessian eigenvalue at the end.
     """
 
@@ -149,12 +160,13 @@ class Recipe:
     warmup_steps: int = 0
     optimizer: str | Callable[[Any], Transformation] = "sgd"
     penalty_fraction: float = 1.0
+    held_out: int = 0
     eigenvalue: bool = True
 
     def __post_init__(self) -> None:
         """Checks what does not depend on the data."""
         common.at_least(self, 1, "width", "depth", "batch_size", "steps")
-        common.at_least(self, 0, "learning_rate")
+        common.at_least(self, 0, "learning_rate", "held_out")
         if not 0 <= self.warmup_steps < self.steps:
             raise CommandError(
                 f"warmup_steps must be at least 0 and below the {self.steps} steps, got"
@@ -196,6 +208,8 @@ class Problem:
       recipe: what the methods have in common.
       model: the network.
       pool: all inputs and labels, on the device.
+      drawn: number of samples that are drawn for training.
+      size: number of those that are trained on.
       batches: number of batches in an epoch.
     """
 
@@ -210,12 +224,14 @@ class Problem:
           CommandError: a batch larger than the training set, more samples than there are, or a
             network that does not give one number for each sample and class.
         """
-        size = len(data.draw(dataset, 0, recipe.train_size, recipe.test_size).train)
-        if recipe.batch_size > size:
+        self.drawn = len(data.draw(dataset, 0, recipe.train_size, recipe.test_size).train)
+        self.size = self.drawn - recipe.held_out
+        if recipe.batch_size > self.size:
             raise CommandError(
-                f"batch_size must not exceed the {size} training samples, got {recipe.batch_size}."
+                f"batch_size must not exceed the {self.size} training samples, got"
+                f" {recipe.batch_size}."
             )
-        self.dataset, self.recipe, self.batches = dataset, recipe, size // recipe.batch_size
+        self.dataset, self.recipe, self.batches = dataset, recipe, self.size // recipe.batch_size
         self.model = _model(dataset, recipe)
         self.pool = (jnp.asarray(dataset.inputs), jnp.asarray(dataset.labels))
         self._init = jax.jit(lambda seed: self.model.init(_key(seed, 0)))
@@ -249,7 +265,14 @@ class Problem:
 
     def take(self, pool: _Pool, rows: jax.Array) -> jax.Array:
         """The inputs at some positions, as the network sees them."""
-        return pool[0][rows].astype(jnp.float32) / self.dataset.scale - self.dataset.mean
+        x = pool[0][rows]
+        if self.dataset.tokens:
+            return x
+        return x.astype(jnp.float32) / self.dataset.scale - self.dataset.mean
+
+    def batch(self, pool: _Pool, split: data.Split, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Some of the samples that a seed drew for training, with their labels."""
+        return self.take(pool, split.train[rows]), split.train_labels[rows]
 
     def measure(self, params: PyTree, seeds: jax.Array, split: data.Split) -> dict[str, Array]:
         """The metrics of all lanes, one after the other for the sake of memory; NaN where a run has
@@ -273,11 +296,12 @@ class Problem:
     def _metrics(
         self, params: PyTree, seed: jax.Array, split: data.Split, pool: _Pool
     ) -> dict[str, jax.Array]:
-        loss = self._mean(params, pool, split.train, split.train_labels, _cross_entropy)
-        rows = slice(min(split.train.shape[0], _CURVATURE_SAMPLES))
-        batch = self.take(pool, split.train[rows]), split.train_labels[rows]
+        train, test = (split.train[: self.size], split.train_labels[: self.size]), split.test
+        loss = self._mean(params, pool, *train, _cross_entropy)
+        batch = self.batch(pool, split, jnp.arange(min(self.size, _CURVATURE_SAMPLES)))
         found = {
-            "accuracy": self._mean(params, pool, split.test, pool[1][split.test], _correct),
+            "accuracy": self._mean(params, pool, test, pool[1][test], _correct),
+            "test_loss": self._mean(params, pool, test, pool[1][test], _cross_entropy),
             "train_loss": loss,
             "grad_norm": curvature.gradient_norm(lambda p: self.loss(p, batch), params),
             "diverged": ~(
@@ -365,10 +389,10 @@ class Trainer:
           advanced: is told, along the way, how many steps of a run have been taken.
 
         Returns:
-          Arrays of shape (lanes,): "accuracy" on the test samples, "train_loss" on the (noisy)
-          training labels, "grad_norm" and "eigenvalue" (with its "eigenvalue_residual") of that
-          loss, and "diverged": whether the training loss is ten times that of a uniform guess or
-          the parameters are not finite, in which case the others are NaN.
+          Arrays of shape (lanes,): "accuracy" and "test_loss" on the test samples, "train_loss" on
+          the (noisy) training labels, "grad_norm" and "eigenvalue" (with its "eigenvalue_residual")
+          of that loss, and "diverged": whether the training loss is ten times that of a uniform
+          guess or the parameters are not finite, in which case the others are NaN.
 
         Raises:
           CommandError: settings other than the method's.
@@ -410,7 +434,7 @@ class Trainer:
     def flops(self) -> float:
         """Floating-point operations of one step of one run, as XLA counts them."""
         lane = dict.fromkeys(self.method.settings, 1.0)
-        step = jax.jit(lambda state, batch: self._train_step(lane).step(state, batch))
+        step = jax.jit(functools.partial(self._step, lane))
         analysis: Any = step.lower(*self._example(lane)).compile().cost_analysis()
         return float(analysis["flops"])
 
@@ -423,18 +447,28 @@ class Trainer:
         """
         if settings not in self._digests:
             lane = {name: _setting(name, 1) for name in settings}
-            step = jax.jit(lambda lane, state, batch: self._train_step(lane).step(state, batch))
+            step = jax.jit(self._step)
             init = jax.jit(self._problem.model.init).lower(jax.random.key(0))
             text = init.as_text() + step.lower(lane, *self._example(lane)).as_text()
             self._digests[settings] = hashlib.sha256(text.encode()).hexdigest()
         return self._digests[settings]
 
-    def _example(self, lane: Settings) -> tuple[Any, Any]:
-        """A state and a batch, of which the shapes matter."""
-        shape = (self._recipe.batch_size, *self._problem.dataset.shape)
-        init = self._problem.model.init
+    def _step(self, lane: Settings, state: TrainState, batch: Any, held_out: Any) -> Any:
+        return self._train_step(lane).step(state, batch, held_out=held_out)
+
+    def _part(self) -> int:
+        """Number of samples that the penalty is taken on."""
+        return math.ceil(self._recipe.penalty_fraction * self._recipe.batch_size)
+
+    def _example(self, lane: Settings) -> tuple[Any, Any, Any]:
+        """A state, a batch and held-out samples, of which the shapes matter."""
+        init, dataset = self._problem.model.init, self._problem.dataset
         state = jax.eval_shape(lambda key: self._start(lane, init(key)), jax.random.key(0))
-        return state, (jnp.zeros(shape), jnp.zeros(shape[0], jnp.int32))
+        arrays = (dataset.train_x, dataset.train_y)
+        x, y = (jnp.zeros((self._recipe.batch_size, *a.shape[1:]), jnp.int32) for a in arrays)
+        batch = (x if dataset.tokens else x.astype(jnp.float32)), y
+        some = jax.tree.map(lambda a: a[: self._part()], batch)
+        return state, batch, some if self._recipe.held_out else None
 
     def _lanes(self, settings: Settings, seeds: Array) -> dict[str, jax.Array]:
         wanted, given = set(self.method.settings), set(settings) - {"interval"}
@@ -468,17 +502,21 @@ class Trainer:
     ) -> TrainState:
         """Up to ``_CHUNK`` steps of all lanes, from step ``first`` on."""
         self.traces += 1
-        size, batches = self._recipe.batch_size, self._problem.batches
+        task, recipe = self._problem, self._recipe
+        size, batches = recipe.batch_size, task.batches
         epochs = first // batches + jnp.arange(_CHUNK // batches + 2)
-        orders = jax.vmap(lambda seed: _shuffles(seed, epochs, split.train.shape[-1]))(
-            lanes["seed"]
-        )
+        orders = jax.vmap(lambda seed: _shuffles(seed, epochs, task.size))(lanes["seed"])
 
         def one(
             state: TrainState, lane: Settings, split: data.Split, rows: jax.Array
         ) -> TrainState:
-            batch = self._problem.take(pool, split.train[rows]), split.train_labels[rows]
-            return self._train_step(lane).step(state, batch)[0]
+            others = None
+            if recipe.held_out:
+                key = jax.random.fold_in(_key(lane["seed"], 3), state.step)
+                drawn = jax.random.randint(key, (self._part(),), task.size, task.drawn)
+                others = task.batch(pool, split, drawn)
+            batch = task.batch(pool, split, rows)
+            return self._train_step(lane).step(state, batch, held_out=others)[0]
 
         def advance(step: jax.Array, states: TrainState) -> TrainState:
             order = orders[:, step // batches - first // batches]
@@ -508,12 +546,13 @@ def _model(dataset: data.Dataset, recipe: Recipe) -> Model:
         size = {"width": recipe.width, "depth": recipe.depth}
         return models.build(recipe.model, dataset.shape, dataset.classes, **size)
     init, apply = recipe.model
-    x = jnp.zeros((2, *dataset.shape))
+    x = jnp.zeros((2, *dataset.shape), jnp.int32 if dataset.tokens else jnp.float32)
     shape = jax.eval_shape(lambda key, x: apply(init(key), x), jax.random.key(0), x).shape
-    if shape != (2, dataset.classes):
+    wanted = (*dataset.train_y.shape[1:], dataset.classes)
+    if shape != (2, *wanted):
         raise CommandError(
-            f"model must give logits of shape (batch, {dataset.classes}), got {shape} for a batch"
-            f" of 2 inputs of shape {dataset.shape}."
+            f"model must give logits of shape (batch, {', '.join(map(str, wanted))}), got {shape}"
+            f" for a batch of 2 inputs of shape {dataset.shape}."
         )
     return Model(init, apply)
 
@@ -533,9 +572,8 @@ def _key(seed: jax.Array, purpose: int) -> jax.Array:
 
 
 def _cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
-    loss: jax.Array = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-    return loss
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, label))
 
 
 def _correct(logits: jax.Array, label: jax.Array) -> jax.Array:
-    return (jnp.argmax(logits) == label).astype(jnp.float32)
+    return jnp.mean((jnp.argmax(logits, axis=-1) == label).astype(jnp.float32))
