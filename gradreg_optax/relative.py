@@ -25,7 +25,7 @@ _FIRST_REACH = 0.01  # of the length of the parameters: the first step knows no 
 _BOUND = 2.0  # times its share is the most that the penalty takes of any single step
 _MEMORY = 0.97  # of the losses and of the strength, per update that takes the penalty
 _TOLERATED = 0.1  # the share of the progress that need not carry over
-_GAIN = 4.0  # of the strength, where it is more
+_GAIN = 6.0  # of the strength, where it is more
 
 
 class Norms(NamedTuple):
@@ -47,16 +47,16 @@ class Losses(NamedTuple):
 
     Attributes:
       start: the training loss where the penalty began; shape ().
-      training: sum of training losses, older ones weighing less; shape ().
-      held_out: the same of the held-out losses; shape ().
-      weight: the same of ones; shape (). Zero before the first.
-      progress: the same of what the training loss has fallen by since the start; shape ().
+      taken: number of updates that took the penalty; shape ().
+      past: means over these updates of the training and the held-out loss; shape (2,).
+      recent: running means of both; shape (2,).
+      progress: sum of the progress of late, older updates weighing less; shape ().
     """
 
     start: jax.Array
-    training: jax.Array
-    held_out: jax.Array
-    weight: jax.Array
+    taken: jax.Array
+    past: jax.Array
+    recent: jax.Array
     progress: jax.Array
 
 
@@ -122,18 +122,21 @@ def relative_gradreg(
     :math:`\rho = \tau\|g\|` set by the curvature.
 
     **Strength None** tunes itself on held-out samples. It measures which share of the progress on
-    the training loss does not carry over to them, since the loss :math:`L_0` where the penalty
-    began,
+    the training loss does not carry over to them: of all progress since the penalty began, at a
+    loss :math:`L_0`, and of that of late, by which the running means have come below the means
+    :math:`\hat L` over the whole past,
 
     .. math::
 
-        S = \frac{\bar L_\text{held out} - \bar L}{L_0 - \bar L},
+        S = \min\Big( \frac{\bar L_\text{held out} - \bar L}{L_0 - \bar L},\;
+        1 - \frac{\hat L_\text{held out} - \bar L_\text{held out}}{\hat L - \bar L} \Big),
 
-    and is the running mean of :math:`4 (S - 0.1)`, kept within [0, 1], over some thirty penalised
-    updates, each of which counts by its :math:`L_0 - \bar L`: before anything is learnt, a gap says
-    nothing. What is memorised is penalised; while a model still learns what holds elsewhere too, or
-    where every sample is seen once, there is no penalty. The held-out samples are evaluated, not
-    differentiated: a few of them per update will do.
+    and is the running mean of :math:`6 (S - 0.1)`, kept within [0, 1], over some thirty penalised
+    updates, each of which counts by its :math:`\hat L - \bar L`. What is memorised is penalised;
+    while a model still learns what holds elsewhere too, or where every sample is seen once, there
+    is no penalty. The held-out samples are evaluated, not differentiated: a few of them per update
+    will do. They should be drawn from where the training samples are: a set that is harder by
+    itself reads as if its difference had been memorised.
 
     Cost: as for :func:`fd_gradreg`, and norms. A strength that tunes itself adds two evaluations of
     the loss (one where ``update`` is given ``value=``, or where the compiler shares it with the
@@ -194,7 +197,7 @@ def relative_gradreg(
             strength=jnp.asarray(first, zero.dtype),
             scale=zero,
             norms=Norms(zero, zero, zero),
-            losses=Losses(*[zero] * 5) if given is None else (),
+            losses=_no_losses(zero) if given is None else (),
             ascent=init_ascent(params),
         )
 
@@ -282,22 +285,30 @@ def _self_tuned(bind: LateLoss) -> _Strength:
     return strengthen
 
 
+def _no_losses(zero: jax.Array) -> Losses:
+    pair = jnp.zeros(2, zero.dtype)
+    return Losses(start=zero, taken=zero, past=pair, recent=pair, progress=zero)
+
+
 def _learnt(state: RelativeState, training: jax.Array, held_out: jax.Array) -> RelativeState:
     """The losses remembered and the strength that follows them; nothing of one that is not finite.
 
-    What the losses ask for counts by the progress it is measured on. Otherwise the first updates,
-    whose progress is noise, would decide while the learning rate still warms up.
+    The smaller of the two shares counts: the first alone takes a held-out set that is harder from
+    the start for something memorised, the second alone forgets what has been memorised. And an
+    update counts by its progress: else the first ones, which are noise while the learning rate
+    warms up, would decide.
     """
     old: Any = state.losses
-    strength = state.strength
-    start = jnp.where(old.weight > 0, old.start, training)
-    now = training, held_out, jnp.ones_like(training)
-    sums = [_MEMORY * a + b for a, b in zip(old[1:4], now, strict=True)]
-    own, other = sums[0] / sums[2], sums[1] / sums[2]
-    progress = jnp.maximum(start - own, 0)
-    losses = Losses(start, sums[0], sums[1], sums[2], _MEMORY * old.progress + progress)
-    asked = jnp.clip(_GAIN * (_ratio(other - own, progress) - _TOLERATED), 0, 1)
-    strength += (asked - strength) * _ratio(progress, losses.progress)
+    now, taken = jnp.stack([training, held_out]), old.taken + 1
+    start = jnp.where(old.taken > 0, old.start, training)
+    past = old.past + (now - old.past) / taken
+    recent = old.recent + (now - old.recent) * (1 - _MEMORY) / (1 - _MEMORY**taken)
+    fallen, progress = past - recent, jnp.maximum(past[0] - recent[0], 0)
+    losses = Losses(start, taken, past, recent, _MEMORY * old.progress + progress)
+    since_start = _ratio(recent[1] - recent[0], start - recent[0])
+    lost = jnp.minimum(since_start, 1 - _ratio(fallen[1], progress))
+    asked = jnp.clip(_GAIN * (lost - _TOLERATED), 0, 1)
+    strength = state.strength + (asked - state.strength) * _ratio(progress, losses.progress)
     finite = jnp.isfinite(training) & jnp.isfinite(held_out)
     kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), losses, old)
     return state._replace(strength=jnp.where(finite, strength, state.strength), losses=kept)
