@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks.networks import Problem
-from gradreg_optax import dbp_gradreg, fd_gradreg, fd_value_and_grad, make_train_step, sam
+from gradreg_optax import (
+    dbp_gradreg,
+    fd_gradreg,
+    fd_value_and_grad,
+    make_train_step,
+    relative_gradreg,
+    sam,
+)
 
 RATE, GAMMA, EPSILON, RHO = 0.01, 0.01, 0.1, 0.05
 # Optimizer steps in the period of a lazy penalty: its time and FLOPs are averages over as many.
@@ -36,6 +43,7 @@ def steps(problem: Problem) -> dict[str, Callable[[], Step]]:
         "F-GR, optax.chain": lambda: _chain(problem, penalty),
         "F-GR, make_train_step": lambda: _train_step(problem, penalty),
         "F-GR lazy (1/4, 4), make_train_step": lambda: _train_step(problem, lazy, FRACTION),
+        "relative, make_train_step": lambda: _train_step(problem, relative_gradreg()),
         "SAM, make_train_step": lambda: _train_step(problem, sam(rho=RHO)),
         "SAM, optax.chain": lambda: _chain(problem, sam(rho=RHO)),
         "SAM, optax.contrib.sam": lambda: _optax_sam(problem),

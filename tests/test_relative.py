@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradreg_optax import make_train_step, normalized, relative_gradreg
+from gradreg_optax import adaptive, make_train_step, masked, normalized, relative_gradreg
 
 KEY = jax.random.key(0)
 
@@ -239,13 +239,30 @@ def test_where_nothing_carries_over_the_penalty_is_full() -> None:
     assert _tuned(FALLING, [2.3] * 400)[-1] > 0.99
 
 
+@pytest.mark.usefixtures("x64")  # the first progress is the difference of almost equal losses
 @pytest.mark.parametrize(("a", "b"), [(1e-3, 0.0), (1e3, 0.0), (1.0, 3.0), (2.0, -5.0)])
 def test_units_and_offsets_of_the_losses_do_not_matter_to_the_strength(a: float, b: float) -> None:
     held_out = [x + 0.45 * (1 - 0.99**i) for i, x in enumerate(FALLING)]
     expected = _tuned(FALLING, held_out)
     moved = _tuned([a * (x + b) for x in FALLING], [a * (x + b) for x in held_out])
     assert 0.2 < expected[-1] < 0.8
-    np.testing.assert_allclose(moved, expected, atol=1e-3)
+    np.testing.assert_allclose(moved, expected, atol=1e-9)
+
+
+def test_a_gap_before_anything_is_learnt_counts_for_nothing() -> None:
+    noise = np.random.default_rng(0).normal(size=60) / 100
+    warming_up = list(2.3 + noise)
+    found = _tuned(warming_up + FALLING, [x + 0.3 for x in warming_up + FALLING])
+    # sixty updates of noise, of which the progress is a hundredth, weigh less than ten of learning
+    assert found[80] < 0.1
+    assert found[-1] < 0.05
+
+
+def test_a_held_out_set_that_is_harder_by_itself_is_not_taken_for_memory() -> None:
+    harder = [x + min(0.6, 6 * (2.3 - x)) for x in FALLING]  # a gap of its own, soon there
+    assert _tuned(FALLING, harder)[-1] < 0.05
+    remembered = [2.3 - 0.4 * (2.3 - x) for x in FALLING]  # a gap that grows with the progress
+    assert _tuned(FALLING, remembered)[-1] > 0.95
 
 
 @settings(max_examples=50)
@@ -316,6 +333,48 @@ def test_the_state_reads_the_strength_of_a_schedule() -> None:
         updates, state = tx.update(params, state, params, value_fn=lambda p: jnp.sum(p**2) / 2)
         assert optax.tree.get(state, "strength") == pytest.approx(0.1 * step)
         np.testing.assert_allclose(updates, (1 + 0.1 * step) * params, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "ascent", [None, normalized, adaptive, masked(jnp.array([True, False, True]))]
+)
+def test_the_correction_goes_along_the_product_with_the_ascent_direction(ascent: Any) -> None:
+    root = np.random.default_rng(0).normal(size=(3, 3))
+    hessian, params = root @ root.T, jnp.array([1.0, -2.0, 0.5])
+    gradient = hessian @ params
+    product = hessian @ (gradient if ascent is None else ascent(gradient, params))
+    size = jnp.linalg.norm(gradient) / jnp.linalg.norm(product)
+    tx = relative_gradreg(strength=0.3, decay=0.0, ascent=ascent)
+    updates, _ = tx.update(
+        gradient, tx.init(params), params, value_fn=lambda p: p @ hessian @ p / 2
+    )
+    np.testing.assert_allclose(updates, gradient + 0.3 * size * product, rtol=1e-9)
+
+
+def test_equal_groups_are_the_whole_batch_and_a_part_is_a_penalty_on_its_own_gradient() -> None:
+    x, y = jax.tree.map(lambda b: b[0], batches(1))
+    twice = jax.tree.map(lambda b: jnp.concatenate([b, b]), (x, y))
+    found = {}
+    for name, options in {
+        "whole": {},
+        "groups": {"ascent_groups": 2},
+        "part": {"penalty_fraction": 0.5},  # the first half, which is the same samples
+    }.items():
+        init, step = make_train_step(network_loss, optax.sgd(0.1), relative_gradreg(), **options)
+        state = init(network())
+        for _ in range(5):
+            state, _ = step(state, twice)
+        found[name] = state
+    for name in ("groups", "part"):
+        jax.tree.map(
+            # float32: the same sums in another order, over five steps
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+            found[name].params,
+            found["whole"].params,
+        )
+    scales = [optax.tree.get(state.opt_state, "scale") for state in found.values()]
+    np.testing.assert_allclose(scales[1:], scales[0], rtol=1e-3)
 
 
 def test_the_train_step_hands_it_the_held_out_batch_and_the_part() -> None:

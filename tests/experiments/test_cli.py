@@ -191,6 +191,7 @@ COMMITTED_RUNS = {
     "cost": "cost",
     "flooding": "flooding",
     "implicit_bias": "implicit-bias",
+    "strength": "strength",
     **dict.fromkeys(("sweep_digits", "sweep_cnn", "sweep_fashion_mnist"), "sweep"),
     **dict.fromkeys(
         ("frontier_digits", "frontier_fractions", "frontier_fashion_mnist"), "frontier"

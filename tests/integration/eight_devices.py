@@ -72,7 +72,7 @@ def spread(mesh, tree, fsdp):
     return jax.tree.map(place, tree)
 
 
-def train(loss, regularizer, mesh=None, fsdp=False, **options):
+def train(loss, regularizer, mesh=None, fsdp=False, held_out=False, **options):
     """STEPS steps of ``make_train_step``: (parameters, the collectives of one step, whether all
     parameters stayed where they were)."""
     init, step = gr.make_train_step(loss, optax.adam(1e-2), regularizer, **options)
@@ -83,13 +83,14 @@ def train(loss, regularizer, mesh=None, fsdp=False, **options):
             jax.device_put(data, NamedSharding(mesh, P("data"))),
         )
     state = init(params)
-    compiled = step.lower(state, data).compile()
+    others = {"held_out": jax.tree.map(lambda x: -x, data)} if held_out else {}
+    compiled = step.lower(state, data, **others).compile()
     for _ in range(STEPS):
         state, _ = jax.block_until_ready(
-            compiled(state, data)
+            compiled(state, data, **others)
         )  # steps in flight could starve each other of threads
     like = {leaf.shape: leaf.sharding for leaf in jax.tree.leaves(params)}
-    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape in like and leaf.ndim]
     stayed = all(leaf.sharding.is_equivalent_to(like[leaf.shape], leaf.ndim) for leaf in moments)
     return state.params, collectives(compiled), stayed
 
@@ -141,7 +142,11 @@ def main():
     )
     fd, plain = functools.partial(train, loss_fn, FD), functools.partial(train, loss_fn, None)
     accumulated = functools.partial(train, gr.microbatched(loss_fn, 4), FD)
+    half, tuned = (gr.relative_gradreg(strength=strength) for strength in (0.5, None))
+    relative = functools.partial(train, loss_fn, half)
+    itself = functools.partial(train, loss_fn, tuned, held_out=True)
     one = {"plain": plain()[0], "fd": fd()[0], "dbp": dbp()[0], "groups": groups()[0]}
+    one |= {"relative": relative()[0], "self-tuned": itself()[0]}
     runs = {
         "plain, data-parallel": ("plain", plain(mesh)),
         "plain, FSDP": ("plain", plain(mesh, fsdp=True)),
@@ -150,6 +155,9 @@ def main():
         "dbp, data-parallel": ("dbp", dbp(mesh)),
         "groups, data-parallel": ("groups", groups(mesh)),
         "groups, FSDP": ("groups", groups(mesh, fsdp=True)),
+        "relative, data-parallel": ("relative", relative(mesh)),
+        "relative, FSDP": ("relative", relative(mesh, fsdp=True)),
+        "self-tuned, data-parallel": ("self-tuned", itself(mesh)),
         "micro-batches, data-parallel": ("fd", accumulated(mesh)),
         "shard_map, common ascent": ("fd", train_in_shard_map(mesh, local=False)),
         "shard_map, own ascent": ("groups", train_in_shard_map(mesh, local=True)),

@@ -88,6 +88,24 @@ def chain_run():
     return start, lambda state, number: advance(state, batch(number))
 
 
+def relative_run():
+    """A strength that tunes itself: its state remembers norms and losses."""
+    tx = gr.relative_gradreg(strength=None, interval=3)
+    init, step_fn = gr.make_train_step(loss_fn, optax.adam(1e-2), tx)
+
+    def start():
+        params, key = fresh()
+        return {"train": init(params), "key": key}
+
+    def step(state, number):
+        key, dropout_key = jax.random.split(state["key"])
+        held_out = batch(number + 1000)
+        train, _ = step_fn(state["train"], batch(number), dropout_key, held_out=held_out)
+        return {"train": train, "key": key}
+
+    return start, step
+
+
 def bits(state):
     def plain(leaf):
         return np.asarray(
@@ -97,7 +115,7 @@ def bits(state):
     return [plain(leaf) for leaf in jax.tree.leaves(state)]
 
 
-@pytest.mark.parametrize("run", [train_step_run, chain_run])
+@pytest.mark.parametrize("run", [train_step_run, chain_run, relative_run])
 def test_resuming_after_twenty_steps_is_bitwise_the_uninterrupted_run(run, tmp_path):
     start, step = run()
     state = start()

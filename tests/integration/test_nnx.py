@@ -208,3 +208,48 @@ def test_a_regularizer_with_state_of_its_own_is_refused_with_the_remedy():
         match=r"make_nnx_train_step: the regularizer keeps state of its own.*put it in front",
     ):
         step(model, optimizer, *batch())
+
+
+def pair_loss(model, pair):
+    return loss_fn(model, *pair)
+
+
+def test_a_strength_that_tunes_itself_sees_the_held_out_batch_and_moves_no_statistics():
+    tx = optax.chain(gr.relative_gradreg(strength=None), optax.sgd(RATE))
+    model, optimizer = model_and_optimizer(tx)
+    graphdef, _, _ = nnx.split(model, nnx.Param, ...)
+    _, params, rest = split(model)
+    x, y = batch()
+    held_out = (-x, y)
+    step = gr.make_nnx_train_step(pair_loss)
+
+    def pure_loss(params, rest, pair):
+        net = nnx.merge(graphdef, nnx.State(params), nnx.State(rest))
+        return pair_loss(net, pair), nnx.to_pure_dict(nnx.state(net, nnx.Not(nnx.Param)))
+
+    @jax.jit
+    def functional(params, rest, state):
+        (value, after), g = jax.value_and_grad(pure_loss, has_aux=True)(params, rest, (x, y))
+
+        def loss_on(pair):
+            return lambda p: pure_loss(p, rest, pair)[0]
+
+        fns = {"value_fn": loss_on((x, y)), "held_out_fn": loss_on(held_out)}
+        updates, state = tx.update(g, state, params, value=value, **fns)
+        return optax.apply_updates(params, updates), after, state
+
+    state = tx.init(params)
+    for _ in range(8):
+        step(model, optimizer, (x, y), held_out=held_out)
+        params, rest, state = functional(params, rest, state)
+    assert relative(split(model)[1], params) < 1e-4  # float32 over eight steps
+    assert relative(split(model)[2]["norm"], rest["norm"]) < 1e-5
+    assert float(optax.tree.get(state, "strength")) > 0.1
+
+
+def test_a_relative_penalty_in_the_nnx_step_itself_is_refused():
+    """It keeps more than a counter, which has a place in the optimizer alone."""
+    model, optimizer = model_and_optimizer(optax.sgd(RATE))
+    step = gr.make_nnx_train_step(pair_loss, gr.relative_gradreg())
+    with pytest.raises(ValueError, match=r"state of its own.*optax\.chain"):
+        step(model, optimizer, batch())

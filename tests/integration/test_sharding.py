@@ -34,10 +34,11 @@ def report():
 RUNS = [
     *(
         f"{method}, {layout}"
-        for method in ("plain", "fd", "groups")
+        for method in ("plain", "fd", "groups", "relative")
         for layout in ("data-parallel", "FSDP")
     ),
     "dbp, data-parallel",
+    "self-tuned, data-parallel",
     "micro-batches, data-parallel",
     "shard_map, common ascent",
     "shard_map, own ascent",
@@ -61,6 +62,7 @@ def test_the_answer_does_not_change_with_the_number_of_devices(report, run):
         ("plain, data-parallel", 1),
         ("fd, data-parallel", 2),
         ("dbp, data-parallel", 2),
+        ("relative, data-parallel", 2),
         ("groups, data-parallel", 1),
         ("micro-batches, data-parallel", 2),
         ("shard_map, common ascent", 2),
