@@ -265,6 +265,24 @@ def test_a_held_out_set_that_is_harder_by_itself_is_not_taken_for_memory() -> No
     assert _tuned(FALLING, remembered)[-1] > 0.95
 
 
+def test_a_twentieth_of_the_progress_may_be_memorised() -> None:
+    last = [max(x, 0.15) for x in FALLING]  # of late nothing carries over, and it is little
+    assert _tuned(FALLING, last)[-1] < 0.05
+
+
+@pytest.mark.parametrize("lost", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_changes_nothing(lost: float) -> None:
+    held_out = [2.3] * 60
+    (*_, before), (*_, after) = (
+        _tuned(training, held)
+        for training, held in (
+            (FALLING[:60], held_out),
+            ([*FALLING[:60], lost, 1.0], [*held_out, 2.3, lost]),
+        )
+    )
+    assert before == after
+
+
 @settings(max_examples=50)
 @given(
     st.lists(st.sampled_from([-1e3, 0.0, 0.1, 2.3, 1e3, np.inf, np.nan]), min_size=8, max_size=8)
