@@ -427,9 +427,9 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
     for axis in (left, right):
         axis.axhline(0, color="k", lw=0.6)
     left.set(xlabel="strength $r$ of relative_gradreg", ylabel="gain in test accuracy, points")
-    left.set(ylim=(-12, None), title="one number, the same everywhere (stars: tuned by itself)")
+    left.set(ylim=(-12, None), title="the strength has no unit (stars: tuned by itself)")
     right.set(xscale="log", xlabel="coefficient $\\gamma$ of fd_gradreg ($\\epsilon = \\gamma$)")
-    right.set(title="another coefficient for every task, and a cliff behind it")
+    right.set(title="the coefficient has: another for every task, and a cliff")
     left.legend(frameon=False, fontsize=8)
     return plots.save(made, output, "strength")
 
