@@ -136,7 +136,9 @@ def relative_gradreg(
     while a model still learns what holds elsewhere too, or where every sample is seen once, there
     is no penalty. The held-out samples are evaluated, not differentiated: a few of them per update
     will do. They should be drawn from where the training samples are: a set that is harder by
-    itself reads as if its difference had been memorised.
+    itself reads as if its difference had been memorised. Where training begins on a plateau, as a
+    deep network's may, S is noise at first, and a penalty holds it there: let it leave first, with
+    ``start``.
 
     Cost: as for :func:`fd_gradreg`, and norms. A strength that tunes itself adds two evaluations of
     the loss (one where ``update`` is given ``value=``, or where the compiler shares it with the
