@@ -143,6 +143,8 @@ def arguments_at(
             f"{caller}: argnums={argnums} names an argument that the call does not have: it has"
             f" {len(args)} positional arguments."
         )
+    if len({n % len(args) for n in numbers}) < len(numbers):
+        raise ValueError(f"{caller}: argnums={argnums} names the same argument twice.")
 
     def put(params: PyTree) -> tuple[Any, ...]:
         full = list(args)

@@ -124,9 +124,10 @@ class Arguments(NamedTuple):
         penalised = [m for m, n in zip(marked, numeric, strict=True) if n]
         return cls(leaves, structure, numeric, penalised, argnums)
 
-    def numbers(self) -> list[Any]:
-        """The leaves that have a gradient."""
-        return [x for x, numeric in zip(self.leaves, self.numeric, strict=True) if numeric]
+    def numbers(self, call: Any) -> list[Any]:
+        """The leaves of ``(args, kwargs)`` that have a gradient."""
+        pairs = zip(jax.tree.leaves(call), self.numeric, strict=True)
+        return [x for x, numeric in pairs if numeric]
 
     def call(self, numbers: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) with these numbers in them."""
@@ -160,9 +161,10 @@ def _evaluated(
         args, kwargs = arguments.call(values)
         params, put = arguments_at("", arguments.argnums, args)
         found = update(Call(lambda p: loss(*put(p), **kwargs), (), {}), params)
-        updates = iter(jax.tree.leaves(found.updates))
-        pairs = zip(gradient, arguments.penalised, strict=True)
-        gradient = [next(updates) if penalised else g for g, penalised in pairs]
+        # in the order of the arguments, which need not be that of argnums
+        updates = arguments.numbers((put(found.updates), kwargs))
+        triples = zip(gradient, updates, arguments.penalised, strict=True)
+        gradient = [u if penalised else g for g, u, penalised in triples]
         return (found.value, aux.arrays(found.aux)), (values, gradient)
 
     def backward(residual: Any, cotangent: tuple[Any, Any]) -> tuple[list[Any]]:
@@ -172,7 +174,8 @@ def _evaluated(
 
     function = jax.custom_vjp(plain)
     function.defvjp(forward, backward, symbolic_zeros=True)
-    numbers = varying(arguments.numbers(), axes_of_value(plain, arguments.numbers()))
+    numbers = arguments.numbers(arguments.leaves)
+    numbers = varying(numbers, axes_of_value(plain, numbers))
     value, arrays = function(numbers)
     return value, aux.whole(arrays)
 

@@ -1,0 +1,411 @@
+"""A regularized loss is the loss, with the transformation's output for a gradient."""
+
+import functools
+import inspect
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gradreg_optax as gr
+from gradreg_optax import regularized_loss
+
+FD = gr.fd_gradreg(gamma=0.3, epsilon=0.2)
+FAMILIES = {
+    "forward": FD,
+    "backward": gr.fd_gradreg(gamma=0.3, epsilon=0.2, scheme="backward"),
+    "central": gr.fd_gradreg(gamma=0.3, epsilon=0.2, scheme="central"),
+    "product": gr.dbp_gradreg(gamma=0.3),
+    "product, reverse": gr.dbp_gradreg(gamma=0.3, mode="reverse_over_reverse"),
+    "sam": gr.sam(rho=0.3),
+    "asam": gr.asam(rho=0.3),
+    "gnp": gr.gradient_norm_penalty(gamma=0.3, epsilon=0.2),
+    "flooding": gr.flooding(level=10.0),
+    "masked": gr.fd_gradreg(gamma=0.3, epsilon=0.2, ascent=gr.masked({"w": True, "v": False})),
+    "chain": optax.chain(FD, gr.flooding(level=10.0), optax.clip_by_global_norm(0.5)),
+}
+GRADIENTS = {"central": 3, "flooding": 1}
+families = pytest.mark.parametrize("name", FAMILIES)
+some_families = pytest.mark.parametrize("name", ["forward", "product", "flooding", "chain"])
+# float32: two gradients of some ten operations each, of whose difference 1.5 times is taken
+close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
+
+
+def loss_fn(params, batch, key, label, *, weight=1.0, mode="train"):
+    """Integers and a key in the batch, a word and a None among the arguments."""
+    assert mode == "train"
+    assert label is None
+    x, y = batch["x"], batch["y"]
+    x = jnp.where(jax.random.bernoulli(key, 0.8, x.shape), x, 0)
+    logits = jnp.tanh(x @ params["w"]) @ params["v"]
+    return weight * optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+def loss_and_aux(*args, **kwargs):
+    value = loss_fn(*args, **kwargs)
+    return value, {"loss": value, "word": "text", "none": None, "size": 5}
+
+
+def problem(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    params = {"w": jax.random.normal(keys[0], (3, 6)), "v": jax.random.normal(keys[1], (6, 4))}
+    x, y = jax.random.normal(keys[2], (5, 3)), jax.random.randint(keys[3], (5,), 0, 4)
+    return params, ({"x": x, "y": y}, keys[0], None), {"weight": 2.0}
+
+
+def small():
+    params, (batch, *_), _ = problem()
+    return params, batch["x"]
+
+
+def problems(count):
+    """Several stacked: (params, x, y, keys)."""
+    several = [problem(seed) for seed in range(count)]
+    return jax.tree.map(lambda *x: jnp.stack(x), *[(p, (b, k)) for p, (b, k, _), _ in several])
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)])
+
+
+def transformed(tx, value_fn, params, state):
+    """What the transformation makes of the gradient, and its state."""
+    value, gradient = jax.value_and_grad(value_fn)(params)
+    return tx.update(gradient, state, params, value=value, value_fn=value_fn)
+
+
+def by_transformation(tx, value_fn, params):
+    return transformed(tx, value_fn, params, tx.init(params))[0]
+
+
+@families
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_the_gradient_is_the_output_of_the_transformation(name, compiled):
+    params, args, kwargs = problem()
+    wrap = jax.jit if compiled else lambda f: f
+    loss, wrapped = (
+        lambda p, f=f: f(p, *args, **kwargs)
+        for f in (loss_fn, regularized_loss(loss_fn, FAMILIES[name]))
+    )
+    expected = wrap(lambda p: by_transformation(FAMILIES[name], loss, p))
+    value, gradient = wrap(jax.value_and_grad(wrapped))(params)
+    close(flat(gradient), flat(expected(params)))
+    np.testing.assert_allclose(value, loss(params), rtol=1e-6)
+
+
+@some_families
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_the_value_is_that_of_the_loss_bit_for_bit(name, compiled):
+    params, args, _ = problem()
+    wrap = jax.jit if compiled else lambda f: f
+    loss = regularized_loss(loss_fn, FAMILIES[name])
+    pairs = [(loss, loss_fn), (jax.value_and_grad(loss), jax.value_and_grad(loss_fn))]
+    for one, other in pairs:
+        found, plain = (jax.tree.leaves(wrap(f)(params, *args))[0] for f in (one, other))
+        np.testing.assert_array_equal(found, plain)
+
+
+@families
+def test_it_can_be_vmapped(name):
+    params, (batch, keys) = problems(3)
+    loss = regularized_loss(loss_fn, FAMILIES[name])
+
+    def one(params, batch, key):
+        return by_transformation(FAMILIES[name], lambda p: loss_fn(p, batch, key, None), params)
+
+    found = jax.jit(jax.vmap(jax.grad(loss), in_axes=(0, 0, 0, None)))(params, batch, keys, None)
+    close(flat(found), flat(jax.jit(jax.vmap(one))(params, batch, keys)))
+
+
+@families
+def test_it_trains_inside_scan(name):
+    params, _, _ = problem()
+    _, batches = problems(4)
+    loss = regularized_loss(loss_fn, FAMILIES[name])
+
+    def train(gradient_of):
+        def step(params, batch):
+            return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient_of(params, *batch)), None
+
+        return jax.lax.scan(step, params, batches)[0]
+
+    def by_hand(params, batch, key):
+        return by_transformation(FAMILIES[name], lambda p: loss_fn(p, batch, key, None), params)
+
+    close(flat(train(lambda p, b, k: jax.grad(loss)(p, b, k, None))), flat(train(by_hand)))
+
+
+@some_families
+def test_aux_is_that_of_the_clean_pass_whatever_it_holds(name):
+    params, args, kwargs = problem()
+    loss = regularized_loss(loss_and_aux, FAMILIES[name], has_aux=True)
+    (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(params, *args, **kwargs)
+    plain = jax.grad(regularized_loss(loss_fn, FAMILIES[name]))(params, *args, **kwargs)
+    assert aux == loss_and_aux(params, *args, **kwargs)[1]
+    assert value == aux["loss"]
+    np.testing.assert_array_equal(flat(gradient), flat(plain))
+
+
+def test_a_loss_scale_and_other_losses_stay_outside():
+    params, args, _ = problem()
+    loss = regularized_loss(loss_fn, FD)
+
+    def total(params):
+        return 1024.0 * loss(params, *args) + optax.tree.norm(params, squared=True)
+
+    gradient = jax.grad(loss)(params, *args)
+    expected = jax.tree.map(lambda g, p: 1024 * g + 2 * p, gradient, params)
+    np.testing.assert_allclose(flat(jax.grad(total)(params)), flat(expected), rtol=1e-6)
+
+
+def test_what_aux_contributes_to_a_gradient_is_added_unregularized():
+    def with_logits(params, x):
+        hidden = jnp.tanh(x @ params["w"])
+        return jnp.mean((hidden @ params["v"]) ** 2), {"hidden": hidden, "n": 5}
+
+    params, x = small()
+    loss = regularized_loss(with_logits, FD, has_aux=True)
+
+    def contrast(loss, weight, params):
+        value, aux = loss(params, x)
+        return weight * value + jnp.sum(aux["hidden"] ** 2)
+
+    regularized = jax.grad(lambda p: loss(p, x)[0])(params)
+    of_aux = jax.grad(functools.partial(contrast, with_logits, 0.0))(params)
+    both = jax.grad(functools.partial(contrast, loss, 3.0))(params)
+    expected = jax.tree.map(lambda a, b: 3 * a + b, regularized, of_aux)
+    np.testing.assert_allclose(flat(both), flat(expected), rtol=1e-5, atol=1e-6)
+
+
+def split_loss(x, w, y, v):
+    """The parameters are the second and the fourth argument."""
+    return jnp.mean((jnp.tanh(x @ w) @ v - y) ** 2)
+
+
+def split_problem():
+    params, x = small()
+    return x, params["w"], jnp.ones((5, 4)), params["v"]
+
+
+@pytest.mark.parametrize("argnums", [1, -1, (1, 3), (3, 1), [1, -1]])
+def test_argnums_names_the_parameters(argnums):
+    args = split_problem()
+    numbers = [argnums] if isinstance(argnums, int) else list(argnums)
+    loss = regularized_loss(split_loss, FD, argnums=argnums)
+    found = jax.grad(loss, argnums=tuple(n % 4 for n in numbers))(*args)
+
+    def of_params(params):
+        full = list(args)
+        for n, p in zip(numbers, params, strict=True):
+            full[n] = p
+        return split_loss(*full)
+
+    expected = by_transformation(FD, of_params, [args[n] for n in numbers])
+    for a, b in zip(found, expected, strict=True):
+        close(a, b)
+    value, same = gr.fd_value_and_grad(split_loss, gamma=0.3, epsilon=0.2, argnums=argnums)(*args)
+    assert value == loss(*args)
+    close(flat(same), flat(found))
+
+
+def test_a_keyword_reaches_the_argument_that_argnums_counts_in_the_signature():
+    x, w, y, v = split_problem()
+    loss = regularized_loss(split_loss, FD, argnums=1)
+    np.testing.assert_array_equal(
+        jax.grad(lambda w: loss(x, v=v, y=y, w=w))(w), jax.grad(loss, argnums=1)(x, w, y, v)
+    )
+
+
+@some_families
+def test_the_gradient_in_other_arguments_is_that_of_the_loss(name):
+    args = split_problem()
+    loss = regularized_loss(split_loss, FAMILIES[name], argnums=(1, 3))
+    everything = jax.grad(loss, argnums=(0, 1, 2, 3))(*args)
+    plain = jax.grad(split_loss, argnums=(0, 2))(*args)
+    close(flat(everything[::2]), flat(plain))
+    close(flat(jax.grad(loss, argnums=(0, 2))(*args)), flat(plain))
+    close(flat(everything[1::2]), flat(jax.grad(loss, argnums=(1, 3))(*args)))
+
+
+@families
+def test_nothing_is_evaluated_that_nobody_asked_for(counter, name):
+    params, args, kwargs = problem()
+    loss = regularized_loss(counter.wrap(loss_fn), FAMILIES[name])
+    jax.jit(loss)(params, *args, **kwargs)
+    assert counter.read() == (1, 0)
+    jax.jit(jax.grad(loss))(params, *args, **kwargs)
+    gradients = GRADIENTS.get(name, 2)
+    assert counter.read() == (gradients, gradients)
+
+
+def dense_loss(kernels, x, labels):
+    for kernel in kernels[:-1]:
+        x = jax.nn.gelu(x @ kernel)
+    return optax.softmax_cross_entropy_with_integer_labels(x @ kernels[-1], labels).mean()
+
+
+@pytest.mark.parametrize("name", ["forward", "central", "product", "flooding"])
+def test_it_costs_what_the_gradient_function_costs(name):
+    shapes = [(32, 64), (64, 64), (64, 10)]
+    keys = jax.random.split(jax.random.key(0), 3)
+    kernels = [jax.random.normal(k, s) / 8 for k, s in zip(keys, shapes, strict=True)]
+    args = kernels, jnp.ones((64, 32)), jnp.zeros(64, int)
+
+    def flops(function):
+        return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+    functions = {
+        "forward": functools.partial(gr.fd_value_and_grad, gamma=0.3, epsilon=0.2),
+        "central": functools.partial(
+            gr.fd_value_and_grad, gamma=0.3, epsilon=0.2, scheme="central"
+        ),
+        "product": functools.partial(gr.dbp_value_and_grad, gamma=0.3),
+        "flooding": jax.value_and_grad,
+    }
+    loss = regularized_loss(dense_loss, FAMILIES[name])
+    assert flops(jax.value_and_grad(loss)) <= 1.01 * flops(functions[name](dense_loss))
+    assert flops(loss) == flops(dense_loss)
+    of_x = {f: flops(jax.value_and_grad(f, argnums=1)) for f in (loss, dense_loss)}
+    assert of_x[loss] == of_x[dense_loss]
+
+
+def test_the_wrapper_has_the_signature_of_the_loss_for_trainers_that_bind_keywords():
+    loss = regularized_loss(loss_fn, FD)
+    assert inspect.signature(loss) == inspect.signature(loss_fn)
+    assert (loss.__name__, loss.__doc__) == (loss_fn.__name__, loss_fn.__doc__)
+    params, (batch, key, label), _ = problem()
+    by_name = {"label": label, "key": key, "batch": batch, "params": params}
+    partial = regularized_loss(functools.partial(loss_fn, label=None, weight=2.0), FD)
+    np.testing.assert_array_equal(loss(**by_name, weight=2.0), partial(params, batch, key))
+
+
+SCHEDULE = optax.piecewise_constant_schedule(0.1, {2: 3.0})
+NEED_THE_STEP = {
+    "a schedule": gr.fd_gradreg(gamma=SCHEDULE, epsilon=0.2),
+    "an interval": gr.fd_gradreg(gamma=0.3, epsilon=0.2, interval=2),
+    "a start": gr.fd_gradreg(gamma=0.3, epsilon=0.2, start=2),
+    "a flood level": gr.flooding(level=optax.linear_schedule(0.0, 3.0, 3)),
+    "a chain": optax.chain(gr.sam(rho=SCHEDULE), gr.flooding(level=0.1)),
+}
+
+
+@pytest.mark.parametrize("name", NEED_THE_STEP)
+def test_the_step_comes_as_a_keyword(name):
+    tx = NEED_THE_STEP[name]
+    params, args, _ = problem()
+    loss = regularized_loss(loss_fn, tx)
+    gradient = jax.jit(lambda p, step: jax.grad(loss)(p, *args, step=step))
+    state = tx.init(params)
+    update = jax.jit(lambda state: transformed(tx, lambda p: loss_fn(p, *args), params, state))
+    for step in range(4):
+        updates, state = update(state)
+        close(flat(gradient(params, step)), flat(updates))
+    assert loss(params, *args) == loss_fn(params, *args)  # nobody needs the step for the value
+    with pytest.raises(TypeError, match=r"step"):
+        jax.grad(loss)(params, *args)
+
+
+def test_a_loss_that_has_a_step_of_its_own_shares_it():
+    def loss_with_step(params, step):
+        return jnp.sum(params**4) * (1 + step)
+
+    tx = gr.fd_gradreg(gamma=SCHEDULE, epsilon=0.2)
+    loss, params = regularized_loss(loss_with_step, tx), jnp.arange(3.0)
+    given = jax.grad(loss)(params, step=2)
+    np.testing.assert_array_equal(given, jax.grad(loss)(params, 2))
+    gamma = float(SCHEDULE(2))
+    _, expected = gr.fd_value_and_grad(loss_with_step, gamma=gamma, epsilon=0.2)(params, 2)
+    close(given, expected)
+
+
+def test_a_weighted_mean_and_a_loss_in_micro_batches_are_losses_like_others():
+    params, x = small()
+    x = jnp.concatenate([x, x[::-1], x[:2]])
+
+    def squares(params, x):
+        return jnp.mean((jnp.tanh(x @ params["w"]) @ params["v"]) ** 2, axis=1)
+
+    def weighted(params, x):
+        return gr.Weighted(squares(params, x).sum(), len(x))
+
+    plain = jax.value_and_grad(regularized_loss(lambda p, x: squares(p, x).mean(), FD))(params, x)
+    for loss in (weighted, gr.microbatched(weighted, 4)):
+        found = jax.value_and_grad(regularized_loss(loss, FD))(params, x)
+        close(flat(found), flat(plain))
+
+
+@some_families
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_gradients_have_the_dtypes_of_the_parameters(name, dtype):
+    params, (batch, key, _), _ = problem()
+    params, batch = jax.tree.map(
+        lambda x: x.astype(dtype) if x.dtype.kind == "f" else x, (params, batch)
+    )
+    loss = regularized_loss(loss_fn, FAMILIES[name])
+    gradient = jax.eval_shape(jax.grad(loss), params, batch, key, None)
+    assert {g.dtype for g in jax.tree.leaves(gradient)} == {jnp.dtype(dtype)}
+
+
+def test_complex_parameters_and_a_zero_gradient(x64):
+    params = jnp.array([1.0 + 2.0j, 0.0, -1.0j])
+    loss = regularized_loss(lambda z: jnp.sum(jnp.abs(z) ** 2) / 2, FD)
+    np.testing.assert_allclose(jax.grad(loss)(params), 1.3 * jnp.conj(params), rtol=1e-12)
+    for tx in FAMILIES.values():
+        quartic = regularized_loss(lambda p: jnp.sum(p["w"] ** 4) + jnp.sum(p["v"] ** 4), tx)
+        gradient = jax.jit(jax.grad(quartic))({"w": jnp.zeros(2), "v": jnp.zeros(2)})
+        np.testing.assert_array_equal(flat(gradient), 0.0)
+
+
+ADDS_STATE = {
+    "momentum behind it": optax.chain(FD, optax.trace(0.9)),
+    "an optimizer": optax.adam(1e-3),
+    "a stateful ascent": gr.fd_gradreg(gamma=0.3, epsilon=0.2, ascent=optax.trace(0.9)),
+}
+
+
+@pytest.mark.parametrize("name", ADDS_STATE)
+def test_a_regularizer_with_more_state_than_a_counter_is_refused(name):
+    params, args, _ = problem()
+    with pytest.raises(ValueError, match=r"regularized_loss: .*state.*optax.chain"):
+        jax.grad(regularized_loss(loss_fn, ADDS_STATE[name]))(params, *args)
+
+
+def unit_square(params):
+    return jnp.sum(params**2)
+
+
+@pytest.mark.parametrize(
+    ("make", "call", "error", "sentence"),
+    [
+        ({"regularizer": 0.1}, (1.0,), TypeError, "regularized_loss: .*transformation"),
+        ({"loss_fn": 3}, (1.0,), TypeError, "regularized_loss: the loss must be a function"),
+        ({"has_aux": True}, (1.0,), TypeError, r"must return \(value, aux\)"),
+        ({"loss_fn": lambda p: p}, ([1.0, 2.0],), TypeError, "real scalar"),
+        ({"loss_fn": lambda p: (p.sum(), 1)}, ([1.0],), TypeError, "has_aux=True"),
+        ({"argnums": 1}, (1.0,), ValueError, "argnums=1 names an argument"),
+        ({"argnums": "0"}, (1.0,), TypeError, "argnums must be an integer"),
+        ({"argnums": ()}, (1.0,), TypeError, "argnums must be an integer"),
+        ({"argnums": (0, -1)}, (1.0,), ValueError, "names the same argument twice"),
+        ({}, ([1, 2],), TypeError, "regularized_loss: .*int32"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(make, call, error, sentence):
+    made = {"loss_fn": unit_square, "regularizer": FD} | make
+    with pytest.raises(error, match=sentence):
+        regularized_loss(**made)(*map(jnp.asarray, call))
+
+
+def test_a_step_that_is_no_whole_number_is_refused():
+    loss = regularized_loss(unit_square, gr.fd_gradreg(gamma=SCHEDULE, epsilon=0.1))
+    for step in (-1, 0.5):
+        with pytest.raises((TypeError, ValueError), match=r"regularized_loss: step"):
+            loss(jnp.ones(2), step=step)
+
+
+def test_a_wrong_call_of_the_loss_says_what_python_says():
+    loss = regularized_loss(operator.add, FD)
+    with pytest.raises(TypeError, match="missing a required argument"):
+        loss(jnp.ones([]))
