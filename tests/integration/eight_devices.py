@@ -72,10 +72,18 @@ def spread(mesh, tree, fsdp):
     return jax.tree.map(place, tree)
 
 
-def train(loss, regularizer, mesh=None, fsdp=False, held_out=False, **options):
+def train(
+    loss,
+    regularizer,
+    mesh=None,
+    fsdp=False,
+    held_out=False,
+    make=gr.make_train_step,
+    **options,
+):
     """STEPS steps of ``make_train_step``: (parameters, the collectives of one step, whether all
     parameters stayed where they were)."""
-    init, step = gr.make_train_step(loss, optax.adam(1e-2), regularizer, **options)
+    init, step = make(loss, optax.adam(1e-2), regularizer, **options)
     params, data = initial_params(), batch()
     if mesh is not None:
         params, data = (
@@ -92,7 +100,23 @@ def train(loss, regularizer, mesh=None, fsdp=False, held_out=False, **options):
     like = {leaf.shape: leaf.sharding for leaf in jax.tree.leaves(params)}
     moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape in like and leaf.ndim]
     stayed = all(leaf.sharding.is_equivalent_to(like[leaf.shape], leaf.ndim) for leaf in moments)
-    return state.params, collectives(compiled), stayed
+    return state[0], collectives(compiled), stayed
+
+
+def plain_loop(loss, optimizer, regularizer):
+    """A loop that knows nothing of regularizers, on a regularized loss."""
+    gradient = jax.grad(gr.regularized_loss(loss, regularizer))
+
+    def init(params):
+        return params, optimizer.init(params)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, data):
+        params, opt_state = state
+        updates, opt_state = optimizer.update(gradient(params, data), opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    return init, step
 
 
 def varying(tree):
@@ -105,8 +129,8 @@ def varying(tree):
     )
 
 
-def train_in_shard_map(mesh, local):
-    """The gradient function inside ``shard_map``: every device climbs along its own gradient, or
+def train_in_shard_map(mesh, local, gradient_of):
+    """A gradient function inside ``shard_map``: every device climbs along its own gradient, or
     all along the common one."""
     tx = optax.adam(1e-2)
 
@@ -117,7 +141,7 @@ def train_in_shard_map(mesh, local):
             mine, loss = varying(params), loss_fn
         else:
             mine, loss = params, lambda p, b: jax.lax.pmean(loss_fn(p, b), "data")
-        _, grads = gr.fd_value_and_grad(loss, **PENALTY)(mine, data)
+        _, grads = gradient_of(loss)(mine, data)
         grads = jax.lax.pmean(grads, "data") if local else grads
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
@@ -145,6 +169,12 @@ def main():
     half, tuned = (gr.relative_gradreg(strength=strength) for strength in (0.5, None))
     relative = functools.partial(train, loss_fn, half)
     itself = functools.partial(train, loss_fn, tuned, held_out=True)
+    function = functools.partial(gr.fd_value_and_grad, **PENALTY)
+    wrapped = functools.partial(fd, make=plain_loop)
+
+    def of_loss(loss):
+        return jax.value_and_grad(gr.regularized_loss(loss, FD))
+
     one = {"plain": plain()[0], "fd": fd()[0], "dbp": dbp()[0], "groups": groups()[0]}
     one |= {"relative": relative()[0], "self-tuned": itself()[0]}
     runs = {
@@ -159,11 +189,16 @@ def main():
         "relative, FSDP": ("relative", relative(mesh, fsdp=True)),
         "self-tuned, data-parallel": ("self-tuned", itself(mesh)),
         "micro-batches, data-parallel": ("fd", accumulated(mesh)),
-        "shard_map, common ascent": ("fd", train_in_shard_map(mesh, local=False)),
-        "shard_map, own ascent": ("groups", train_in_shard_map(mesh, local=True)),
+        "shard_map, common ascent": ("fd", train_in_shard_map(mesh, False, function)),
+        "shard_map, own ascent": ("groups", train_in_shard_map(mesh, True, function)),
+        "loss, data-parallel": ("fd", wrapped(mesh)),
+        "loss, FSDP": ("fd", wrapped(mesh, fsdp=True)),
+        "loss, shard_map, common ascent": ("fd", train_in_shard_map(mesh, False, of_loss)),
+        "loss, shard_map, own ascent": ("groups", train_in_shard_map(mesh, True, of_loss)),
     }
     with jax.set_mesh(explicit):
         runs["fd, explicit mesh"] = ("fd", fd(explicit))
+        runs["loss, explicit mesh"] = ("fd", wrapped(explicit))
         runs["groups, explicit mesh"] = ("groups", groups(explicit))
         runs["micro-batches, explicit mesh"] = ("fd", accumulated(explicit))
     report = {}

@@ -42,7 +42,11 @@ RUNS = [
     "micro-batches, data-parallel",
     "shard_map, common ascent",
     "shard_map, own ascent",
-    *(f"{method}, explicit mesh" for method in ("fd", "groups", "micro-batches")),
+    *(f"{method}, explicit mesh" for method in ("fd", "groups", "micro-batches", "loss")),
+    "loss, data-parallel",
+    "loss, FSDP",
+    "loss, shard_map, common ascent",
+    "loss, shard_map, own ascent",
 ]
 
 

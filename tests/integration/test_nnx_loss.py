@@ -1,0 +1,226 @@
+"""Flax NNX: ``nnx_regularized_loss`` in ``nnx.grad``, with BatchNorm, dropout and LoRA.
+
+The reference is written by hand on the pure function, with both gradients at the statistics and
+counters from before the step.
+"""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import gradreg_optax as gr
+from gradreg_optax import nnx_regularized_loss
+
+pure = getattr(nnx, "as_pure", None) or nnx.pure  # the older name, before flax 0.12.8
+GAMMA, EPSILON = 0.5, 0.1
+FD = gr.fd_gradreg(gamma=GAMMA, epsilon=EPSILON)
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(8, 16, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.last = nnx.LoRALinear(16, 3, lora_rank=2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.dropout(nnx.gelu(self.norm(self.first(x)))))
+
+
+def loss_fn(model, x, y):
+    return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
+
+
+def loss_with_logits(model, x, y):
+    logits = model(x)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), logits
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.normal(size=(32, 8)), jnp.float32), jnp.asarray(rng.integers(0, 3, 32))
+
+
+def network():
+    """A network whose LoRA has moved: at its start one of the two factors is zero."""
+    model = Net(nnx.Rngs(0))
+    lora = model.last.lora
+    lora.lora_b[...] = jnp.linspace(-1.0, 1.0, lora.lora_b[...].size).reshape(lora.lora_b.shape)
+    return model
+
+
+@functools.cache
+def by_hand(wrt=nnx.Param):
+    """(value, regularized gradient, the rest after one clean pass), as dictionaries."""
+    graphdef, params, rest = nnx.split(network(), wrt, ...)
+
+    @jax.jit
+    def gradients(params, rest):
+        def of_params(params):
+            model = nnx.merge(graphdef, params, rest)
+            return loss_fn(model, *batch()), nnx.state(model, nnx.Not(wrt))
+
+        (value, after), g = jax.value_and_grad(of_params, has_aux=True)(params)
+        ahead = jax.tree.map(lambda p, d: p + EPSILON * d, params, g)
+        steep = jax.grad(of_params, has_aux=True)(ahead)[0]
+        both = jax.tree.map(lambda a, b: a + GAMMA / EPSILON * (b - a), g, steep)
+        return value, both, after
+
+    value, gradient, after = gradients(pure(params), pure(rest))
+    return value, *map(nnx.to_pure_dict, (gradient, after))
+
+
+def relative(found, expected):
+    return float(optax.tree.norm(optax.tree.sub(found, expected)) / optax.tree.norm(expected))
+
+
+def numbers(tree):
+    """Keys as numbers, so that they can be compared."""
+    keys = jax.dtypes.prng_key
+    return jax.tree.map(
+        lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, keys) else x, tree
+    )
+
+
+def assert_as_by_hand(value, gradient, model, wrt=nnx.Param):
+    expected_value, expected, after = by_hand(wrt)
+    # 1e-5: float32 rounding of two gradients, times gamma / epsilon = 5
+    assert relative(nnx.to_pure_dict(gradient), expected) < 1e-5
+    np.testing.assert_allclose(value, expected_value, rtol=1e-6)
+    found = nnx.to_pure_dict(nnx.state(model, nnx.Not(wrt)))
+    assert int(found["dropout"]["rngs"]["count"]) == 1  # one clean pass, not two
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7),
+        *map(numbers, (found, after)),
+    )
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "nnx.jit"])
+def test_gradient_statistics_and_counters_are_those_by_hand(compiled):
+    model, loss = network(), nnx_regularized_loss(loss_fn, FD)
+    wrap = nnx.jit if compiled else lambda f: f
+    value, gradient = wrap(lambda model, *xy: nnx.value_and_grad(loss)(model, *xy))(model, *batch())
+    assert_as_by_hand(value, gradient, model)
+
+
+FIRST = nnx.All(nnx.Param, nnx.PathContains("first"))
+
+
+@pytest.mark.parametrize("wrt", [nnx.LoRAParam, FIRST], ids=["LoRA", "a layer"])
+def test_a_part_of_the_parameters_is_perturbed_and_penalised_alone(wrt):
+    model, loss = network(), nnx_regularized_loss(loss_fn, FD, wrt=wrt)
+    value_and_grad = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, wrt))
+    value, gradient = nnx.jit(lambda model, *xy: value_and_grad(model, *xy))(model, *batch())
+    assert_as_by_hand(value, gradient, model, wrt)
+
+
+def test_aux_is_that_of_the_clean_pass():
+    model, other = network(), network()
+    loss = nnx_regularized_loss(loss_with_logits, FD, has_aux=True)
+    grad = nnx.jit(lambda model, *xy: nnx.value_and_grad(loss, has_aux=True)(model, *xy))
+    (value, logits), gradient = grad(model, *batch())
+    assert_as_by_hand(value, gradient, model)
+    _, plain = nnx.jit(loss_with_logits)(other, *batch())
+    np.testing.assert_allclose(logits, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_an_evaluation_is_that_of_the_loss_and_moves_the_model_as_the_loss_does(counter):
+    (graphdef, params, rest), other = nnx.split(network(), nnx.Param, ...), network()
+
+    def counted(model, x, y):
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        value = counter.wrap(lambda p: loss_fn(nnx.merge(graphdef, p, rest), x, y))(pure(params))
+        model.dropout.rngs.count[...] += 1
+        return value
+
+    model = nnx.merge(graphdef, params, rest)
+    loss = nnx_regularized_loss(counted, FD)
+    assert loss(model, *batch()) == counted(other, *batch())
+    assert counter.read() == (2, 0)
+    assert int(model.dropout.rngs.count[...]) == int(other.dropout.rngs.count[...])
+    nnx.jit(lambda model, *xy: nnx.grad(loss)(model, *xy))(model, *batch())
+    assert counter.read() == (2, 2)
+
+
+def test_a_newcomers_loop_changes_one_line():
+    """Three steps of the tutorial's loop, with the regularized loss and with a train step of this
+    package."""
+
+    def train(loss):
+        model = network()
+        optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+        metrics = nnx.MultiMetric(loss=nnx.metrics.Average("loss"))
+
+        @nnx.jit
+        def train_step(model, optimizer, metrics, x, y):
+            (value, logits), grads = nnx.value_and_grad(loss, has_aux=True)(model, x, y)
+            metrics.update(loss=value, logits=logits, labels=y)
+            optimizer.update(model, grads)
+
+        for _ in range(3):
+            train_step(model, optimizer, metrics, *batch())
+        return model, float(metrics.compute()["loss"])
+
+    found, mean = train(nnx_regularized_loss(loss_with_logits, FD, has_aux=True))
+    model = network()
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+    step = gr.make_nnx_train_step(loss_with_logits, FD, has_aux=True)
+    losses = [float(step(model, optimizer, *batch()).loss) for _ in range(3)]
+    states = (nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (found, model))
+    assert relative(*states) < 1e-5
+    np.testing.assert_allclose(mean, np.mean(losses), rtol=1e-5)
+    plain, _ = train(loss_with_logits)
+    states = (nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (plain, model))
+    assert relative(*states) > 1e-3
+
+
+def test_micro_batches_of_a_module_average_statistics_and_gradients():
+    def linear(model, batch):
+        return jnp.mean((model(batch) - 1) ** 2)
+
+    class Small(nnx.Module):
+        def __init__(self, rngs):
+            self.linear, self.norm = nnx.Linear(8, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+
+        def __call__(self, x):
+            self.norm(x[:, :4])  # statistics of the input, which its output does not use
+            return jnp.tanh(self.linear(x))
+
+    x, _ = batch()
+    models = [Small(nnx.Rngs(0)) for _ in range(2)]
+    losses = linear, gr.microbatched(linear, 4)
+    grads = [
+        nnx.grad(nnx_regularized_loss(f, FD))(m, x) for f, m in zip(losses, models, strict=True)
+    ]
+    dicts = [nnx.to_pure_dict(g)["linear"] for g in grads]
+    assert relative(*dicts) < 1e-5
+    means = [m.norm.mean[...] for m in models]
+    np.testing.assert_allclose(*means, rtol=1e-5, atol=1e-7)
+
+
+def test_schedules_take_the_step_and_stateful_ascents_are_refused():
+    late = gr.fd_gradreg(gamma=GAMMA, epsilon=EPSILON, start=3)
+    loss = nnx_regularized_loss(loss_fn, late)
+    plain = nnx.to_pure_dict(nnx.grad(loss_fn)(network(), *batch()))
+    early = nnx.to_pure_dict(nnx.grad(lambda m: loss(m, *batch(), step=2))(network()))
+    assert relative(early, plain) < 1e-6
+    due = nnx.to_pure_dict(nnx.grad(lambda m: loss(m, *batch(), step=3))(network()))
+    assert relative(due, by_hand()[1]) < 1e-5
+    with pytest.raises(TypeError, match="step"):
+        nnx.grad(loss)(network(), *batch())
+    scheduled = gr.fd_gradreg(gamma=optax.constant_schedule(0.1), epsilon=0.1)
+    with pytest.raises(TypeError, match="step"):
+        nnx.grad(nnx_regularized_loss(loss_fn, scheduled))(network(), *batch())
+    momentum = gr.fd_gradreg(gamma=GAMMA, epsilon=EPSILON, ascent=optax.trace(0.9))
+    with pytest.raises(ValueError, match=r"regularized_loss: .*state of its own"):
+        nnx.grad(nnx_regularized_loss(loss_fn, momentum))(network(), *batch())
+
+
+def test_the_signature_is_that_of_the_loss():
+    assert inspect.signature(nnx_regularized_loss(loss_fn, FD)) == inspect.signature(loss_fn)
