@@ -1,0 +1,253 @@
+"""Every row of ``docs/migration.md``: what others compute, and the same of this package.
+
+Optax's SAM is called; PyTorch's, Keras 2's, GNP's and TRL's are written out after their sources.
+Everything to 1e-6, in float64.
+"""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gradreg_optax as gr
+
+RHO, RATE, STEPS = 0.1, 0.05, 4
+close = {"rtol": 1e-6, "atol": 1e-9}
+
+
+@pytest.fixture(autouse=True)
+def _in_float64(x64):
+    """The mathematics, not the rounding."""
+
+
+def loss_fn(params, x):
+    hidden = jnp.tanh(x @ params["kernel"]) + params["embed"] ** 2
+    return jnp.mean((hidden @ params["head"] - 1) ** 2)
+
+
+def problem():
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (3, 4), "embed": (8, 4), "head": (4, 2)}
+    params = {name: jnp.asarray(rng.normal(size=s)) / 2 for name, s in shapes.items()}
+    return params, jnp.asarray(rng.normal(size=(8, 3)))
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+def shift(params, length, direction):
+    return optax.tree.add_scale(params, length, direction)
+
+
+def unit(tree):
+    return optax.tree.scale(1 / optax.tree.norm(tree), tree)
+
+
+def signs(gradient, params):
+    return jax.tree.map(jnp.sign, gradient)
+
+
+def unit_leaves(gradient, params):
+    return jax.tree.map(lambda g: g / jnp.linalg.norm(g), gradient)
+
+
+def train(tx):
+    """The parameters after a few steps with a regularizer in the chain."""
+    params, x = problem()
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        gradient = jax.grad(loss_fn)(params, x)
+        updates, state = tx.update(gradient, state, params, value_fn=lambda p: loss_fn(p, x))
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(STEPS):
+        params, state = step(params, state)
+    return flat(params)
+
+
+def train_with_optax_sam(optimizer, adversary, opaque=True, **options):
+    params, x = problem()
+    theirs = optax.contrib.sam(optimizer, adversary, opaque_mode=opaque, **options)
+    state = theirs.init(params)
+    extra = {"grad_fn": lambda p, _: jax.grad(loss_fn)(p, x)} if opaque else {}
+
+    @jax.jit
+    def step(params, state):
+        updates, state = theirs.update(jax.grad(loss_fn)(params, x), state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(STEPS if opaque else 2 * STEPS):
+        params, state = step(params, state)
+    return flat(params)
+
+
+normalize, sgd, adam = optax.contrib.normalize, optax.sgd, optax.adam
+ADVERSARIES = {
+    "normalize, sgd": (optax.chain(normalize(), sgd(RHO)), gr.sam(rho=RHO)),
+    "sgd": (sgd(RHO), gr.fd_gradreg(gamma=RHO, epsilon=RHO)),
+    "normalize, adam": (  # the sign, but for Adam's eps
+        optax.chain(normalize(), adam(RHO, eps=1e-13)),
+        gr.fd_gradreg(gamma=RHO, epsilon=RHO, ascent=signs),
+    ),
+    "layer by layer": (
+        optax.chain(optax.stateless(unit_leaves), sgd(RHO)),
+        gr.fd_gradreg(gamma=RHO, epsilon=RHO, ascent=unit_leaves),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ADVERSARIES)
+@pytest.mark.parametrize("optimizer", [sgd(RATE, momentum=0.9), adam(RATE)], ids=["sgd", "adam"])
+def test_optax_sam_by_its_adversary(name, optimizer):
+    adversary, ours = ADVERSARIES[name]
+    theirs = train_with_optax_sam(optimizer, adversary)
+    np.testing.assert_allclose(train(optax.chain(ours, optimizer)), theirs, **close)
+
+
+def test_optax_sam_with_an_adversary_that_remembers():
+    adversary = sgd(RHO, momentum=0.9)
+    theirs = train_with_optax_sam(sgd(RATE), adversary, reset_state=False)
+    uphill = optax.chain(adversary, optax.scale(-1.0))
+    ours = gr.fd_gradreg(gamma=1.0, epsilon=1.0, ascent=uphill)
+    np.testing.assert_allclose(train(optax.chain(ours, sgd(RATE))), theirs, **close)
+    forgetful = train_with_optax_sam(sgd(RATE), adversary)
+    assert np.abs(theirs - forgetful).max() > 1e-3
+
+
+def test_optax_sam_in_transparent_mode_on_the_same_batch_twice():
+    adversary = optax.chain(normalize(), sgd(RHO))
+    theirs = train_with_optax_sam(adam(RATE), adversary, opaque=False)
+    np.testing.assert_allclose(train(optax.chain(gr.sam(rho=RHO), adam(RATE))), theirs, **close)
+
+
+@pytest.mark.parametrize("adaptive", [False, True], ids=["SAM", "adaptive=True"])
+def test_two_steps_in_pytorch(adaptive):
+    """first_step climbs, second_step comes back and descends with the gradient from there."""
+    params, x = problem()
+    for _ in range(STEPS):
+        g = jax.grad(loss_fn)(params, x)
+        scaled = jax.tree.map(lambda p, d: jnp.abs(p) * d, params, g) if adaptive else g
+        e_w = jax.tree.map(lambda p, d: p**2 * d, params, g) if adaptive else g
+        e_w = optax.tree.scale(RHO / (optax.tree.norm(scaled) + 1e-12), e_w)
+        there = jax.grad(loss_fn)(optax.tree.add(params, e_w), x)
+        params = shift(params, -RATE, there)
+    ours = (gr.asam if adaptive else gr.sam)(rho=RHO)
+    np.testing.assert_allclose(train(optax.chain(ours, sgd(RATE))), flat(params), **close)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_sharpness_aware_minimization_of_keras_2_adds_up_its_splits(splits):
+    params, x = problem()
+    params = {**params, "embed": params["embed"][:1]}  # shared by the samples, to be split
+
+    def ahead(part):
+        g = jax.grad(loss_fn)(params, part)
+        return jax.grad(loss_fn)(shift(params, RHO, unit(g)), part)
+
+    total = jax.tree.map(lambda *g: sum(g), *map(ahead, jnp.split(x, splits)))
+    theirs = shift(params, -RATE, total)
+    init, step = gr.make_train_step(
+        loss_fn, sgd(splits * RATE), gr.sam(rho=RHO), ascent_groups=splits
+    )
+    state, _ = step(init(params), x)
+    np.testing.assert_allclose(flat(state.params), flat(theirs), **close)
+
+
+def test_gnp_with_its_r_and_alpha():
+    r, alpha = 0.2, 0.8
+    params, x = problem()
+    for _ in range(STEPS):
+        g = jax.grad(loss_fn)(params, x)
+        there = jax.grad(loss_fn)(shift(params, r, unit(g)), x)
+        mixed = jax.tree.map(lambda a, b: (1 - alpha) * a + alpha * b, g, there)
+        params = shift(params, -RATE, mixed)
+    ours = gr.gradient_norm_penalty(gamma=alpha * r, epsilon=r)
+    np.testing.assert_allclose(train(optax.chain(ours, sgd(RATE))), flat(params), **close)
+
+
+# TRL with the gradient regularization of Ackermann et al.: strength, eps, warm-up, both clips, and
+# names that are left out.
+STRENGTH, EPS, INCLUDED = 1e-2, 1e-3, {"kernel": True, "embed": False, "head": False}
+
+
+def clip(gradient, largest):
+    return optax.tree.scale(jnp.minimum(1, largest / (optax.tree.norm(gradient) + 1e-6)), gradient)
+
+
+def train_with_trl(first_clip, second_clip, warmup=0):
+    """SGD with their regularized gradient; the names left out keep the second gradient."""
+    params, x = problem()
+    for step in range(STEPS):
+        g = jax.grad(loss_fn)(params, x)
+        combined = g
+        if step >= warmup:
+            g = clip(g, first_clip)
+            climb = jax.tree.map(lambda d, kept: kept * d, g, INCLUDED)
+            there = clip(jax.grad(loss_fn)(shift(params, EPS, climb), x), second_clip)
+            combined = jax.tree.map(
+                lambda a, b, kept: a + STRENGTH / EPS * (b - a) if kept else b, g, there, INCLUDED
+            )
+        params = shift(params, -RATE, combined)
+    return params
+
+
+def trl(first_clip=None, warmup=0):
+    """Our counterpart: the correction reaches the names left out as well, so they are given back
+    their share."""
+    inner = gr.fd_gradreg(gamma=STRENGTH, epsilon=EPS, ascent=gr.masked(INCLUDED), start=warmup)
+    clipped = optax.identity() if first_clip is None else optax.clip_by_global_norm(first_clip)
+    return optax.chain(clipped, inner)
+
+
+def train_parts(tx):
+    """As ``train``, with the names left out descending along the second gradient, as TRL's do."""
+    params, x = problem()
+    state = tx.init(params)
+    for _ in range(STEPS):
+        g = jax.grad(loss_fn)(params, x)
+        updates, state = tx.update(g, state, params, value_fn=lambda p: loss_fn(p, x))
+        updates = jax.tree.map(
+            lambda u, d, kept: u if kept else d + EPS / STRENGTH * (u - d), updates, g, INCLUDED
+        )
+        params = shift(params, -RATE, updates)
+    return params
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_trl_as_long_as_nothing_is_clipped(warmup):
+    """Each name that takes part, and the others once they are given their second gradient."""
+    theirs = train_with_trl(1e3, 1e3, warmup)
+    np.testing.assert_allclose(flat(train_parts(trl(warmup=warmup))), flat(theirs), **close)
+
+
+def test_trl_with_its_first_clip_at_work_takes_the_difference_from_the_clipped_gradient():
+    """One step, of the names that take part. A clip before the regularizer is what they do, and the
+    guard says what it is; ``ascent=`` clips the climb alone."""
+    params, x = problem()
+    g = jax.grad(loss_fn)(params, x)
+    half = float(optax.tree.norm(g)) / 2
+    halved = optax.tree.scale(0.5, g)
+    there = jax.grad(loss_fn)(shift(params, EPS, gr.masked(INCLUDED)(halved, params)), x)
+
+    def kernel(tx):
+        updates, _ = tx.update(g, tx.init(params), params, value_fn=lambda p: loss_fn(p, x))
+        return updates["kernel"]
+
+    theirs = halved["kernel"] + STRENGTH / EPS * (there["kernel"] - halved["kernel"])
+    with gr.checking() as findings, warnings.catch_warnings():
+        warnings.simplefilter("ignore", gr.GradientMismatch)
+        np.testing.assert_allclose(kernel(trl(half)), theirs, rtol=1e-4)  # their 1e-6 in the norm
+    assert "clipping" in findings[0]
+
+    def climb(gradient, params):
+        return gr.masked(INCLUDED)(clip(gradient, half), params)
+
+    ours = kernel(gr.fd_gradreg(gamma=STRENGTH, epsilon=EPS, ascent=climb))
+    expected = g["kernel"] + STRENGTH / EPS * (there["kernel"] - g["kernel"])
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
