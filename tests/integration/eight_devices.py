@@ -157,6 +157,26 @@ def train_in_shard_map(mesh, local, gradient_of):
     return state[0], collectives(compiled), True
 
 
+def train_in_pmap():
+    """The regularized loss inside ``pmap``: every device climbs along its own gradient."""
+    tx, devices = optax.adam(1e-2), jax.device_count()
+    gradient = jax.grad(gr.regularized_loss(loss_fn, FD))
+
+    @functools.partial(jax.pmap, axis_name="data")
+    def step(state, data):
+        params, opt_state = state
+        grads = jax.lax.pmean(gradient(params, data), "data")
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    params = initial_params()
+    state = jax.tree.map(lambda x: jnp.stack([x] * devices), (params, tx.init(params)))
+    data = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch())
+    for _ in range(STEPS):
+        state = jax.block_until_ready(step(state, data))
+    return jax.tree.map(lambda x: x[0], state[0]), {}, True
+
+
 def main():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     explicit = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
@@ -193,6 +213,7 @@ def main():
         "shard_map, own ascent": ("groups", train_in_shard_map(mesh, True, function)),
         "loss, data-parallel": ("fd", wrapped(mesh)),
         "loss, FSDP": ("fd", wrapped(mesh, fsdp=True)),
+        "loss, pmap": ("groups", train_in_pmap()),
         "loss, shard_map, common ascent": ("fd", train_in_shard_map(mesh, False, of_loss)),
         "loss, shard_map, own ascent": ("groups", train_in_shard_map(mesh, True, of_loss)),
     }

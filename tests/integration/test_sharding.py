@@ -45,6 +45,7 @@ RUNS = [
     *(f"{method}, explicit mesh" for method in ("fd", "groups", "micro-batches", "loss")),
     "loss, data-parallel",
     "loss, FSDP",
+    "loss, pmap",
     "loss, shard_map, common ascent",
     "loss, shard_map, own ascent",
 ]
