@@ -402,7 +402,9 @@ def test_without_memory_it_is_welcome_everywhere(x64, name):
     np.testing.assert_allclose(flat(two), flat(three), rtol=1e-12)
 
 
-@pytest.mark.parametrize("ascent", [0.9, "momentum", (optax.trace(0.9).init,)], ids=str)
+@pytest.mark.parametrize(
+    "ascent", [0.9, "momentum", (optax.trace(0.9).init,)], ids=["number", "text", "tuple"]
+)
 def test_what_is_no_direction_is_refused(ascent):
     with pytest.raises(TypeError, match="fd_gradreg: ascent must be a function"):
         fd(ascent)
