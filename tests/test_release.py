@@ -62,6 +62,22 @@ def test_the_source_distribution_can_be_tested_and_read(distributions):
     assert not [name for name in names if name.startswith(("docs/notebooks/", "build/", ".venv"))]
 
 
+def test_links_of_the_readme_hold_on_pypi(distributions):
+    """They are absolute there, and lead to files of the repository that is named once."""
+    wheel, _ = distributions
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith("/METADATA")]
+        text = archive.read(name).decode()
+    links = re.findall(r"\]\((.*?)\)", text)
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    owner = urls["Repository"].removeprefix("https://github.com/")
+    assert links
+    for link in links:
+        assert link.startswith("https://")
+        if owner in link:
+            assert (ROOT / link.split("/main/")[1]).exists()
+
+
 def test_the_distributions_pass_twine(distributions):
     pytest.importorskip("twine")
     command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, distributions)]
