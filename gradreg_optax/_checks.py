@@ -34,7 +34,6 @@ class Rule(NamedTuple):
     from_zero: bool = False
 
 
-_OR_SCHEDULE = dict.fromkeys(("gamma", "epsilon", "rho", "level", "strength"), " or a schedule")
 _WHOLE = 2**31 - 1  # the range of a step counter
 _BACKWARD = "for a difference on the descent side use "
 RULES = {
@@ -87,13 +86,20 @@ WHOLE_NUMBERS = {  # the smallest, and what it means
 }
 
 
-def scalar(caller: str, name: str, value: Any, *, scheduled: bool = False) -> jax.Array:
+def scalar(
+    caller: str,
+    name: str,
+    value: Any,
+    *,
+    wanted: str = "a real number",
+    scheduled: bool = False,
+) -> jax.Array:
     """``value`` as a real scalar of the default float width (or its own, if wider) by its rule.
 
     A number stays on the host: a transformation may be built before
     ``jax.distributed.initialize()``, which must come first of all that touches a device.
     """
-    array = _real(caller, name, value, f"a real number{_OR_SCHEDULE.get(name, '')}")
+    array = _real(caller, name, value, wanted)
     if array.shape:
         raise ValueError(
             f"{caller}: {name} must be a scalar, got shape {array.shape}: use jax.vmap for several"
@@ -111,14 +117,17 @@ def scalar(caller: str, name: str, value: Any, *, scheduled: bool = False) -> ja
     return number
 
 
-def hyperparameter(caller: str, name: str, value: Any) -> AtStep:
+def hyperparameter(
+    caller: str, name: str, value: Any, *, wanted: str = "a real number or a schedule"
+) -> AtStep:
     """A number, checked now, or a schedule, checked when called: as a function of the step."""
     if not callable(value):
-        scalar(caller, name, value)
-        return lambda step: scalar(caller, name, value)
+        scalar(caller, name, value, wanted=wanted)
+        return lambda step: scalar(caller, name, value, wanted=wanted)
 
     def at_step(step: Any) -> jax.Array:
-        return scalar(caller, name, value(check_step(caller, step)), scheduled=True)
+        number = value(check_step(caller, step))
+        return scalar(caller, name, number, wanted=wanted, scheduled=True)
 
     return at_step
 
@@ -130,7 +139,7 @@ def constant(caller: str, name: str, value: Any) -> AtStep:
             f"{caller}: {name} is a schedule, but a gradient function counts no steps: pass"
             f" {name}=schedule(step), or use the transformation of the same family."
         )
-    return hyperparameter(caller, name, value)
+    return hyperparameter(caller, name, value, wanted="a real number")
 
 
 def whole_number(caller: str, name: str, value: Any) -> Any:

@@ -6,6 +6,7 @@ Inside the package a loss is always a function of the parameters that returns ``
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -62,17 +63,27 @@ def with_weight(caller: str, loss_fn: LossFn, has_aux: bool) -> Callable[..., tu
             output, aux = output
         if not isinstance(output, Weighted):
             return Weighted(_real_scalar(caller, output), None), aux
-        total, weight = (_real_scalar(caller, part, cast=True) for part in output)
-        return Weighted(total, jax.lax.stop_gradient(weight.astype(total.dtype))), aux
+        total = _real_scalar(caller, output.total, cast=True)
+        if output.weight is None:
+            return Weighted(total, None), aux
+        weight = _real_scalar(caller, output.weight, cast=True)
+        # a count in float16 ends at 65504
+        return Weighted(total, jax.lax.stop_gradient(weight.astype(wide_float(total)))), aux
 
     return loss
 
 
 def mean_of(mean: Weighted) -> jax.Array:
-    """The mean; 0 where nothing weighs anything."""
+    """The mean in the dtype of the total, which it is where nothing weighs anything."""
     if mean.weight is None:
         return mean.total
-    return mean.total / jnp.where(mean.weight == 0, 1, mean.weight)
+    total = mean.total.astype(mean.weight.dtype)
+    return (total / jnp.where(mean.weight == 0, 1, mean.weight)).astype(mean.total.dtype)
+
+
+def wide_float(x: jax.Array) -> Any:
+    """The dtype of a real array, or float32 where that is narrower."""
+    return x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32
 
 
 def late_loss(caller: str, loss_fn: LossFn | None, has_aux: bool) -> LateLoss:
@@ -103,7 +114,7 @@ def late_loss(caller: str, loss_fn: LossFn | None, has_aux: bool) -> LateLoss:
 
 def pick_arguments(caller: str, loss_fn: LossFn, available: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of ``loss_fn`` after its first, taken from ``available`` by name."""
-    offered = {name: value for name, value in available.items() if name not in RESERVED}
+    offered = unreserved(available)
     wanted = _parameters_after_first(loss_fn)
     greedy = any(p.kind is p.VAR_KEYWORD for p in wanted)
     picked = offered if greedy else {p.name: offered[p.name] for p in wanted if p.name in offered}
@@ -116,35 +127,45 @@ def pick_arguments(caller: str, loss_fn: LossFn, available: Mapping[str, Any]) -
     return picked
 
 
-def named_arguments(loss_fn: LossFn, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """A call's arguments after the first by name: what a regularizer's own loss picks from."""
+def unreserved(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that can be handed to ``update`` by name."""
+    return {name: value for name, value in arguments.items() if name not in RESERVED}
+
+
+def named_arguments(
+    loss_fn: LossFn, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Any = 0
+) -> dict[str, Any]:
+    """A call's arguments by name but for the parameters: what a regularizer's own loss picks from.
+
+    The parameters stand at ``argnums``.
+    """
     signature = signature_of(loss_fn)
     if signature is None:
-        return kwargs
+        return unreserved(kwargs)
     bound, named = signature.bind(*args, **kwargs).arguments, dict[str, Any]()
-    for parameter in list(signature.parameters.values())[1:]:
+    numbers = [n % len(args) for n in _numbers("", argnums)]
+    for position, parameter in enumerate(signature.parameters.values()):
+        if position in numbers:
+            continue
         if parameter.kind is parameter.VAR_KEYWORD:
             named.update(bound.get(parameter.name, {}))
         elif parameter.kind is not parameter.VAR_POSITIONAL and parameter.name in bound:
             named[parameter.name] = bound[parameter.name]
-    return {name: value for name, value in named.items() if name not in RESERVED}
+    return unreserved(named)
 
 
 def arguments_at(
     caller: str, argnums: int | Sequence[int], args: tuple[Any, ...]
 ) -> tuple[PyTree, Callable[[PyTree], tuple[Any, ...]]]:
     """The arguments at ``argnums``, one or a tuple of them, and what puts others in their place."""
-    numbers = [argnums] if isinstance(argnums, int) else list(argnums)
-    single = isinstance(argnums, int)
-    if not numbers or not all(isinstance(n, int) for n in numbers):
-        raise TypeError(f"{caller}: argnums must be an integer or several, got {argnums!r}.")
+    numbers, single = _numbers(caller, argnums), hasattr(argnums, "__index__")
     if not all(-len(args) <= n < len(args) for n in numbers):
         raise ValueError(
             f"{caller}: argnums={argnums} names an argument that the call does not have: it has"
             f" {len(args)} positional arguments."
         )
     if len({n % len(args) for n in numbers}) < len(numbers):
-        raise ValueError(f"{caller}: argnums={argnums} names the same argument twice.")
+        raise ValueError(f"{caller}: argnums={argnums} names an argument twice: name it once.")
 
     def put(params: PyTree) -> tuple[Any, ...]:
         full = list(args)
@@ -154,6 +175,17 @@ def arguments_at(
 
     chosen = tuple(args[n] for n in numbers)
     return (chosen[0] if single else chosen), put
+
+
+def _numbers(caller: str, argnums: Any) -> list[int]:
+    """``argnums`` as a list of integers."""
+    try:
+        numbers = list(map(operator.index, [argnums] if hasattr(argnums, "__index__") else argnums))
+    except TypeError:
+        numbers = []
+    if not numbers:
+        raise TypeError(f"{caller}: argnums must be an integer or several, got {argnums!r}.")
+    return numbers
 
 
 def positional(

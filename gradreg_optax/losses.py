@@ -9,7 +9,14 @@ import optax
 
 from gradreg_optax._checks import check_params, check_transformation, is_inexact, whole_number
 from gradreg_optax._cotangents import scaled, with_aux_cotangent
-from gradreg_optax._loss import arguments_at, keeps_signature, mean_of, signature_of, with_weight
+from gradreg_optax._loss import (
+    arguments_at,
+    keeps_signature,
+    mean_of,
+    named_arguments,
+    signature_of,
+    with_weight,
+)
 from gradreg_optax._sharding import axes_of_value, varying
 from gradreg_optax._typing import LossFn, PyTree, Weighted
 from gradreg_optax.training import Call, Pass, counting, regularized_pass
@@ -42,7 +49,8 @@ def regularized_loss(
       loss_fn: ``loss_fn(params, *args, **kwargs)``, a real scalar, or ``(scalar, aux)`` with
         ``has_aux``.
       regularizer: ``fd_gradreg(...)``, ``dbp_gradreg(...)``, ``sam(...)``, ``flooding(...)``, or a
-        chain of them. A loss keeps no state from call to call: one with a schedule, ``start`` or
+        chain of them. It needs no loss of its own; one that it has gets its arguments by name from
+        those of ``loss_fn``. A loss keeps no state from call to call: one with a schedule, ``start`` or
         ``interval`` > 1 needs the step, ``loss(..., step=step)``, and one with more state than a
         counter is refused.
       argnums: which argument, or arguments, of ``loss_fn`` are the parameters, counted in its
@@ -90,7 +98,7 @@ def regularized_loss(
             state = counting(caller, regularized.init(params), step)
             return regularized.run(call, params, state)
 
-        value, aux = _evaluated(loss, Arguments.of(argnums, args, kwargs), update)
+        value, aux = _evaluated(loss, loss_fn, Arguments.of(argnums, args, kwargs), update)
         return (value, aux) if has_aux else value
 
     return keeps_signature(wrapped, loss_fn)
@@ -140,6 +148,7 @@ class Arguments(NamedTuple):
 
 def _evaluated(
     loss: Callable[..., tuple[Weighted, Any]],
+    loss_fn: LossFn,
     arguments: Arguments,
     update: Callable[[Call, PyTree], Pass],
 ) -> tuple[jax.Array, Any]:
@@ -160,7 +169,8 @@ def _evaluated(
             return plain(values), (values, gradient)
         args, kwargs = arguments.call(values)
         params, put = arguments_at("", arguments.argnums, args)
-        found = update(Call(lambda p: loss(*put(p), **kwargs), (), {}), params)
+        named = named_arguments(loss_fn, args, kwargs, arguments.argnums)
+        found = update(Call(lambda p, **_: loss(*put(p), **kwargs), (), named), params)
         # in the order of the arguments, which need not be that of argnums
         updates = arguments.numbers((put(found.updates), kwargs))
         triples = zip(gradient, updates, arguments.penalised, strict=True)

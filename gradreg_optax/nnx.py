@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradreg_optax._checks import fraction, is_inexact
+from gradreg_optax._checks import check_transformation, fraction, is_inexact
 from gradreg_optax._loss import keeps_signature, with_weight
 from gradreg_optax._typing import LossFn, PyTree, Weighted
 from gradreg_optax.losses import regularized_loss
@@ -88,14 +88,15 @@ def make_nnx_train_step(
         state = here.init(split.params)
         _check_place(caller, regularizer is not None, state, optimizer.opt_state)
         call = Call(loss_of(split), args, kwargs, held_out=held_out)
-        found = here.run(call, split.params, counting(caller, state, optimizer.step[...]))
+        with _explained(caller, lambda: call.value_fn(split.params)):
+            found = here.run(call, split.params, counting(caller, state, optimizer.step[...]))
         aux, rest = found.aux
         split.put_back(nnx, model, rest)
         extra = {"value_fn": call.value_fn}
         if regularizer is None:
             extra = penalty_arguments(caller, call, kept)
         updates = split.as_variables(found.updates)
-        with _explained(caller):
+        with _explained(caller, lambda: call.value_fn(split.params)):
             optimizer.update(model, updates, value=found.value, grad=found.gradient, **extra)
         return StepInfo(found.value, global_norm(found.gradient), aux)
 
@@ -148,6 +149,7 @@ def nnx_regularized_loss(
     """
     caller = "nnx_regularized_loss"
     nnx = _flax(caller)
+    check_transformation(caller, "regularizer", regularizer)
     loss_of, penalised = _loss_of_split(caller, nnx, loss_fn, has_aux), wrt or nnx.Param
 
     def wrapped(model: Any, *args: Any, step: Any = None, **kwargs: Any) -> Any:
@@ -158,7 +160,8 @@ def nnx_regularized_loss(
             return (mean.total if mean.weight is None else mean), aux
 
         loss = regularized_loss(of_states, regularizer, has_aux=True)
-        value, (aux, rest) = loss(split.params, split.rest, args, kwargs, step=step)
+        with _explained(caller, lambda: loss_of(split)(split.params, *args, **kwargs)):
+            value, (aux, rest) = loss(split.params, split.rest, args, kwargs, step=step)
         split.put_back(nnx, model, rest)
         return (value, aux) if has_aux else value
 
@@ -263,17 +266,17 @@ def _check_place(caller: str, here: bool, state: optax.OptState, chain: optax.Op
 
 
 @contextlib.contextmanager
-def _explained(caller: str) -> Iterator[None]:
-    """An error in the optimizer's chain with the mistake that it mostly comes from."""
+def _explained(caller: str, clean: Callable[[], Any]) -> Iterator[None]:
+    """A loss of the regularizer's own, which gets no module, is named where it fails."""
     try:
         yield
     except (TypeError, AttributeError) as error:
-        if "_gradreg: " in str(error) and "the loss needs" not in str(error):
-            raise  # a sentence of ours about something else
+        if not any(sign in str(error) for sign in ("the loss needs", "State")):
+            raise
+        clean()  # a mistake in the loss itself shows here, as it is
         raise TypeError(
-            f"{caller}: the optimizer's chain failed ({error}). A regularizer in it needs no loss"
-            f" of its own, since {caller} hands it one: write fd_gradreg(gamma=..., epsilon=...)"
-            " without a loss."
+            f"{caller}: the regularizer failed ({error}). It needs no loss of its own, since"
+            f" {caller} hands it one: write fd_gradreg(gamma=..., epsilon=...) without a loss."
         ) from error
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from gradreg_optax._checks import check_choice, hyperparameter
+from gradreg_optax._checks import check_choice, hyperparameter, scalar
 from gradreg_optax._frame import Penalty, penalized, timing
 from gradreg_optax._loss import late_loss, with_aux
 from gradreg_optax._typing import Ascent, AtStep, LateLoss, LossFn, PyTree, ScalarOrSchedule, Scheme
@@ -280,9 +280,10 @@ def _self_tuned(bind: LateLoss) -> _Strength:
             )
         if value is None:
             value = bind(point.params, extra_args)(point.params)
+        value = scalar(_CALLER, "value", value)
         held_out, _ = with_aux(_CALLER, held_out_fn, has_aux=False)(point.params)
         dtype = state.strength.dtype
-        return _learnt(state, jnp.asarray(value, dtype), held_out.astype(dtype))
+        return _learnt(state, value.astype(dtype), held_out.astype(dtype))
 
     return strengthen
 

@@ -8,12 +8,22 @@ import jax.numpy as jnp
 import optax
 
 from gradreg_optax._batch import first_fraction, split_batch
-from gradreg_optax._checks import check_transformation, fraction, is_inexact, whole_number
-from gradreg_optax._loss import mean_of, named_arguments, with_weight
+from gradreg_optax._checks import (
+    check_inexact,
+    check_state,
+    check_transformation,
+    fraction,
+    is_inexact,
+    whole_number,
+)
+from gradreg_optax._loss import mean_of, named_arguments, unreserved, with_weight
 from gradreg_optax._typing import LossFn, PyTree, Weighted
 from gradreg_optax.penalty import global_norm
 from gradreg_optax.relative import RelativeState
 from gradreg_optax.transforms import GradregState
+
+
+_OURS = GradregState, RelativeState
 
 
 class TrainState(NamedTuple):
@@ -106,9 +116,9 @@ def make_train_step(
 
     Raises:
       ValueError: penalty_fraction outside (0, 1], ascent_groups < 1, or either without a
-        regularizer; at the first step, a batch that cannot be split.
-      TypeError: what should be an Optax transformation is none; penalty_fraction with a regularizer
-        that is not of this package.
+        regularizer; at ``init`` an optimizer that is a regularizer alone; at a step a batch that cannot be split.
+      TypeError: what should be an Optax transformation, or a TrainState, is none; integer
+        parameters; penalty_fraction with a regularizer that is not of this package.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -130,15 +140,21 @@ def make_train_step(
     loss, second = with_weight(caller, loss_fn, has_aux), optax.with_extra_args_support(optimizer)
 
     def init(params: PyTree) -> TrainState:
+        check_inexact(caller, "the parameters", params)
         params = _owned(params)
         opt_state = regularized.init(params), second.init(params)
+        if isinstance(opt_state[1], _OURS):
+            raise ValueError(
+                f"{caller}: the optimizer is a regularizer alone, which takes no step: write"
+                f" {caller}(loss_fn, optimizer, regularizer)."
+            )
         return TrainState(*_owned((params, opt_state, jnp.zeros([], jnp.int32))))
 
     def step(
         state: TrainState, batch: PyTree, *args: Any, held_out: PyTree = None, **kwargs: Any
     ) -> tuple[TrainState, StepInfo]:
+        check_state(caller, state, TrainState)
         params, (first_state, second_state) = state.params, state.opt_state
-
         call = Call(loss, (batch, *args), kwargs, loss_fn, held_out)
 
         def on(batch: PyTree) -> Pass:
@@ -192,8 +208,8 @@ class Call(NamedTuple):
     def named(self) -> dict[str, Any]:
         """The arguments by name, for a regularizer that has a loss of its own."""
         if self.loss_fn is None:
-            return {}
-        return named_arguments(self.loss_fn, None, *self.args, **self.kwargs)
+            return unreserved(self.kwargs)
+        return named_arguments(self.loss_fn, (None, *self.args), dict(self.kwargs))
 
 
 class Pass(NamedTuple):
@@ -273,9 +289,8 @@ def penalty_arguments(caller: str, call: Call, kept: float) -> dict[str, Any]:
 
 def is_penalized(state: optax.OptState) -> bool:
     """Whether a transformation of this package is in the chain that has this state."""
-    ours = GradregState, RelativeState
-    leaves = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, ours))
-    return any(isinstance(leaf, ours) for leaf in leaves)
+    leaves = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, _OURS))
+    return any(isinstance(leaf, _OURS) for leaf in leaves)
 
 
 def counting(caller: str, state: optax.OptState, step: Any) -> optax.OptState:
