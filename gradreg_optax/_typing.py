@@ -24,9 +24,9 @@ Mode: TypeAlias = Literal["forward_over_reverse", "reverse_over_reverse"]
 class Weighted(NamedTuple):
     r"""A mean as a loss may return it: a sum, and what to divide it by.
 
-    The loss is ``total / weight``; where the weight is 0 it is the total, of nothing. Of samples that count differently,
-    such as the tokens of padded sentences, a mean over parts of the batch is not the mean of the
-    parts' means; returned as ``Weighted``, :func:`gradreg_optax.microbatched` and the train step's
+    The loss is ``total / weight``; where the weight is 0 it is the total, of nothing. Of samples
+    that count differently, such as the tokens of padded sentences, a mean over parts of the batch
+    is not the mean of the parts' means; returned as ``Weighted``, :func:`gradreg_optax.microbatched` and the train step's
     ``ascent_groups`` weigh the parts, so that :math:`L = \sum_j s_j / \sum_j w_j` comes out
     whatever the parts. Every function of this package takes it in place of a scalar. The weight is
     taken for a constant of the parameters.

@@ -22,7 +22,6 @@ from gradreg_optax.penalty import global_norm
 from gradreg_optax.relative import RelativeState
 from gradreg_optax.transforms import GradregState
 
-
 _OURS = GradregState, RelativeState
 
 
@@ -116,7 +115,8 @@ def make_train_step(
 
     Raises:
       ValueError: penalty_fraction outside (0, 1], ascent_groups < 1, or either without a
-        regularizer; at ``init`` an optimizer that is a regularizer alone; at a step a batch that cannot be split.
+        regularizer; at ``init`` an optimizer that is a regularizer alone; at a step a batch that
+        cannot be split.
       TypeError: what should be an Optax transformation, or a TrainState, is none; integer
         parameters; penalty_fraction with a regularizer that is not of this package.
 
