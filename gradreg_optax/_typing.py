@@ -26,10 +26,10 @@ class Weighted(NamedTuple):
 
     The loss is ``total / weight``; where the weight is 0 it is the total, of nothing. Of samples
     that count differently, such as the tokens of padded sentences, a mean over parts of the batch
-    is not the mean of the parts' means; returned as ``Weighted``, :func:`gradreg_optax.microbatched` and the train step's
-    ``ascent_groups`` weigh the parts, so that :math:`L = \sum_j s_j / \sum_j w_j` comes out
-    whatever the parts. Every function of this package takes it in place of a scalar. The weight is
-    taken for a constant of the parameters.
+    is not the mean of the parts' means; returned as ``Weighted``,
+    :func:`gradreg_optax.microbatched` and the train step's ``ascent_groups`` weigh the parts, so
+    that :math:`L = \sum_j s_j / \sum_j w_j` comes out whatever the parts. Every function of this
+    package takes it in place of a scalar. The weight is taken for a constant of the parameters.
 
     Attributes:
       total: the sum of the losses; shape ().

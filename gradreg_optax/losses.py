@@ -51,8 +51,8 @@ def regularized_loss(
       regularizer: ``fd_gradreg(...)``, ``dbp_gradreg(...)``, ``sam(...)``, ``flooding(...)``, or a
         chain of them. It needs no loss of its own; one that it has gets its arguments by name from
         those of ``loss_fn``. A loss keeps no state from call to call: one with a schedule,
-        ``start`` or ``interval`` > 1 needs the step, ``loss(..., step=step)``, and one with more state than a
-        counter is refused.
+        ``start`` or ``interval`` > 1 needs the step, ``loss(..., step=step)``, and one with more
+        state than a counter is refused.
       argnums: which argument, or arguments, of ``loss_fn`` are the parameters, counted in its
         signature; of several, all together are penalised.
       has_aux: whether ``loss_fn`` returns ``(value, aux)``.

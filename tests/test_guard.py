@@ -1,0 +1,139 @@
+"""The guard sees every way in which what comes in is not the gradient, and nothing else."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from gradreg_optax import (
+    GradientMismatch,
+    checking,
+    dbp_gradreg,
+    fd_gradreg,
+    make_train_step,
+    microbatched,
+    relative_gradreg,
+    sam,
+)
+
+PARAMS = {"w": jnp.linspace(-1.0, 1.0, 3), "b": jnp.ones(2)}
+BATCH = jnp.sin(jnp.arange(12.0)).reshape(4, 3)
+
+
+def loss_fn(params, batch):
+    return jnp.mean(jnp.tanh(batch @ params["w"]) ** 2) + jnp.sum(params["b"] ** 4)
+
+
+def run(tx, batches=(BATCH, BATCH)):
+    """Updates with the gradient on the first kind of batch and the loss on the second."""
+
+    @jax.jit
+    def step(params, state, batch, other):
+        gradient = jax.grad(loss_fn)(params, batch)
+        return tx.update(gradient, state, params, value_fn=lambda p: loss_fn(p, other))
+
+    state = tx.init(PARAMS)
+    for _ in range(3):
+        _, state = step(PARAMS, state, *batches)
+
+
+def findings_of(run, *args):
+    with checking() as findings, warnings.catch_warnings():
+        warnings.simplefilter("ignore", GradientMismatch)
+        run(*args)
+    return findings
+
+
+FD = {"gamma": 0.1, "epsilon": 0.1}
+RIGHT = {
+    "fd": fd_gradreg(**FD),
+    "lazy": fd_gradreg(**FD, interval=2),
+    "dbp": dbp_gradreg(gamma=0.1),
+    "sam": sam(rho=0.1),
+    "relative": relative_gradreg(),
+    "chain": optax.chain(fd_gradreg(**FD), optax.clip_by_global_norm(0.1), optax.adam(0.1)),
+    "own gradient": optax.chain(
+        optax.clip_by_global_norm(0.1), fd_gradreg(**FD, reuse_updates=False)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_what_is_right_is_not_reported(name):
+    assert findings_of(run, RIGHT[name]) == []
+
+
+WRONG = {
+    "clipped before": (
+        optax.chain(optax.clip_by_global_norm(0.1), fd_gradreg(**FD)),
+        "point the same way: clipping",
+    ),
+    "weight decay before": (
+        optax.chain(optax.add_decayed_weights(0.5), fd_gradreg(**FD)),
+        "a transformation or a regularizer before it",
+    ),
+    "twice": (optax.chain(fd_gradreg(**FD), sam(rho=0.1)), "before it in the chain"),
+    "relative, not first": (
+        optax.chain(optax.scale(3.0), relative_gradreg()),
+        "3 times as long and point the same way",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_reported_once_with_its_cause(name):
+    tx, cause = WRONG[name]
+    (finding,) = findings_of(run, tx)
+    assert "the updates that came in are not the gradient of the loss: they differ by" in finding
+    assert cause in finding
+
+
+def test_another_batch_is_seen():
+    (finding,) = findings_of(run, fd_gradreg(**FD), (BATCH, -2 * BATCH[::-1] + 1))
+    assert finding.startswith("fd_gradreg: ")
+    assert "another batch" in finding
+
+
+def test_accumulation_around_a_regularizer_is_seen():
+    tx = optax.MultiSteps(optax.chain(fd_gradreg(**FD), optax.sgd(0.1)), 2)
+
+    def two_micro_batches():
+        state = tx.init(PARAMS)
+        for batch in (BATCH, 3 * BATCH + 1):
+            gradient = jax.grad(loss_fn)(PARAMS, batch)
+            _, state = tx.update(gradient, state, PARAMS, value_fn=loss_fn, batch=batch)
+
+    assert any("optax.MultiSteps" in finding for finding in findings_of(two_micro_batches))
+
+
+def test_a_regularizer_with_another_loss_in_a_train_step_is_seen():
+    def other(params, batch):
+        return jnp.sum(params["b"] ** 2) * jnp.mean(batch**2)
+
+    def train(regularizer):
+        init, step = make_train_step(loss_fn, optax.sgd(0.1), regularizer)
+        step(init(PARAMS), BATCH)
+
+    assert len(findings_of(train, fd_gradreg(other, **FD))) == 1
+    assert findings_of(train, fd_gradreg(other, **FD, reuse_updates=False)) == []
+
+
+def test_micro_batches_are_the_same_loss():
+    def train():
+        init, step = make_train_step(microbatched(loss_fn, 2), optax.sgd(0.1), fd_gradreg(**FD))
+        step(init(PARAMS), BATCH)
+
+    # two means of halves: the same gradient up to rounding
+    assert findings_of(train) == []
+
+
+def test_it_warns_and_off_it_costs_nothing(counter):
+    wrong = optax.chain(optax.scale(2.0), fd_gradreg(counter.wrap(loss_fn), **FD))
+    gradient = jax.grad(loss_fn)(PARAMS, BATCH)
+    with pytest.warns(GradientMismatch, match="2 times as long"), checking():
+        wrong.update(gradient, wrong.init(PARAMS), PARAMS, batch=BATCH)
+    assert counter.read()[1] == 2
+    wrong.update(gradient, wrong.init(PARAMS), PARAMS, batch=BATCH)
+    assert counter.read()[1] == 1

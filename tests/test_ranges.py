@@ -1,0 +1,157 @@
+"""Numbers at the edges of their dtypes: never NaN where the mathematics has none."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gradreg_optax import (
+    asam,
+    dbp_gradreg,
+    dbp_value_and_grad,
+    fd_gradreg,
+    fd_value_and_grad,
+    flooding,
+    gradient_norm_penalty,
+    make_train_step,
+    microbatched,
+    regularized_loss,
+    relative_gradreg,
+    sam,
+)
+
+FAMILIES = {
+    "forward": lambda **k: fd_gradreg(gamma=0.1, epsilon=0.1, **k),
+    "central": lambda **k: fd_gradreg(gamma=0.1, epsilon=0.1, scheme="central", **k),
+    "product": lambda **k: dbp_gradreg(gamma=0.1, **k),
+    "sam": lambda **k: sam(rho=0.1, **k),
+    "asam": lambda **k: asam(rho=0.1, **k),
+    "gnp": lambda **k: gradient_norm_penalty(gamma=0.1, epsilon=0.1, **k),
+    "relative": lambda **k: relative_gradreg(**k),
+}
+
+
+def cubic(params):
+    return jnp.sum(params**3) / 3
+
+
+def updated(tx, params, loss=cubic):
+    gradient = jax.grad(loss)(params)
+    return tx.update(gradient, tx.init(params), params, value_fn=loss)[0]
+
+
+@pytest.mark.parametrize("interval", [1, 1000])
+@pytest.mark.parametrize(
+    ("gamma", "epsilon"), [(0.1, 1e-60), (1e60, 0.1), (1e60, 1e-60), (1e38, 1e-30)]
+)
+def test_numbers_beyond_the_narrow_dtype_make_no_nan(gamma, epsilon, interval):
+    with jax.enable_x64(True):
+        params = jnp.asarray([1.0, 0.0], jnp.float32)
+        for scheme in ("forward", "backward", "central"):
+            tx = fd_gradreg(gamma=gamma, epsilon=epsilon, scheme=scheme, interval=interval)
+            update = updated(tx, params)
+            assert not np.isnan(update).any()
+            assert update[1] == 0  # a flat direction stays one
+        assert not np.isnan(updated(dbp_gradreg(gamma=gamma, interval=interval), params)).any()
+        assert not np.isnan(updated(sam(rho=epsilon, interval=interval), params)[1])
+
+
+def test_gamma_times_interval_may_overflow():
+    update = updated(fd_gradreg(gamma=1e38, epsilon=0.1, interval=1000), jnp.asarray([1.0, 0.0]))
+    assert update[1] == 0
+    assert update[0] > 1e38 / 10
+
+
+def test_without_a_penalty_an_overflow_ahead_does_not_matter():
+    params, explosive = jnp.asarray([1.0, 2.0]), lambda p: jnp.sum(jnp.exp(p))
+    for interval in (1, 2):
+        tx = fd_gradreg(gamma=0.0, epsilon=1e30, interval=interval)
+        np.testing.assert_array_equal(updated(tx, params, explosive), jnp.exp(params))
+
+
+def test_the_derivative_in_gamma_is_there_at_zero_too():
+    params = jnp.asarray(2.0)
+
+    def update(gamma):
+        return updated(fd_gradreg(gamma=gamma, epsilon=0.5), params)
+
+    # (g(2 + .5 * 4) - g(2)) / .5 = (16 - 4) / .5
+    np.testing.assert_allclose(jax.grad(update)(0.0), 24.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_float8_parameters_train_with_differences_in_float32(name, interval):
+    dtype = jnp.float8_e4m3fn
+    params = jnp.asarray([1.0, 2.0], dtype)
+
+    def loss(params):
+        return jnp.sum(params.astype(jnp.float32) ** 2) / 2
+
+    tx = FAMILIES[name](interval=interval)
+    update = updated(tx, params, loss)
+    wide = updated(tx, jnp.asarray([1.0, 2.0]), loss)
+    assert update.dtype == dtype
+    if name == "relative":
+        return  # its first ascent, a hundredth of the parameters, moves none of eight bits
+    # the gradient ahead is rounded to three bits, 1/16, and weighted by interval gamma / epsilon
+    np.testing.assert_allclose(update.astype(np.float32), wide, rtol=0.3)
+
+
+def test_float8_goes_through_every_way_in():
+    params, batch = jnp.asarray([1.0, 2.0], jnp.float8_e4m3fn), jnp.ones((4, 2))
+
+    def loss(params, batch):
+        return jnp.mean((batch @ params.astype(jnp.float32)) ** 2) / 2
+
+    fd = fd_gradreg(gamma=0.1, epsilon=0.1)
+    for function in (
+        fd_value_and_grad(loss, gamma=0.1, epsilon=0.1),
+        dbp_value_and_grad(loss, gamma=0.1),
+        jax.value_and_grad(regularized_loss(loss, fd)),
+        jax.value_and_grad(microbatched(loss, 2)),
+    ):
+        assert function(params, batch)[1].dtype == params.dtype
+    init, step = make_train_step(loss, optax.sgd(0.1), fd)
+    assert step(init(params), batch)[0].params.dtype == params.dtype
+    flooded = flooding(level=5.0).update(params, flooding(level=5.0).init(params), value=1.0)[0]
+    np.testing.assert_array_equal(flooded.astype(np.float32), [-1.0, -2.0])
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_weak_leaf_made_before_x64_keeps_its_dtype(name, interval):
+    with jax.enable_x64(False):
+        weak = jnp.asarray(2.0)
+    assert weak.weak_type
+    with jax.enable_x64(True):
+        update = updated(FAMILIES[name](interval=interval), weak)
+        assert update.dtype == jnp.float32
+        assert dbp_value_and_grad(cubic, gamma=0.1)(weak)[1].dtype == jnp.float32
+        assert fd_value_and_grad(cubic, gamma=0.1, epsilon=0.1)(weak)[1].dtype == jnp.float32
+
+
+def test_whole_numbers_stay_whole():
+    tx = fd_gradreg(gamma=1.0, epsilon=1.0, interval=2**24 + 1)
+    params = jnp.asarray(1.0)
+    for step, due in [(0, True), (2**24, False), (2**24 + 1, True), (2**24 + 2, False)]:
+        state = tx.init(params)._replace(step=jnp.asarray(step, jnp.int32))
+        update, after = tx.update(params, state, params, value_fn=cubic)
+        assert (float(update) != 1.0) == due
+        assert int(after.step) == step + 1
+    fd_gradreg(gamma=1.0, epsilon=1.0, interval=2**31 - 1)
+    for interval in (2**31, 2**40, float("inf")):
+        with pytest.raises(ValueError, match=r"interval must be .* the largest is 2147483647"):
+            fd_gradreg(gamma=1.0, epsilon=1.0, interval=interval)
+
+
+def test_a_traced_interval_below_one_counts_as_one():
+    params = jnp.asarray([1.0, 2.0])
+    expected = updated(fd_gradreg(gamma=0.1, epsilon=0.1), params)
+
+    def update(interval):
+        return updated(fd_gradreg(gamma=0.1, epsilon=0.1, interval=interval), params)
+
+    for interval in (-2, 0, 1):
+        np.testing.assert_allclose(jax.jit(update)(interval), expected, rtol=1e-6)
