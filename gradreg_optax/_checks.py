@@ -86,6 +86,9 @@ WHOLE_NUMBERS = {  # the smallest, and what it means
 }
 
 
+SHAPING = ("ascent_groups", "count", "num_matvecs", "num_samples")
+
+
 def scalar(
     caller: str,
     name: str,
@@ -153,6 +156,8 @@ def whole_number(caller: str, name: str, value: Any) -> Any:
     array = _real(caller, name, value, f"a whole number >= {least}")
     if array.shape:
         raise ValueError(f"{wanted}, got shape {array.shape}.")
+    if is_traced(value) and name in SHAPING:
+        raise TypeError(f"{caller}: {name} shapes the program and cannot be traced: pass a number.")
     if is_traced(value):
         return jnp.maximum(array.astype(jnp.int32), least)  # out of range it counts as the least
     number = np.asarray(value)[()]
@@ -182,7 +187,8 @@ def check_choice(caller: str, name: str, value: Any, choices: Any) -> None:
 
 def check_transformation(caller: str, name: str, value: Any) -> None:
     """An Optax transformation, made already."""
-    if not isinstance(value, optax.GradientTransformation):
+    pair = callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
+    if isinstance(value, type) or not pair:
         made = ", made by calling it" if callable(value) else ""
         got = getattr(value, "__name__", type(value).__name__)
         raise TypeError(
@@ -252,6 +258,11 @@ def check_like(caller: str, name: str, tree: PyTree, params: PyTree) -> None:
             raise ValueError(
                 f"{caller}: {name}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, its"
                 f" parameter {jnp.shape(parameter)}."
+            )
+        if jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(parameter):
+            raise TypeError(
+                f"{caller}: {name}{jax.tree_util.keystr(path)} is complex, its parameter real: take"
+                " its real part."
             )
     check_inexact(caller, name, tree)
 
