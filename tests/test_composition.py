@@ -7,37 +7,13 @@ import numpy as np
 import optax
 import pytest
 
+import gradreg_optax
 from gradreg_optax import GradregState, dbp_gradreg, fd_gradreg, flooding, masked, sam
-
-
-def loss_fn(params, batch):
-    hidden = jnp.tanh(batch["x"] @ params["kernel"])
-    return jnp.mean((hidden @ params["out"] - batch["y"]) ** 2)
-
-
-def batch_of(seed=0, size=8):
-    rng = np.random.default_rng(seed)
-    return {"x": jnp.asarray(rng.normal(size=(size, 3))), "y": jnp.asarray(rng.normal(size=size))}
-
-
-def params_of(seed=1):
-    rng = np.random.default_rng(seed)
-    return {"kernel": jnp.asarray(rng.normal(size=(3, 4))), "out": jnp.asarray(rng.normal(size=4))}
-
-
-def flat(tree):
-    return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
-
-
-def regularized(params, batch, gamma=0.3, epsilon=0.2):
-    """The forward difference by hand."""
-    gradient = jax.grad(loss_fn)(params, batch)
-    ahead = jax.grad(loss_fn)(jax.tree.map(lambda p, g: p + epsilon * g, params, gradient), batch)
-    return jax.tree.map(lambda g, a: g + gamma / epsilon * (a - g), gradient, ahead)
+from problems import add, batch_of, flat, loss_fn, params_of, regularized, relative_error
 
 
 def descend(params, gradients, rate=0.1):
-    return jax.tree.map(lambda p, g: p - rate * g, params, gradients)
+    return add(params, gradients, -rate)
 
 
 def run(tx, steps=3, batches=None, with_value=False, **fixed):
@@ -57,9 +33,8 @@ def run(tx, steps=3, batches=None, with_value=False, **fixed):
     for i in range(steps):
         params, state = step(params, state, batch_of() if batches is None else batches[i])
         trace.append(params)
-    assert (
-        step._cache_size() == 1 or with_value
-    )  # the state of optax's line searches changes its weak types once
+    # the state of optax's line searches changes its weak types once
+    assert step._cache_size() == 1 or with_value
     return trace, state
 
 
@@ -83,39 +58,96 @@ ROUNDING = {"rtol": 1e-11, "atol": 1e-13}  # three steps of eps(float64) |g| gam
 MEAN = {"rtol": 1e-7}  # the running mean of MultiSteps divides in float32
 
 
+# Every wrapper that forwards extra arguments, around or behind a transformation T in chain(T, sgd):
+# none of them changes the answer.
 WRAPPERS = {
-    "chain": optax.chain(fd, sgd),
-    "named_chain": optax.named_chain(("gradreg", fd), ("sgd", sgd)),
-    "nested chain": optax.chain(optax.chain(optax.identity(), fd), sgd),
-    "apply_if_finite behind": optax.chain(fd, optax.apply_if_finite(sgd, 3)),
-    "conditionally_transform, always": optax.chain(
-        optax.conditionally_transform(fd, lambda step: step >= 0), sgd
+    "named_chain": lambda make, options, sgd: optax.named_chain(
+        ("gradreg", make(**options)), ("sgd", sgd)
     ),
-    "partition behind": optax.chain(
-        fd, optax.partition({"a": sgd, "b": optax.sgd(0.1)}, {"kernel": "a", "out": "b"})
+    "nested chain": lambda make, options, sgd: optax.chain(
+        optax.chain(optax.identity(), make(**options)), sgd
     ),
-    "masked behind": optax.chain(fd, optax.masked(optax.scale(-0.1), True)),
-    "flatten behind": optax.chain(fd, optax.flatten(sgd)),
-    "inject_hyperparams": optax.chain(
-        optax.inject_hyperparams(fd_gradreg)(gamma=0.3, epsilon=0.2), sgd
+    "inject_hyperparams": lambda make, options, sgd: optax.chain(
+        optax.inject_hyperparams(make)(**options), sgd
     ),
-    "inject_hyperparams around a factory": optax.inject_hyperparams(
-        lambda gamma, rate: optax.chain(fd_gradreg(gamma=gamma, epsilon=0.2), optax.sgd(rate))
-    )(gamma=0.3, rate=0.1),
-    "MultiSteps of one": optax.MultiSteps(optax.chain(fd, sgd), 1).gradient_transformation(),
-    "skip_not_finite": optax.chain(
-        fd, optax.apply_if_finite(optax.chain(optax.identity(), sgd), 1)
+    "inject_hyperparams around a factory": lambda make, options, sgd: optax.inject_hyperparams(
+        lambda rate, **options: optax.chain(make(**options), optax.sgd(rate))
+    )(rate=0.1, **options),
+    "conditionally_transform": lambda make, options, sgd: optax.chain(
+        optax.conditionally_transform(make(**options), lambda step: step >= 0), sgd
+    ),
+    "conditionally_mask": lambda make, options, sgd: optax.chain(
+        make(**options), optax.conditionally_mask(sgd, lambda step: step >= 0)
+    ),
+    "apply_if_finite behind": lambda make, options, sgd: optax.chain(
+        make(**options), optax.apply_if_finite(sgd, 3)
+    ),
+    "clip behind": lambda make, options, sgd: optax.chain(
+        make(**options), optax.clip_by_global_norm(1e3), sgd
+    ),
+    "masked behind": lambda make, options, sgd: optax.chain(
+        make(**options), optax.masked(sgd, True)
+    ),
+    "partition behind": lambda make, options, sgd: optax.chain(
+        make(**options), optax.partition({"x": sgd, "y": sgd}, {"kernel": "x", "out": "y"})
+    ),
+    "flatten behind": lambda make, options, sgd: optax.chain(make(**options), optax.flatten(sgd)),
+    "MultiSteps of one around": lambda make, options, sgd: _forwarding(
+        optax.MultiSteps(optax.chain(make(**options), sgd), 1)
+    ),
+    "MultiSteps of one behind": lambda make, options, sgd: optax.chain(
+        make(**options), optax.MultiSteps(sgd, 1).gradient_transformation()
+    ),
+    "reduce_on_plateau behind": lambda make, options, sgd: optax.chain(
+        make(**options), sgd, optax.contrib.reduce_on_plateau()
+    ),
+    "split_real_and_imaginary behind": lambda make, options, sgd: optax.chain(
+        make(**options), optax.contrib.split_real_and_imaginary(sgd)
     ),
 }
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_a_wrapper_changes_nothing(x64, name):
-    tx = WRAPPERS[name]
-    if name == "MultiSteps of one":
-        tx = optax.MultiSteps(optax.chain(fd, sgd), 1)
-    trace, _ = run(tx)
-    np.testing.assert_allclose(flat(trace[-1]), flat(by_hand()[-1]), **ROUNDING)
+def _forwarding(multi_steps):
+    return optax.GradientTransformationExtraArgs(multi_steps.init, multi_steps.update)
+
+
+FAMILIES = {
+    "fd_gradreg": {"gamma": 0.3, "epsilon": 0.2},
+    "dbp_gradreg": {"gamma": 0.3},
+    "gradient_norm_penalty": {"gamma": 0.3, "epsilon": 0.2},
+    "sam": {"rho": 0.2},
+    "asam": {"rho": 0.2},
+    "flooding": {"level": 100.0},
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def in_a_chain(request):
+    """(transformation, its options, the parameters after two steps of chain(transformation,
+    sgd))."""
+    make, options = getattr(gradreg_optax, request.param), FAMILIES[request.param]
+    with jax.enable_x64(True):
+        trace, _ = run(optax.chain(make(**options), sgd), steps=2, with_value=True)
+        plain, _ = run(sgd, steps=2)
+    assert relative_error(trace[-1], plain[-1]) > 1e-2
+    return make, options, trace[-1]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_every_transformation_in_every_wrapper_is_the_one_in_a_chain(x64, in_a_chain, wrapper):
+    make, options, expected = in_a_chain
+    trace, _ = run(WRAPPERS[wrapper](make, options, sgd), steps=2, with_value=True)
+    np.testing.assert_allclose(flat(trace[-1]), flat(expected), **ROUNDING)
+
+
+def test_lookahead_passes_nothing_on_and_takes_a_loss_of_the_parameters_alone():
+    """Its update has no extra arguments: a loss at construction works, ``value_fn=`` does not."""
+    params, batch = optax.LookaheadParams(params_of(), params_of()), batch_of()
+    regularizer = fd_gradreg(lambda p: loss_fn(p, batch), gamma=0.3, epsilon=0.2)
+    tx = optax.lookahead(optax.chain(regularizer, sgd), 5, 0.5)
+    updates, _ = tx.update(jax.grad(loss_fn)(params.fast, batch), tx.init(params), params)
+    expected = regularized(params.fast, batch)
+    np.testing.assert_allclose(flat(updates.fast), -0.1 * flat(expected), rtol=1e-5)
 
 
 def test_regularizers_can_be_chained_with_flooding_behind(x64):
@@ -137,9 +169,8 @@ def test_injected_hyperparameters_can_be_changed_between_steps(x64):
     state = tx.init(params)
     assert set(state.hyperparams) == {"gamma", "epsilon", "interval", "start"}
     first, state = update(state)
-    np.testing.assert_allclose(
-        flat(first), flat(regularized(params, batch, gamma=0.6)), **ROUNDING
-    )  # interval gamma
+    # interval gamma
+    np.testing.assert_allclose(flat(first), flat(regularized(params, batch, gamma=0.6)), **ROUNDING)
     second, state = update(state)
     np.testing.assert_array_equal(flat(second), flat(gradient))
     state.hyperparams["gamma"], state.hyperparams["epsilon"] = (
@@ -152,9 +183,8 @@ def test_injected_hyperparameters_can_be_changed_between_steps(x64):
         flat(third), flat(regularized(params, batch, gamma=0.1, epsilon=0.4)), **ROUNDING
     )
     assert update._cache_size() == 1
-    tx.update(
-        gradient, state, params, batch=batch
-    )  # without jit the values are concrete, and checked
+    # without jit the values are concrete, and checked
+    tx.update(gradient, state, params, batch=batch)
     state.hyperparams["gamma"] = jnp.asarray(-1.0)
     with pytest.raises(ValueError, match="fd_gradreg: gamma must be finite and >= 0, got -1"):
         tx.update(gradient, state, params, batch=batch)
@@ -209,6 +239,10 @@ def test_accumulation_behind_us_is_the_mean_of_regularized_gradients(x64):
         **MEAN,
     )
     assert int(state[0].step) == 2
+    # the mean of the micro-batches' penalties is not the penalty of their mean
+    both = jax.tree.map(lambda *x: jnp.concatenate(x), *batches)
+    mean = jax.tree.map(lambda p, q: (p - q) / 0.1, trace[0], trace[2])
+    assert relative_error(mean, regularized(trace[0], both)) > 0.1
 
 
 def test_accumulation_around_us_takes_the_loss_of_the_last_micro_batch(x64):

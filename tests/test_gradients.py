@@ -8,22 +8,11 @@ import numpy as np
 import pytest
 
 from gradreg_optax import dbp_value_and_grad, fd_value_and_grad, normalized
-
-
-def loss_fn(params, x, y=0.0, *, scale=1.0):
-    return scale * jnp.mean((jnp.tanh(x @ params["kernel"]) @ params["out"] - y) ** 2)
+from problems import batch_of, flat, loss_fn, params_of
 
 
 def arguments():
-    rng = np.random.default_rng(0)
-    return {
-        "kernel": jnp.asarray(rng.normal(size=(3, 4))),
-        "out": jnp.asarray(rng.normal(size=4)),
-    }, jnp.asarray(rng.normal(size=(5, 3)))
-
-
-def flat(tree):
-    return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
+    return params_of(), batch_of()
 
 
 FAMILIES = {
@@ -40,40 +29,39 @@ FAMILIES = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_arguments_value_and_aux_are_those_of_the_clean_pass(x64, name):
-    params, x = arguments()
+    params, batch = arguments()
 
     def with_aux(params, *args, **kwargs):
         value = loss_fn(params, *args, **kwargs)
         return value, {"loss": value, "label": "text", "none": None}
 
-    plain, _ = jax.value_and_grad(loss_fn)(params, x, 0.5, scale=2.0)
-    value, grad = FAMILIES[name](loss_fn)(params, x, 0.5, scale=2.0)
-    (again, aux), same = FAMILIES[name](with_aux, has_aux=True)(params, x, y=0.5, scale=2.0)
+    plain, _ = jax.value_and_grad(loss_fn)(params, batch, 0.5, scale=2.0)
+    value, grad = FAMILIES[name](loss_fn)(params, batch, 0.5, scale=2.0)
+    (again, aux), same = FAMILIES[name](with_aux, has_aux=True)(params, batch, shift=0.5, scale=2.0)
     np.testing.assert_allclose([value, again, aux["loss"]], float(plain), rtol=1e-14)
     assert (aux["label"], aux["none"]) == ("text", None)
     np.testing.assert_allclose(flat(grad), flat(same), rtol=1e-12)
-    closed, closed_grad = FAMILIES[name](lambda p: loss_fn(p, x, 0.5, scale=2.0))(params)
+    closed, closed_grad = FAMILIES[name](lambda p: loss_fn(p, batch, 0.5, scale=2.0))(params)
     np.testing.assert_allclose(closed, plain, rtol=1e-14)
     np.testing.assert_allclose(flat(closed_grad), flat(grad), rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_evaluations_are_those_of_the_table(counter, name):
-    params, x = arguments()
-    jax.jit(FAMILIES[name](counter.wrap(loss_fn)))(params, x)
-    gradients = {"product": 1, "product, reverse": 1, "central": 3}.get(
-        name, 2
-    )  # the product differentiates its one gradient
+    params, batch = arguments()
+    jax.jit(FAMILIES[name](counter.wrap(loss_fn)))(params, batch)
+    # the product differentiates its one gradient
+    gradients = {"product": 1, "product, reverse": 1, "central": 3}.get(name, 2)
     assert counter.read() == (gradients, gradients)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0, np.float64(0)])
 def test_without_a_penalty_the_gradient_is_the_plain_one(gamma):
-    params, x = arguments()
-    plain = jax.grad(loss_fn)(params, x)
+    params, batch = arguments()
+    plain = jax.grad(loss_fn)(params, batch)
     for grad in (
-        fd_value_and_grad(loss_fn, gamma=gamma, epsilon=0.1)(params, x)[1],
-        dbp_value_and_grad(loss_fn, gamma=gamma)(params, x)[1],
+        fd_value_and_grad(loss_fn, gamma=gamma, epsilon=0.1)(params, batch)[1],
+        dbp_value_and_grad(loss_fn, gamma=gamma)(params, batch)[1],
     ):
         np.testing.assert_array_equal(flat(grad), flat(plain))
 
@@ -81,51 +69,51 @@ def test_without_a_penalty_the_gradient_is_the_plain_one(gamma):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_gradients_have_the_dtypes_of_the_parameters(name, dtype):
-    params, x = jax.tree.map(lambda a: a.astype(dtype), arguments())
+    params, batch = jax.tree.map(lambda a: a.astype(dtype), arguments())
     with jax.enable_x64(True):  # where a strong float64 scalar would widen everything
         make = functools.partial(
             FAMILIES[name],
             **{k: np.float64(0.3) for k in ("gamma", "epsilon") if k in FAMILIES[name].keywords},
         )
-        value, grad = make(loss_fn)(params, x)
+        value, grad = make(loss_fn)(params, batch)
     assert {g.dtype for g in jax.tree.leaves(grad)} == {jnp.dtype(dtype)}
     assert value.dtype == dtype
 
 
 def test_gamma_and_epsilon_are_traced_vmapped_and_differentiated(x64):
-    params, x = arguments()
+    params, batch = arguments()
 
     def correction(gamma, epsilon):
-        return fd_value_and_grad(loss_fn, gamma=gamma, epsilon=epsilon)(params, x)[1]
+        return fd_value_and_grad(loss_fn, gamma=gamma, epsilon=epsilon)(params, batch)[1]
 
     row = jax.jit(jax.vmap(correction, in_axes=(0, None)))(jnp.asarray([0.0, 1.0]), 0.1)
     unit = jax.tree.map(lambda g: g[1] - g[0], row)
+    # rounding over epsilon
     np.testing.assert_allclose(
         flat(jax.jacobian(correction)(0.7, 0.1)), flat(unit), rtol=1e-10, atol=1e-12
-    )  # rounding over epsilon
-    exact = jax.jacobian(lambda g: dbp_value_and_grad(loss_fn, gamma=g)(params, x)[1])(0.7)
-    product = dbp_value_and_grad(loss_fn, gamma=1.0)(params, x)[1]
+    )
+    exact = jax.jacobian(lambda g: dbp_value_and_grad(loss_fn, gamma=g)(params, batch)[1])(0.7)
+    product = dbp_value_and_grad(loss_fn, gamma=1.0)(params, batch)[1]
     np.testing.assert_allclose(
-        flat(exact), flat(product) - flat(jax.grad(loss_fn)(params, x)), rtol=1e-12, atol=1e-14
+        flat(exact), flat(product) - flat(jax.grad(loss_fn)(params, batch)), rtol=1e-12, atol=1e-14
     )
 
 
 def test_both_passes_see_the_same_key_and_the_aux_of_the_second_is_thrown_away(x64):
-    params, x = arguments()
+    params, batch = arguments()
 
-    def dropout(params, x, key, statistics):
-        kept = jax.random.bernoulli(key, 0.5, x.shape)
-        return loss_fn(params, x * kept), 0.9 * statistics + 0.1 * params["out"].sum()
+    def masked(batch, key):
+        return batch | {"x": batch["x"] * jax.random.bernoulli(key, 0.5, batch["x"].shape)}
+
+    def dropout(params, batch, key, statistics):
+        return loss_fn(params, masked(batch, key)), 0.9 * statistics + 0.1 * params["out"].sum()
 
     key = jax.random.key(3)
     (value, statistics), grad = fd_value_and_grad(dropout, gamma=0.3, epsilon=1e-4, has_aux=True)(
-        params, x, key, 1.0
+        params, batch, key, 1.0
     )
-    exact = dbp_value_and_grad(loss_fn, gamma=0.3)(
-        params, x * jax.random.bernoulli(key, 0.5, x.shape)
-    )
-    np.testing.assert_allclose(
-        flat(grad), flat(exact[1]), atol=1e-3
-    )  # O(epsilon); another mask would differ by 1 / epsilon
+    exact = dbp_value_and_grad(loss_fn, gamma=0.3)(params, masked(batch, key))
+    # O(epsilon); another mask would differ by 1 / epsilon
+    np.testing.assert_allclose(flat(grad), flat(exact[1]), atol=1e-3)
     np.testing.assert_allclose(statistics, 0.9 + 0.1 * params["out"].sum(), rtol=1e-15)
     np.testing.assert_allclose(value, exact[0], rtol=1e-14)

@@ -17,29 +17,7 @@ from gradreg_optax import (
     sam,
 )
 from gradreg_optax.curvature import hessian_vector_product
-
-
-def loss_fn(params, batch, scale=1.0):
-    hidden = jnp.tanh(batch["x"] @ params["kernel"])
-    return scale * jnp.mean((hidden @ params["out"] - batch["y"]) ** 2)
-
-
-def batch_of(seed=0, size=8):
-    rng = np.random.default_rng(seed)
-    return {"x": jnp.asarray(rng.normal(size=(size, 3))), "y": jnp.asarray(rng.normal(size=size))}
-
-
-def params_of(seed=1, dtype=None):
-    rng = np.random.default_rng(seed)
-    return {
-        "kernel": jnp.asarray(rng.normal(size=(3, 4)), dtype),
-        "out": jnp.asarray(rng.normal(size=4), dtype),
-    }
-
-
-def flat(tree):
-    return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
-
+from problems import batch_of, flat, loss_fn, params_of
 
 FUNCTIONS = {
     "plain": jax.value_and_grad,
@@ -60,9 +38,8 @@ def test_micro_batches_equal_one_batch(x64, name, count):
         jax.jit(FUNCTIONS[name](loss))(params, batch, scale=0.5)
         for loss in (microbatched(loss_fn, count), loss_fn)
     )
-    np.testing.assert_allclose(
-        flat(ours), flat(whole), rtol=1e-12, atol=1e-13
-    )  # another order of summation
+    # another order of summation
+    np.testing.assert_allclose(flat(ours), flat(whole), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -115,25 +92,22 @@ def test_aux_comes_back_stacked_and_values_without_a_gradient_agree(x64):
         jax.value_and_grad(loss, has_aux=True)(params, batch)[0],
     ):
         np.testing.assert_allclose(value, loss_fn(params, batch), rtol=1e-14)
-        np.testing.assert_allclose(
-            aux, batch["y"].reshape(2, 4).mean(axis=0), rtol=1e-14
-        )  # every fourth sample
+        # every fourth sample
+        np.testing.assert_allclose(aux, batch["y"].reshape(2, 4).mean(axis=0), rtol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.complex64])
 def test_gradients_keep_the_dtype_and_accumulate_in_float32(dtype):
-    batch = (
-        jnp.ones(256, jnp.float32).at[0].set(256.0)
-    )  # in bfloat16 the sum 257, 258, ... would stay at 256
+    # in bfloat16 the sum 257, 258, ... would stay at 256
+    batch = jnp.ones(256, jnp.float32).at[0].set(256.0)
 
     def loss(params, batch):
         return jnp.mean(batch) * jnp.sum(jnp.real(params)).astype(jnp.float32)
 
     gradient = jax.grad(microbatched(loss, 256))(jnp.ones(2, dtype), batch)
     assert gradient.dtype == dtype
-    np.testing.assert_allclose(
-        np.asarray(gradient, np.complex64), 511 / 256, rtol=2**-8
-    )  # one rounding to bfloat16
+    # one rounding to bfloat16
+    np.testing.assert_allclose(np.asarray(gradient, np.complex64), 511 / 256, rtol=2**-8)
 
 
 @pytest.mark.parametrize("name", list(FUNCTIONS))

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+import problems
 from gradreg_optax import (
     StepInfo,
     TrainState,
@@ -19,50 +20,12 @@ from gradreg_optax import (
     make_train_step,
     sam,
 )
-
-
-def loss_fn(params, batch, shift=0.0):
-    hidden = jnp.tanh(batch["x"] @ params["kernel"])
-    return jnp.mean((hidden @ params["out"] - batch["y"] - shift) ** 2)
-
-
-def batch_of(seed=0, size=8):
-    rng = np.random.default_rng(seed)
-    return {"x": jnp.asarray(rng.normal(size=(size, 3))), "y": jnp.asarray(rng.normal(size=size))}
+from problems import add, batch_of, correction, flat, loss_fn
 
 
 def params_of(seed=1):
-    rng = np.random.default_rng(seed)
-    return {
-        "kernel": jnp.asarray(rng.normal(size=(3, 4))),
-        "out": jnp.asarray(rng.normal(size=4)),
-        "none": None,
-    }
-
-
-def flat(tree):
-    return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
-
-
-def shifted_gradient(params, batch, epsilon, **kwargs):
-    gradient = jax.grad(loss_fn)(params, batch, **kwargs)
-    return jax.grad(loss_fn)(
-        jax.tree.map(lambda p, g: p + epsilon * g, params, gradient), batch, **kwargs
-    )
-
-
-def correction(params, batch, gamma=0.3, epsilon=0.2, **kwargs):
-    """gamma / epsilon (g' - g), by hand."""
-    gradient = jax.grad(loss_fn)(params, batch, **kwargs)
-    return jax.tree.map(
-        lambda a, g: gamma / epsilon * (a - g),
-        shifted_gradient(params, batch, epsilon, **kwargs),
-        gradient,
-    )
-
-
-def add(a, b, scale=1.0):
-    return jax.tree.map(lambda x, y: x + scale * y, a, b)
+    """With a leaf that is None, which a step must pass by."""
+    return problems.params_of(seed) | {"none": None}
 
 
 def hand_loop(optimizer, batches, penalty, **kwargs):
@@ -98,9 +61,8 @@ def train(init_and_step, batches, *args, **kwargs):
 def assert_same(trace, expected):
     for ours, theirs in zip(trace, expected, strict=True):
         for a, b in zip(ours, theirs, strict=True):
-            np.testing.assert_allclose(
-                flat(a), flat(b), rtol=1e-10, atol=1e-12
-            )  # a few steps of eps(float64) gamma / epsilon
+            # a few steps of eps(float64) gamma / epsilon
+            np.testing.assert_allclose(flat(a), flat(b), rtol=1e-10, atol=1e-12)
 
 
 BATCHES = range(5)
@@ -173,9 +135,10 @@ def test_penalty_fraction_is_that_of_the_sub_batch_for_every_family(x64, make):
     regularized, _ = tx.update(own, tx.init(params), params, value_fn=lambda p: loss_fn(p, part))
     expected = flat(params) - 0.1 * (flat(gradient) + flat(regularized) - flat(own))
     init, step = make_train_step(loss_fn, optax.sgd(0.1), make(), penalty_fraction=0.25)
+    # rounding over epsilon
     np.testing.assert_allclose(
         flat(step(init(params), batch)[0].params), expected, rtol=1e-11, atol=1e-12
-    )  # rounding over epsilon
+    )
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 8])
@@ -196,9 +159,10 @@ def test_ascent_groups_average_the_updates_of_the_groups(x64, groups):
         jax.grad(loss_fn)(params, batch), add(mean, jax.grad(loss_fn)(params, batch), -1.0), 3.0
     )
     state, info = step(init(params), batch)
+    # rounding over epsilon
     np.testing.assert_allclose(
         flat(state.params), flat(add(params, first, -0.1)), rtol=1e-11, atol=1e-12
-    )  # rounding over epsilon
+    )
     np.testing.assert_allclose(info.loss, loss_fn(params, batch), rtol=1e-13)
     squares = [optax.tree.norm(jax.grad(loss_fn)(params, b)) ** 2 for b in parts]
     np.testing.assert_allclose(info.grad_norm, np.sqrt(np.mean(squares)), rtol=1e-13)
@@ -233,9 +197,8 @@ def test_aux_is_that_of_the_clean_pass():
         assert isinstance(info, StepInfo)
         np.testing.assert_array_equal(info.aux["mean"], jnp.mean(params["out"]))
         np.testing.assert_array_equal(info.aux["batch"], batch["y"])
-        np.testing.assert_allclose(
-            info.loss, 2 * loss_fn(params, batch), rtol=1e-6
-        )  # a few eps(float32)
+        # a few eps(float32)
+        np.testing.assert_allclose(info.loss, 2 * loss_fn(params, batch), rtol=1e-6)
     init, step = make_train_step(
         with_aux, optax.sgd(0.1), fd_gradreg(**FD), has_aux=True, ascent_groups=2
     )
@@ -286,9 +249,8 @@ def test_flooding_and_chains_of_regularizers_take_the_value_of_the_step(counter)
     state, _ = step(init(params), batch)
     assert counter.read() == (2, 2)
     gradient = add(jax.grad(loss_fn)(params, batch), correction(params, batch))
-    np.testing.assert_allclose(
-        flat(state.params), flat(add(params, gradient, 0.1)), rtol=1e-5
-    )  # eps(float32) gamma / epsilon
+    # eps(float32) gamma / epsilon
+    np.testing.assert_allclose(flat(state.params), flat(add(params, gradient, 0.1)), rtol=1e-5)
 
 
 COUNTS = {  # (gradients on a step that takes the penalty, on one that skips it) for interval 3
@@ -300,11 +262,12 @@ COUNTS = {  # (gradients on a step that takes the penalty, on one that skips it)
     "flooding": (flooding(level=0.1), {}, (1, 1)),
     "forward, fraction": (fd_gradreg(**FD, interval=3), {"penalty_fraction": 0.25}, (3, 1)),
     "dbp, fraction": (dbp_gradreg(gamma=0.1, interval=3), {"penalty_fraction": 0.25}, (2, 1)),
+    # each over both groups at once
     "forward, groups": (
         fd_gradreg(**FD, interval=3),
         {"ascent_groups": 2},
         (2, 1),
-    ),  # each over both groups at once
+    ),
 }
 
 

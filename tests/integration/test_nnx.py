@@ -8,43 +8,37 @@ gradients are taken at the same r, the one from before the step.
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 
+import frameworks
 import gradreg_optax as gr
+from frameworks import (
+    EPSILON,
+    GAMMA,
+    KEY,
+    PENALTY,
+    RATE,
+    NnxNet,
+    batch,
+    cross_entropy,
+    functional_nnx,
+    gradient_of_step,
+)
+from problems import relative_error
 
 pure = getattr(nnx, "as_pure", None) or nnx.pure  # the older name, before flax 0.12.8
-GAMMA, EPSILON, RATE = 0.05, 0.01, 0.1
-PENALTY = {"gamma": GAMMA, "epsilon": EPSILON}
-
-
-class Net(nnx.Module):
-    def __init__(self, rngs):
-        self.first = nnx.Linear(8, 16, rngs=rngs)
-        self.norm = nnx.BatchNorm(16, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-        self.last = nnx.Linear(16, 3, rngs=rngs)
-
-    def __call__(self, x):
-        return self.last(self.dropout(nnx.gelu(self.norm(self.first(x)))))
 
 
 def loss_fn(model, x, y):
-    return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
+    return cross_entropy(model(x), y)
 
 
 def loss_with_aux(model, x, y):
     logits = model(x)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), logits
-
-
-@functools.cache
-def batch():
-    rng = np.random.default_rng(0)
-    return jnp.asarray(rng.normal(size=(32, 8)), jnp.float32), jnp.asarray(rng.integers(0, 3, 32))
+    return cross_entropy(logits, y), logits
 
 
 def split(model, wrt=nnx.Param):
@@ -53,7 +47,7 @@ def split(model, wrt=nnx.Param):
 
 
 def model_and_optimizer(tx, wrt=nnx.Param):
-    model = Net(nnx.Rngs(0))
+    model = NnxNet(nnx.Rngs(0))
     return model, nnx.Optimizer(model, tx, wrt=wrt)
 
 
@@ -61,40 +55,14 @@ def model_and_optimizer(tx, wrt=nnx.Param):
 def by_hand(wrt=nnx.Param, part=None):
     """(gradient, regularized gradient, rest after one clean pass), with the penalty on the first
     ``part`` samples."""
-    graphdef, *states = nnx.split(Net(nnx.Rngs(0)), wrt, ...)
-
-    @jax.jit
-    def gradients(params, rest):
-        def pure_loss(params, x, y):
-            model = nnx.merge(graphdef, params, rest)
-            return loss_fn(model, x, y), nnx.state(model, nnx.Not(nnx.Param))
-
-        x, y = batch()
-        g, new_rest = jax.grad(pure_loss, has_aux=True)(params, x, y)
-        own = jax.grad(pure_loss, has_aux=True)(params, x[:part], y[:part])[0]
-        ahead = jax.tree.map(lambda p, d: p + EPSILON * d, params, own)
-        own_ahead = jax.grad(pure_loss, has_aux=True)(ahead, x[:part], y[:part])[0]
-        return (
-            g,
-            jax.tree.map(lambda a, b, c: a + GAMMA / EPSILON * (c - b), g, own, own_ahead),
-            new_rest,
-        )
-
-    return tuple(map(nnx.to_pure_dict, gradients(*map(pure, states))))
-
-
-def gradient_of_step(before, after):
-    return jax.tree.map(lambda p, q: (p - q) / RATE, before, after)
-
-
-def relative(found, expected):
-    return float(optax.tree.norm(optax.tree.sub(found, expected)) / optax.tree.norm(expected))
+    pure_loss, params, rest = functional_nnx(wrt)
+    return frameworks.by_hand(pure_loss, params, batch(), rest, KEY, part=part)
 
 
 def assert_rest_moved_once(model):
     """Running statistics to 1e-6, dropout counters exactly: those of one clean pass."""
     found, expected = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param))), by_hand()[2]
-    assert relative(found["norm"], expected["norm"]) < 1e-6
+    assert relative_error(found["norm"], expected["norm"]) < 1e-6
     assert int(found["dropout"]["rngs"]["count"]) == int(expected["dropout"]["rngs"]["count"]) == 1
 
 
@@ -114,7 +82,7 @@ def test_one_step_with_batchnorm_and_dropout_is_the_one_written_by_hand(place, h
     g, regularized, _ = by_hand()
     # 1e-5: float32 rounding of two gradients, times gamma / epsilon = 5, and of the parameters they
     # moved.
-    assert relative(gradient_of_step(before, split(model)[1]), regularized) < 1e-5
+    assert relative_error(gradient_of_step(before, split(model)[1]), regularized) < 1e-5
     assert abs(float(info.grad_norm / optax.tree.norm(g)) - 1) < 1e-6
     assert info.aux is None if not has_aux else info.aux.shape == (32, 3)
     assert_rest_moved_once(model)
@@ -127,9 +95,8 @@ def test_state_from_after_the_clean_pass_is_a_silent_error_of_hundreds_of_percen
     model, _ = model_and_optimizer(optax.sgd(RATE))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     params = pure(params)
-    grads = pure(
-        nnx.jit(nnx.grad(loss_fn))(model, *batch())
-    )  # moves the counters that `rest` refers to
+    # moves the counters that `rest` refers to
+    grads = pure(nnx.jit(nnx.grad(loss_fn))(model, *batch()))
     if mistake == "state after the clean pass":
         _, _, rest = nnx.split(model, nnx.Param, ...)
 
@@ -138,7 +105,7 @@ def test_state_from_after_the_clean_pass_is_a_silent_error_of_hundreds_of_percen
 
     tx = gr.fd_gradreg(**PENALTY)
     wrong, _ = jax.jit(lambda: tx.update(grads, tx.init(params), params, value_fn=value_fn))()
-    assert relative(nnx.to_pure_dict(wrong), by_hand()[1]) > 1.0
+    assert relative_error(nnx.to_pure_dict(wrong), by_hand()[1]) > 1.0
 
 
 def test_the_penalty_on_a_fraction_of_the_batch_is_the_one_written_by_hand():
@@ -148,7 +115,7 @@ def test_the_penalty_on_a_fraction_of_the_batch_is_the_one_written_by_hand():
         lambda model, pair: loss_fn(model, *pair), gr.fd_gradreg(**PENALTY), penalty_fraction=0.25
     )
     step(model, optimizer, batch())
-    assert relative(gradient_of_step(before, split(model)[1]), by_hand(part=8)[1]) < 1e-5
+    assert relative_error(gradient_of_step(before, split(model)[1]), by_hand(part=8)[1]) < 1e-5
     assert_rest_moved_once(model)
 
 
@@ -160,7 +127,7 @@ def test_a_subset_of_the_parameters_is_perturbed_and_moved_alone():
     (_, before, _), (_, _, others) = split(model, wrt), split(model, wrt)
     gr.make_nnx_train_step(loss_fn)(model, optimizer, *batch())
     _, after, others_after = split(model, wrt)
-    assert relative(gradient_of_step(before, after), by_hand(wrt)[1]) < 1e-5
+    assert relative_error(gradient_of_step(before, after), by_hand(wrt)[1]) < 1e-5
     np.testing.assert_array_equal(others["first"]["kernel"], others_after["first"]["kernel"])
 
 
@@ -177,27 +144,19 @@ def test_interval_counts_the_steps_of_the_optimizer(place):
     )
     if place == "cached":  # NNX's own way to pay less for its bookkeeping
         step = nnx.cached_partial(step.func, model, optimizer)
-    functional = jax.jit(functional_step)
-    _, params, rest = split(model)
+    pure_loss, params, rest = functional_nnx()
+
+    @jax.jit
+    def functional(params, rest, gamma):
+        value_and_grad = gr.fd_value_and_grad(pure_loss, gamma=gamma, epsilon=EPSILON, has_aux=True)
+        (_, rest), grads = value_and_grad(params, batch(), rest, KEY)
+        return jax.tree.map(lambda p, g: p - RATE * g, params, grads), rest
+
     for gamma in (2 * GAMMA, 0.0, 2 * GAMMA):
         step(*batch())
         params, rest = functional(params, rest, gamma)
-        assert relative(split(model)[1], params) < 1e-5
+        assert relative_error(split(model)[1], params) < 1e-5
     assert int(optimizer.step[...]) == 3
-
-
-def functional_step(params, rest, gamma):
-    """The same network as a pure function: the loss returns the rest of the state as aux."""
-    graphdef, *_ = nnx.split(Net(nnx.Rngs(0)), nnx.Param, ...)
-
-    def pure_loss(params, rest):
-        model = nnx.merge(graphdef, nnx.State(params), nnx.State(rest))
-        return loss_fn(model, *batch()), nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
-
-    (_, rest), grads = gr.fd_value_and_grad(pure_loss, gamma=gamma, epsilon=EPSILON, has_aux=True)(
-        params, rest
-    )
-    return jax.tree.map(lambda p, g: p - RATE * g, params, grads), rest
 
 
 def test_a_regularizer_with_state_of_its_own_is_refused_with_the_remedy():

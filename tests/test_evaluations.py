@@ -1,0 +1,86 @@
+"""Gradients, evaluations and traces: counted, not assumed."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from problems import (
+    EXTRA_GRADIENTS,
+    GRADIENT_FUNCTIONS,
+    REGULARIZERS,
+    batch_of,
+    flat,
+    loss_fn,
+    params_of,
+)
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize("name", REGULARIZERS)
+def test_gradients_per_update_are_those_of_the_table(counter, name, reuse):
+    params, batch = params_of(), batch_of()
+    tx = REGULARIZERS[name](counter.wrap(loss_fn), reuse_updates=reuse)
+    gradient = jax.grad(loss_fn)(params, batch)
+    update = jax.jit(lambda g, s, p, b: tx.update(g, s, p, batch=b))
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = update(gradient, state, params, batch)
+    # dbp evaluates the gradient inside its product, and does not do so twice for a direction of its
+    # own
+    expected = EXTRA_GRADIENTS[name] + (not reuse and not name.startswith("dbp"))
+    assert counter.read()[1] == 2 * expected
+    assert update._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["fd forward", "fd central", "dbp forward_over_reverse", "dbp reverse_over_reverse", "sam"],
+)
+@pytest.mark.parametrize("reuse", [True, False])
+def test_skipped_updates_pass_through_and_cost_nothing(counter, name, reuse):
+    params, batch, interval = params_of(), batch_of(), 3
+    tx = REGULARIZERS[name](counter.wrap(loss_fn), interval=interval, reuse_updates=reuse)
+    gradient = jax.grad(loss_fn)(params, batch)
+    correction = flat(jax.jit(GRADIENT_FUNCTIONS[name](loss_fn))(params, batch)[1]) - flat(gradient)
+    update = jax.jit(lambda g, s, p, b: tx.update(g, s, p, batch=b))
+    state, counts = tx.init(params), []
+    for step in range(7):
+        assert int(state.step) == step
+        updates, state = update(gradient, state, params, batch)
+        counts.append(counter.read()[1])
+        penalty = flat(updates) - flat(gradient)
+        if step % interval:
+            assert not penalty.any()
+        else:  # float32 rounding of the difference, divided by epsilon and times interval gamma
+            np.testing.assert_allclose(penalty, interval * correction, atol=1e-5)
+    expected = EXTRA_GRADIENTS[name] + (not reuse and not name.startswith("dbp"))
+    assert counts == [expected, 0, 0, expected, 0, 0, expected]
+    assert update._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", ["fd forward", "dbp forward_over_reverse", "asam"])
+def test_ten_steps_trace_the_loss_as_often_as_one(name):
+    traces, batch, params = [], batch_of(), params_of()
+
+    def counted(params, batch):
+        traces.append(None)
+        return loss_fn(params, batch)
+
+    tx = REGULARIZERS[name](interval=2)
+
+    @jax.jit
+    # a new lambda on every trace, and no retracing on account of it
+    def step(params, state, batch):
+        gradient = jax.grad(loss_fn)(params, batch)
+        updates, state = tx.update(gradient, state, params, value_fn=lambda p: counted(p, batch))
+        return optax.apply_updates(params, jax.tree.map(lambda u: -0.1 * u, updates)), state
+
+    state = tx.init(params)
+    params, state = step(params, state, batch)
+    first = len(traces)
+    for _ in range(9):
+        params, state = step(params, state, batch)
+    assert len(traces) == first
+    assert step._cache_size() == 1
+    assert int(state.step) == 10

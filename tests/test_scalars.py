@@ -1,0 +1,152 @@
+"""Numbers, arrays, tracers and schedules are all scalars."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gradreg_optax import dbp_gradreg, fd_gradreg, sam
+from problems import SCHEMES, batch_of, correction, flat, loss_fn, params_of, regularized, update_of
+
+SCALARS = {
+    "float": float,
+    "numpy float64": np.float64,
+    "numpy float32": np.float32,
+    "numpy array": np.asarray,
+    "jax float32": lambda x: jnp.asarray(x, jnp.float32),
+    "jax bfloat16": lambda x: jnp.asarray(x, jnp.bfloat16),
+    "constant schedule": lambda x: lambda step: x,
+    "array schedule": lambda x: optax.constant_schedule(jnp.asarray(x)),
+}
+
+
+@pytest.mark.parametrize("kind", SCALARS)
+@pytest.mark.parametrize("wide", [False, True])
+def test_every_kind_of_scalar_gives_the_same_update_and_dtype(kind, wide):
+    with jax.enable_x64(wide):  # float32 trees stay float32 under x64, whatever the width of gamma
+        params, batch = (
+            params_of(dtype=jnp.float32),
+            jax.tree.map(lambda x: x.astype(jnp.float32), batch_of()),
+        )
+        gradient = jax.grad(loss_fn)(params, batch)
+        convert = SCALARS[kind]
+        for interval in (1, 2):
+            # exact in bfloat16
+            tx = fd_gradreg(loss_fn, gamma=convert(0.5), epsilon=convert(0.25), interval=interval)
+            updates = jax.jit(lambda tx=tx: update_of(tx, gradient, params, batch=batch))()
+            assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(jnp.float32)}
+        doubled = flat(updates) - flat(gradient)
+        expected = flat(correction(params, batch, 0.5, 0.25))
+        # eps(float32) gamma / epsilon times interval
+        np.testing.assert_allclose(doubled, 2 * expected, atol=1e-5)
+
+
+def test_integers_are_numbers():
+    params, batch = params_of(), batch_of()
+    gradient = jax.grad(loss_fn)(params, batch)
+    updates = [
+        flat(update_of(fd_gradreg(loss_fn, gamma=g, epsilon=e), gradient, params, batch=batch))
+        for g, e in [(1, 2), (1.0, 2.0)]
+    ]
+    np.testing.assert_array_equal(*updates)
+
+
+def test_gamma_and_epsilon_can_be_vmapped_jitted_and_differentiated(x64):
+    params, batch = params_of(), batch_of()
+    gradient = jax.grad(loss_fn)(params, batch)
+
+    @jax.jit
+    def update(gamma, epsilon):
+        return update_of(
+            fd_gradreg(loss_fn, gamma=gamma, epsilon=epsilon), gradient, params, batch=batch
+        )
+
+    gammas, epsilons = np.asarray([0.0, 0.5, 1.0]), np.asarray([0.1, 0.3])
+    table = jax.vmap(lambda g: jax.vmap(lambda e: update(g, e))(epsilons))(gammas)
+    for i, gamma in enumerate(gammas):
+        for j, epsilon in enumerate(epsilons):
+            cell = jax.tree.map(lambda x, i=i, j=j: x[i, j], table)
+            np.testing.assert_allclose(
+                flat(cell),
+                flat(regularized(params, batch, gamma, epsilon)),
+                rtol=1e-11,
+                atol=1e-13,
+            )
+    # the update is linear in gamma, and its derivative is the correction at gamma = 1
+    slope = jax.jacobian(update)(0.5, 0.3)
+    np.testing.assert_allclose(
+        flat(slope),
+        flat(correction(params, batch, 1.0, 0.3)),
+        rtol=1e-11,
+        atol=1e-13,
+    )
+    for name in ("dbp", "sam"):  # traced through the other families as well
+        make = {
+            "dbp": lambda s: dbp_gradreg(loss_fn, gamma=s),
+            "sam": lambda s: sam(loss_fn, rho=s),
+        }[name]
+        rows = jax.jit(
+            jax.vmap(lambda s, make=make: update_of(make(s), gradient, params, batch=batch))
+        )(jnp.asarray([0.1, 0.2]))
+        alone = update_of(make(0.2), gradient, params, batch=batch)
+        np.testing.assert_allclose(
+            flat(jax.tree.map(lambda x: x[1], rows)), flat(alone), rtol=1e-11, atol=1e-13
+        )
+
+
+def test_a_traced_negative_epsilon_is_the_backward_difference(x64):
+    params, batch = params_of(), batch_of()
+    gradient = jax.grad(loss_fn)(params, batch)
+    traced = jax.jit(
+        lambda e: update_of(
+            fd_gradreg(loss_fn, gamma=0.3, epsilon=e), gradient, params, batch=batch
+        )
+    )(-0.2)
+    backward = update_of(
+        fd_gradreg(loss_fn, gamma=0.3, epsilon=0.2, scheme="backward"),
+        gradient,
+        params,
+        batch=batch,
+    )
+    # rounding of the difference
+    np.testing.assert_allclose(flat(traced), flat(backward), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_traced_or_scheduled_zero_epsilon_gives_no_correction(scheme):
+    params, batch = params_of(), batch_of()
+    gradient = jax.grad(loss_fn)(params, batch)
+
+    @jax.jit
+    def traced(epsilon):
+        tx = fd_gradreg(loss_fn, gamma=0.3, epsilon=epsilon, scheme=scheme)
+        return update_of(tx, gradient, params, batch=batch), update_of(
+            sam(loss_fn, rho=epsilon), gradient, params, batch=batch
+        )
+
+    for epsilon in (0.0, 1e-40):  # 1 / 1e-40 overflows in float32
+        penalised, climbed = traced(epsilon)
+        np.testing.assert_array_equal(flat(penalised), flat(gradient))
+        # SAM's is the gradient evaluated once more
+        np.testing.assert_allclose(flat(climbed), flat(gradient), rtol=1e-5, atol=1e-7)
+    ramp = fd_gradreg(loss_fn, gamma=0.3, epsilon=optax.linear_schedule(0.0, 0.2, 2), scheme=scheme)
+    for wrap in (jax.jit, lambda update: update):  # traced and concrete
+        update, state = (
+            wrap(lambda s: ramp.update(gradient, s, params, batch=batch)),
+            ramp.init(params),
+        )
+        first, state = update(state)
+        np.testing.assert_array_equal(flat(first), flat(gradient))
+        second, _ = update(state)
+        assert np.abs(flat(second) - flat(gradient)).max() > 1e-3
+
+
+def test_a_scheduled_negative_epsilon_is_the_backward_difference_without_jit_too(x64):
+    params = jnp.asarray(1.0)
+    for tx in (
+        fd_gradreg(lambda p: p**3 / 3, gamma=1.0, epsilon=lambda step: -0.5),
+        sam(lambda p: p**3 / 3, rho=lambda step: -0.5),
+    ):
+        update = float(tx.update(jnp.asarray(1.0), tx.init(params), params)[0])
+        assert update in (2.5, 0.25)  # 1 + 2 - 0.5, and the gradient at 0.5
