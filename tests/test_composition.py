@@ -71,8 +71,8 @@ WRAPPERS = {
         optax.inject_hyperparams(make)(**options), sgd
     ),
     "inject_hyperparams around a factory": lambda make, options, sgd: optax.inject_hyperparams(
-        lambda rate, **options: optax.chain(make(**options), optax.sgd(rate))
-    )(rate=0.1, **options),
+        lambda rate: optax.chain(make(**options), optax.sgd(rate))
+    )(rate=0.1),
     "conditionally_transform": lambda make, options, sgd: optax.chain(
         optax.conditionally_transform(make(**options), lambda step: step >= 0), sgd
     ),
@@ -129,7 +129,7 @@ def in_a_chain(request):
     with jax.enable_x64(True):
         trace, _ = run(optax.chain(make(**options), sgd), steps=2, with_value=True)
         plain, _ = run(sgd, steps=2)
-    assert relative_error(trace[-1], plain[-1]) > 1e-2
+        assert relative_error(trace[-1], plain[-1]) > 1e-2
     return make, options, trace[-1]
 
 

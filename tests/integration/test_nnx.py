@@ -201,8 +201,8 @@ def test_a_strength_that_tunes_itself_sees_the_held_out_batch_and_moves_no_stati
     for _ in range(8):
         step(model, optimizer, (x, y), held_out=held_out)
         params, rest, state = functional(params, rest, state)
-    assert relative(split(model)[1], params) < 1e-4  # float32 over eight steps
-    assert relative(split(model)[2]["norm"], rest["norm"]) < 1e-5
+    assert relative_error(split(model)[1], params) < 1e-4  # float32 over eight steps
+    assert relative_error(split(model)[2]["norm"], rest["norm"]) < 1e-5
     assert float(optax.tree.get(state, "strength")) > 0.1
 
 
