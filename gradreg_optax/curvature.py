@@ -198,8 +198,7 @@ def hessian_trace(
       6.000 True
 
     References:
-      Hutchinson, *A stochastic estimator of the trace of the influence matrix*, 1990. The integrand
-      is matfree's.
+      Hutchinson, *A stochastic estimator of the trace of the influence matrix*, 1990.
     """
     caller = "hessian_trace"
     num_samples = whole_number(caller, "num_samples", num_samples)
@@ -421,8 +420,7 @@ def _krylov(
     """An orthonormal basis of a Krylov space, as rows, and the upper triangle of the product
     projected on it.
 
-    Row i of ``noise`` takes over where the i-th direction is lost in rounding. (matfree's iteration
-    divides by zero there.)
+    Row i of ``noise`` takes over where the i-th direction is lost in rounding.
     """
     count, size = noise.shape
     lost = 10 * np.finfo(noise.dtype).eps

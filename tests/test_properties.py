@@ -1,0 +1,333 @@
+"""Generated cases against formulas in NumPy: any tree, any of the families, any way in.
+
+The loss is a sum of waves and half the square of the sum of all parameters, averaged over a batch,
+so that gradient and Hessian are known in closed form and no derivative of JAX's is trusted. More
+cases: ``GRADREG_CASES=3000 pytest tests/test_properties.py``; under one of JAX's strict modes:
+``GRADREG_MODE=jax_debug_nans``.
+"""
+
+import contextlib
+import os
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradreg_optax import (
+    asam,
+    checking,
+    curvature,
+    dbp_gradreg,
+    dbp_value_and_grad,
+    fd_gradreg,
+    fd_value_and_grad,
+    flooding,
+    gradient_norm_penalty,
+    make_train_step,
+    microbatched,
+    normalized,
+    regularized_loss,
+    relative_gradreg,
+    sam,
+)
+
+CASES = int(os.environ.get("GRADREG_CASES", "60")) // 6  # over six theorems
+MODE = os.environ.get("GRADREG_MODE")
+cases = hypothesis.settings(max_examples=max(CASES, 1))
+SIZE = 4  # of a batch
+
+
+@contextlib.contextmanager
+def environment():
+    """float64, but where a strict mode asks for float32 throughout."""
+    strict = {"jax_numpy_dtype_promotion": "strict"}.get(MODE, True)
+    with contextlib.ExitStack() as stack:
+        if MODE is None:
+            stack.enter_context(jax.enable_x64(True))
+        elif hasattr(jax.config, MODE):
+            before = getattr(jax.config, MODE)
+            jax.config.update(MODE, strict)
+            stack.callback(jax.config.update, MODE, before)
+        yield
+
+
+WIDE = MODE is None or MODE == "jax_enable_x64"
+ROUNDING = {"rtol": 1e-8, "atol": 1e-8} if WIDE else {"rtol": 3e-3, "atol": 3e-3}
+
+shapes = st.sampled_from([(), (1,), (3,), (2, 2)])
+trees = st.recursive(
+    shapes,
+    lambda inner: (
+        st.lists(inner, min_size=1, max_size=2)
+        | st.tuples(inner, inner)
+        | st.fixed_dictionaries({"a": inner, "b": inner})
+        | st.tuples(inner, st.none())
+    ),
+    max_leaves=3,
+).filter(lambda tree: tree is not None)
+
+
+def is_shape(node):
+    return isinstance(node, tuple) and all(isinstance(n, int) for n in node)
+
+
+class Waves:
+    """The loss of a random tree: parameters, batch, and its derivatives on flat vectors."""
+
+    def __init__(self, tree, seed):
+        rng, dtype = np.random.default_rng(seed), np.float64 if WIDE else np.float32
+        self.params = jax.tree.map(
+            lambda shape: np.asarray(rng.normal(size=shape), dtype), tree, is_leaf=is_shape
+        )
+        self.x = flat(self.params)
+        self.a, self.b = rng.normal(size=(2, self.x.size))
+        self.phases = np.asarray(rng.normal(size=SIZE), dtype)
+
+    def loss_fn(self, params, batch):
+        dtype = np.float64 if WIDE else np.float32
+        total, wave, start = jnp.zeros([], dtype), jnp.zeros(batch.shape, dtype), 0
+        for leaf in jax.tree.leaves(params):
+            x = jnp.reshape(leaf, (-1,))
+            a, b = (np.asarray(v[start : start + x.size], dtype) for v in (self.a, self.b))
+            inside = (b * x)[None, :] + batch[:, None]
+            wave, total = wave + jnp.sum(a[None, :] * jnp.cos(inside), axis=1), total + jnp.sum(x)
+            start += x.size
+        return jnp.mean(wave) + total**2 / 2
+
+    def value(self, x, phases=None):
+        inside = self.b * x + (self.phases if phases is None else phases)[:, None]
+        return np.mean(np.cos(inside) @ self.a) + x.sum() ** 2 / 2
+
+    def gradient(self, x, phases=None):
+        inside = self.b * x + (self.phases if phases is None else phases)[:, None]
+        return -(self.a * self.b * np.sin(inside)).mean(axis=0) + x.sum()
+
+    def hessian(self, x):
+        inside = self.b * x + self.phases[:, None]
+        waves = -(self.a * self.b**2 * np.cos(inside)).mean(axis=0)
+        return np.diag(waves) + np.ones((x.size, x.size))
+
+
+def flat(tree):
+    leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)]
+    return np.concatenate([np.zeros(0), *leaves])
+
+
+def unit(g):
+    return g / max(np.linalg.norm(g), 1e-150)
+
+
+problems = st.builds(Waves, trees, st.integers(0, 2**32 - 1))
+strengths = st.floats(0.0, 2.0)
+steps = st.floats(0.05, 2.0)
+schemes = st.sampled_from(["forward", "backward", "central"])
+modes = st.sampled_from(["forward_over_reverse", "reverse_over_reverse"])
+kinds = st.sampled_from([float, np.float64, np.float32, jnp.asarray, lambda x: lambda step: x])
+families = st.sampled_from(["fd", "dbp", "gnp", "sam", "asam"])
+
+
+class Case:
+    """A family with its hyperparameters, and its gradient by formula."""
+
+    def __init__(self, family, gamma, epsilon, scheme, mode):
+        self.family, self.gamma, self.epsilon = family, float(np.float32(gamma)), epsilon
+        self.epsilon = float(np.float32(epsilon))
+        if family in ("sam", "asam"):
+            self.gamma, scheme = self.epsilon, "forward"
+        self.scheme, self.mode = scheme, mode
+
+    def __repr__(self):
+        return f"{self.family}({self.gamma}, {self.epsilon}, {self.scheme}, {self.mode})"
+
+    def make(self, kind=float, **options):
+        gamma, epsilon = kind(self.gamma), kind(self.epsilon)
+        return {
+            "fd": lambda: fd_gradreg(gamma=gamma, epsilon=epsilon, scheme=self.scheme, **options),
+            "gnp": lambda: gradient_norm_penalty(
+                gamma=gamma, epsilon=epsilon, scheme=self.scheme, **options
+            ),
+            "dbp": lambda: dbp_gradreg(gamma=gamma, mode=self.mode, **options),
+            "sam": lambda: sam(rho=epsilon, **options),
+            "asam": lambda: asam(rho=epsilon, **options),
+        }[self.family]()
+
+    def correction(self, problem, x, phases=None):
+        g = problem.gradient(x, phases)
+        direction = {
+            "gnp": lambda: unit(g),
+            "sam": lambda: unit(g),
+            "asam": lambda: np.abs(x) * unit(np.abs(x) * g),
+        }.get(self.family, lambda: g)()
+        if self.family == "dbp":
+            return self.gamma * problem.hessian(x) @ direction
+        ahead = problem.gradient(x + self.epsilon * direction, phases)
+        behind = problem.gradient(x - self.epsilon * direction, phases)
+        change = {
+            "forward": ahead - g,
+            "backward": g - behind,
+            "central": (ahead - behind) / 2,
+        }[self.scheme]
+        return self.gamma / self.epsilon * change
+
+
+settings = st.builds(Case, families, strengths, steps, schemes, modes)
+
+
+def close(found, expected, scale=1.0):
+    np.testing.assert_allclose(
+        flat(found), expected, rtol=ROUNDING["rtol"], atol=ROUNDING["atol"] * (1 + scale)
+    )
+
+
+@cases
+@given(problems, settings, kinds, st.integers(1, 3), st.integers(0, 2), st.booleans())
+def test_a_transformation_is_its_formula_on_the_updates_it_takes(
+    problem, case, kind, interval, start, reuse
+):
+    with environment():
+        tx = case.make(kind, interval=interval, start=start, reuse_updates=reuse)
+        state, batch = tx.init(problem.params), problem.phases
+        gradient = jax.grad(problem.loss_fn)(problem.params, batch)
+        with checking() as findings:
+            for step in range(3):
+                updates, state = tx.update(
+                    gradient,
+                    state,
+                    problem.params,
+                    value_fn=lambda p: problem.loss_fn(p, batch),
+                    meant_for_others=object(),
+                )
+                due = step >= start and (step - start) % interval == 0
+                weight = interval if due else 0
+                correction = weight * case.correction(problem, problem.x)
+                expected = problem.gradient(problem.x) + correction
+                close(updates, expected, interval * case.gamma / case.epsilon)
+                assert jax.tree.structure(updates) == jax.tree.structure(problem.params)
+        assert not findings
+        assert int(state.step) == 3
+
+
+@cases
+@given(problems, settings, st.integers(0, 1), st.booleans())
+def test_gradient_functions_and_losses_are_that_formula_too(problem, case, argnum, has_aux):
+    def loss_fn(*args):
+        params, batch = args[argnum], args[1 - argnum]
+        value = problem.loss_fn(params, batch)
+        return (value, {"batch": batch}) if has_aux else value
+
+    with environment():
+        args = [problem.params, problem.phases][:: 1 if argnum == 0 else -1]
+        options = {"argnums": argnum, "has_aux": has_aux}
+        expected = problem.gradient(problem.x) + case.correction(problem, problem.x)
+        regularized = regularized_loss(loss_fn, case.make(), **options)
+        functions = [jax.value_and_grad(regularized, **options)]
+        if case.family == "dbp":
+            functions.append(
+                dbp_value_and_grad(loss_fn, gamma=case.gamma, mode=case.mode, **options)
+            )
+        if case.family in ("fd", "gnp", "sam"):
+            pair = {"gamma": case.gamma, "epsilon": case.epsilon, "scheme": case.scheme}
+            ascent = None if case.family == "fd" else normalized
+            functions.append(fd_value_and_grad(loss_fn, **pair, ascent=ascent, **options))
+        for function in functions:
+            value, gradient = function(*args)
+            value = value[0] if has_aux else value
+            close(value, [problem.value(problem.x)])
+            close(gradient, expected, case.gamma / case.epsilon)
+        assert float(regularized(*args)[0] if has_aux else regularized(*args)) == float(value)
+
+
+@cases
+@given(problems, settings, st.sampled_from([1, 2, 4]), st.sampled_from([1.0, 0.5, 0.3, 0.25]))
+def test_a_train_step_is_its_formula_in_parts_and_groups(problem, case, groups, kept):
+    with environment():
+        init, step = make_train_step(
+            problem.loss_fn,
+            optax.sgd(0.5),
+            case.make(),
+            ascent_groups=groups,
+            penalty_fraction=kept,
+        )
+        if case.family == "dbp":
+            groups, kept = 1, 1.0  # its Hessian by formula is that of the whole batch
+            init, step = make_train_step(problem.loss_fn, optax.sgd(0.5), case.make())
+        state, info = step(init(problem.params), jnp.asarray(problem.phases))
+        corrections = [
+            case.correction(problem, problem.x, group[: int(np.ceil(kept * len(group)))])
+            for group in np.split(problem.phases, groups)
+        ]
+        gradient = problem.gradient(problem.x)
+        moved = problem.x - 0.5 * (gradient + np.mean(corrections, axis=0))
+        close(state.params, moved, case.gamma / case.epsilon)
+        close(info.loss, [problem.value(problem.x)])
+
+
+@cases
+@given(problems, settings, st.sampled_from([1, 2, 4]))
+def test_micro_batches_change_no_formula(problem, case, count):
+    with environment():
+        loss = microbatched(problem.loss_fn, count)
+        function = jax.value_and_grad(regularized_loss(loss, case.make()))
+        value, gradient = function(problem.params, jnp.asarray(problem.phases))
+        expected = problem.gradient(problem.x) + case.correction(problem, problem.x)
+        close(value, [problem.value(problem.x)])
+        close(gradient, expected, case.gamma / case.epsilon)
+
+
+@cases
+@given(problems, st.floats(0.0, 1.0), st.floats(-5.0, 5.0))
+def test_the_relative_penalty_has_its_share_and_flooding_its_sign(problem, strength, level):
+    def value_fn(params):
+        return problem.loss_fn(params, jnp.asarray(problem.phases))
+
+    with environment():
+        tx, gradient = relative_gradreg(strength=strength), jax.grad(value_fn)(problem.params)
+        updates, state = tx.update(
+            gradient, tx.init(problem.params), problem.params, value_fn=value_fn
+        )
+        g = problem.gradient(problem.x)
+        added = np.linalg.norm(flat(updates) - g)
+        hypothesis.assume(float(state.norms.product) > 1e-3 * np.linalg.norm(g))
+        close(added, [strength * np.linalg.norm(g)], 10 * np.linalg.norm(g))
+        flood = flooding(level=level)
+        flooded, _ = flood.update(
+            gradient, flood.init(problem.params), problem.params, value_fn=value_fn
+        )
+        hypothesis.assume(abs(problem.value(problem.x) - level) > 1e-3)
+        close(flooded, np.sign(problem.value(problem.x) - level) * g)
+
+
+@cases
+@given(problems, st.floats(-1.0, 1.0), st.floats(0.05, 1.0), st.integers(0, 9))
+def test_curvature_is_that_of_the_dense_hessian(problem, rho, epsilon, seed):
+    def value_fn(params):
+        return problem.loss_fn(params, jnp.asarray(problem.phases))
+
+    with environment():
+        params, x, key = problem.params, problem.x, jax.random.key(seed)
+        hessian, g = problem.hessian(x), problem.gradient(x)
+        close(curvature.hessian_vector_product(value_fn, params, params), hessian @ x, 10)
+        top = curvature.top_hessian_eigenvalue(value_fn, params, key, num_matvecs=12)
+        close(top.value, [np.linalg.eigvalsh(hessian)[-1]], 10)
+        mean, error = curvature.hessian_trace(value_fn, params, key, num_samples=8)
+        # eight samples: Student's t with seven degrees of freedom, p = 1e-6
+        off = 12 * float(error) + 1e-2 + 4 * np.linalg.norm(hessian - np.diag(np.diag(hessian)))
+        assert abs(float(mean) - np.trace(hessian)) <= off
+        sharpness = problem.value(x + rho * unit(g)) - problem.value(x)
+        close(curvature.perturbed_sharpness(value_fn, params, rho), [sharpness], 10)
+        difference = (problem.gradient(x + epsilon * g) - g) / epsilon
+        size = np.linalg.norm(hessian @ g)
+        hypothesis.assume(size > 1e-2)
+        error = np.linalg.norm(difference - hessian @ g) / size
+        close(curvature.difference_error(value_fn, params, epsilon).relative_error, [error], 10)
+
+
+def test_the_modes_exist():
+    """A misspelt mode would test nothing."""
+    if MODE is not None and not hasattr(jax.config, MODE):
+        pytest.fail(f"GRADREG_MODE={MODE} is no option of jax.config")
