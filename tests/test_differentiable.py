@@ -1,0 +1,152 @@
+"""One may differentiate through every family: meta-learning, learnt strengths, whole trainings.
+
+Against central differences of the same function in float64, whose error is of the order of
+h² = 1e-10 for a step h of 1e-5, plus rounding / h = 1e-11.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gradreg_optax as gr
+
+RATE, STEPS, STEP = 0.1, 2, 1e-5
+families = {
+    "forward": lambda gamma: gr.fd_gradreg(gamma=gamma, epsilon=0.1),
+    "backward": lambda gamma: gr.fd_gradreg(gamma=gamma, epsilon=0.1, scheme="backward"),
+    "central": lambda gamma: gr.fd_gradreg(gamma=gamma, epsilon=0.1, scheme="central"),
+    "product": lambda gamma: gr.dbp_gradreg(gamma=gamma),
+    "product, reverse": lambda gamma: gr.dbp_gradreg(gamma=gamma, mode="reverse_over_reverse"),
+    "sam": lambda gamma: gr.sam(rho=gamma),
+    "asam": lambda gamma: gr.asam(rho=gamma),
+    "gnp": lambda gamma: gr.gradient_norm_penalty(gamma=gamma, epsilon=0.1),
+    "momentum": lambda gamma: gr.fd_gradreg(gamma=gamma, epsilon=0.1, ascent=optax.trace(0.9)),
+    "lazy": lambda gamma: gr.fd_gradreg(gamma=gamma, epsilon=0.1, interval=2),
+    "relative": lambda gamma: gr.relative_gradreg(strength=gamma),
+    "flooding": lambda gamma: gr.flooding(level=0.01),
+}
+each_family = pytest.mark.parametrize("name", families)
+
+
+@pytest.fixture(autouse=True)
+def _in_float64(x64):
+    """The mathematics, not the rounding."""
+
+
+def loss_fn(params, x):
+    return jnp.mean((jnp.tanh(x @ params["w"]) @ params["v"] - 1) ** 2)
+
+
+def problem():
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(3, 4))), "v": jnp.asarray(rng.normal(size=4))}
+    return params, jnp.asarray(rng.normal(size=(5, 3))), jnp.asarray(rng.normal(size=(7, 3)))
+
+
+def adapted(make, params, gamma, x):
+    """The parameters after an inner training of a few steps, in ``scan``."""
+    tx = make(gamma)
+
+    def step(carry, _):
+        params, state = carry
+        value, gradient = jax.value_and_grad(loss_fn)(params, x)
+        extra = {"value": value, "value_fn": lambda p: loss_fn(p, x)}
+        updates, state = tx.update(gradient, state, params, **extra)
+        return (optax.tree.add_scale(params, -RATE, updates), state), None
+
+    return jax.lax.scan(step, (params, tx.init(params)), length=STEPS)[0][0]
+
+
+def adapted_loss(name, params, gamma):
+    """What meta-learning descends: another loss of the adapted parameters."""
+    _, x, test = problem()
+    return loss_fn(adapted(families[name], params, gamma, x), test)
+
+
+def along(function, point, direction):
+    """The central difference of a function along a direction."""
+    ahead, behind = (function(optax.tree.add_scale(point, s, direction)) for s in (STEP, -STEP))
+    return (ahead - behind) / (2 * STEP)
+
+
+def random_like(tree, seed=1):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=jnp.shape(x))), tree)
+
+
+def assert_close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+
+
+@each_family
+def test_the_derivative_through_a_training_in_the_initial_parameters_and_in_gamma(name):
+    """MAML and learnt strengths: reverse mode and forward mode, against numbers."""
+    params, gamma = problem()[0], jnp.asarray(0.2)
+
+    @jax.jit
+    def outer(point):
+        return adapted_loss(name, *point)
+
+    direction = random_like((params, gamma))
+
+    @jax.jit
+    def both(point):
+        _, forward = jax.jvp(outer, (point,), (direction,))
+        return optax.tree.vdot(jax.grad(outer)(point), direction), forward
+
+    numerical = along(outer, (params, gamma), direction)
+    reverse, forward = both((params, gamma))
+    assert_close(reverse, numerical)
+    assert_close(forward, numerical)
+
+
+@pytest.mark.parametrize("name", ["forward", "product"])
+def test_it_may_be_done_twice(name):
+    """The Hessian of the adapted loss times a vector, forward over reverse."""
+    params, vector = problem()[0], random_like(problem()[0], seed=2)
+    direction = random_like(params, seed=3)
+    gradient = jax.jit(jax.grad(lambda p: adapted_loss(name, p, 0.2)))
+    product = jax.jit(lambda v: jax.jvp(gradient, (params,), (v,))[1])(vector)
+    numerical = along(lambda p: optax.tree.vdot(gradient(p), direction), params, vector)
+    assert_close(optax.tree.vdot(product, direction), numerical)
+
+
+FUNCTIONS = {
+    "forward": functools.partial(gr.fd_value_and_grad, epsilon=0.1),
+    "central": functools.partial(gr.fd_value_and_grad, epsilon=0.1, scheme="central"),
+    "unit": functools.partial(gr.fd_value_and_grad, epsilon=0.1, ascent=gr.normalized),
+    "adaptive": functools.partial(gr.fd_value_and_grad, epsilon=0.1, ascent=gr.adaptive),
+    "product": gr.dbp_value_and_grad,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_jacfwd_and_jacrev_of_a_gradient_function_agree_with_numbers(name):
+    params, x, _ = problem()
+
+    def gradient(gamma):
+        return FUNCTIONS[name](loss_fn, gamma=gamma)(params, x)[1]["w"]
+
+    numerical = along(gradient, jnp.asarray(0.2), jnp.ones([]))
+    assert_close(jax.jacfwd(gradient)(0.2), numerical)
+    assert_close(jax.jacrev(gradient)(0.2), numerical)
+
+
+@pytest.mark.parametrize("name", ["forward", "central", "product", "sam"])
+def test_the_gradient_of_a_regularized_loss_may_be_differentiated_in_reverse(name):
+    """Its own derivative, once more: of a training on it, in the initial parameters."""
+    params, x, test = problem()
+    loss = gr.regularized_loss(loss_fn, families[name](0.2))
+
+    def outer(params):
+        for _ in range(2):
+            params = optax.tree.add_scale(params, -RATE, jax.grad(loss)(params, x))
+        return loss_fn(params, test)
+
+    direction = random_like(params)
+    found = optax.tree.vdot(jax.jit(jax.grad(outer))(params), direction)
+    assert_close(found, along(jax.jit(outer), params, direction))
