@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gradreg_optax._dtypes import default_float
 from gradreg_optax._typing import AtStep, PyTree
 
 
@@ -34,26 +35,20 @@ class Rule(NamedTuple):
     from_zero: bool = False
 
 
-_WHOLE = 2**31 - 1  # the range of a step counter
-_BACKWARD = "for a difference on the descent side use "
+def _ascent_step(remedy: str, *, from_zero: bool = True) -> Rule:
+    remedy = f"for a difference on the descent side use {remedy}"
+    return Rule(lambda x, tiny: tiny <= x < math.inf, "be finite and > 0", remedy, from_zero)
+
+
 RULES = {
     "gamma": Rule(
         lambda x, tiny: 0 <= x < math.inf,
         "be finite and >= 0",
         "it weighs a penalty; to reward large gradients negate the loss instead",
     ),
-    "epsilon": Rule(
-        lambda x, tiny: tiny <= x < math.inf,
-        "be finite and > 0",
-        f'{_BACKWARD}scheme="backward"; for the limit epsilon -> 0 use dbp_gradreg',
-        from_zero=True,
-    ),
-    "rho": Rule(
-        lambda x, tiny: tiny <= x < math.inf,
-        "be finite and > 0",
-        f'{_BACKWARD}gradient_norm_penalty(..., scheme="backward")',
-        from_zero=True,
-    ),
+    "epsilon": _ascent_step('scheme="backward"; for the limit epsilon -> 0 use dbp_gradreg'),
+    "rho": _ascent_step('gradient_norm_penalty(..., scheme="backward")'),
+    "reach": _ascent_step('scheme="backward"; 1 is the default', from_zero=False),
     "perturbed_sharpness: rho": Rule(
         lambda x, tiny: math.isfinite(x), "be finite", "negative steps descend"
     ),
@@ -63,11 +58,6 @@ RULES = {
         "be finite and >= 0",
         "it is the penalty's share of the step, 0 to 1",
     ),
-    "reach": Rule(
-        lambda x, tiny: tiny <= x < math.inf,
-        "be finite and > 0",
-        f'{_BACKWARD}scheme="backward"; 1 is the default',
-    ),
     "decay": Rule(
         lambda x, tiny: 0 <= x < 1, "lie in [0, 1)", "it is the memory of a running mean; try 0.9"
     ),
@@ -75,18 +65,32 @@ RULES = {
         lambda x, tiny: 0 < x <= 1, "lie in (0, 1]", "1 takes the whole batch"
     ),
 }
-WHOLE_NUMBERS = {  # the smallest, and what it means
-    "interval": (1, "1 applies the penalty on every update"),
-    "start": (0, "0 applies the penalty from the first update on"),
-    "step": (0, "0 is the first step"),
-    "ascent_groups": (1, "1 is the global ascent"),
-    "count": (1, "1 is the whole batch"),
-    "num_matvecs": (1, "30 is the default"),
-    "num_samples": (2, "one sample carries no error"),
+
+
+class Whole(NamedTuple):
+    """What a whole number must be.
+
+    Attributes:
+      least: the smallest that is allowed.
+      remedy: what it means, or what to do instead.
+      shapes: whether it shapes the program, so that it cannot be traced.
+    """
+
+    least: int
+    remedy: str
+    shapes: bool = False
+
+
+WHOLE_NUMBERS = {
+    "interval": Whole(1, "1 applies the penalty on every update"),
+    "start": Whole(0, "0 applies the penalty from the first update on"),
+    "step": Whole(0, "0 is the first step"),
+    "ascent_groups": Whole(1, "1 is the global ascent", shapes=True),
+    "count": Whole(1, "1 is the whole batch", shapes=True),
+    "num_matvecs": Whole(1, "30 is the default", shapes=True),
+    "num_samples": Whole(2, "one sample carries no error", shapes=True),
 }
-
-
-SHAPING = ("ascent_groups", "count", "num_matvecs", "num_samples")
+_LARGEST = 2**31 - 1  # the range of a step counter
 
 
 def scalar(
@@ -147,7 +151,7 @@ def constant(caller: str, name: str, value: Any) -> AtStep:
 
 def whole_number(caller: str, name: str, value: Any) -> Any:
     """An int where the value is concrete; a traced one as it came, in the counter's int32."""
-    least, remedy = WHOLE_NUMBERS[name]
+    least, remedy, shapes = WHOLE_NUMBERS[name]
     wanted = f"{caller}: {name} must be a whole number >= {least}"
     if callable(value):
         raise TypeError(
@@ -156,14 +160,14 @@ def whole_number(caller: str, name: str, value: Any) -> Any:
     array = _real(caller, name, value, f"a whole number >= {least}")
     if array.shape:
         raise ValueError(f"{wanted}, got shape {array.shape}.")
-    if is_traced(value) and name in SHAPING:
+    if is_traced(value) and shapes:
         raise TypeError(f"{caller}: {name} shapes the program and cannot be traced: pass a number.")
     if is_traced(value):
         return jnp.maximum(array.astype(jnp.int32), least)  # out of range it counts as the least
     number = np.asarray(value)[()]
-    if not (least <= number <= _WHOLE and number == np.floor(number)):
+    if not (least <= number <= _LARGEST and number == np.floor(number)):
         shown = f"{number:g}" if isinstance(number, np.floating) else number
-        limit = f"the largest is {_WHOLE}" if number > _WHOLE else remedy
+        limit = f"the largest is {_LARGEST}" if number > _LARGEST else remedy
         raise ValueError(f"{wanted}, got {shown}: {limit}.")
     return int(number)
 
@@ -294,7 +298,7 @@ def _real(caller: str, name: str, value: Any, wanted: str) -> Any:
 
 def _float_dtype(dtype: Any) -> Any:
     """The default float dtype, or ``dtype`` itself if that is wider and switched on."""
-    default = jax.dtypes.canonicalize_dtype(float)
+    default = default_float()
     if not jnp.issubdtype(dtype, jnp.floating):
         return default
     own = jax.dtypes.canonicalize_dtype(dtype)

@@ -92,6 +92,7 @@ class Comparison(NamedTuple):
 
 
 def _compared(gradient: PyTree, updates: PyTree) -> Comparison:
+    """The own gradient and the incoming one, in single precision."""
     own, incoming = (
         [jnp.asarray(x).astype(jnp.complex64) for x in jax.tree.leaves(tree)]
         for tree in (gradient, updates)
@@ -106,16 +107,18 @@ def _compared(gradient: PyTree, updates: PyTree) -> Comparison:
     return Comparison(*lengths, apart, cosine, tolerance)
 
 
-def _sentence(caller: str, found: Comparison) -> str | None:
+def _sentence(caller: str, between: Comparison) -> str | None:
     """What is wrong, if something is, and its likely cause."""
-    if np.isfinite(found.apart) and found.apart <= found.tolerance * max(found.own, found.incoming):
+    if np.isfinite(between.apart) and between.apart <= between.tolerance * max(
+        between.own, between.incoming
+    ):
         return None
-    size = max(found.own, 1e-30)
-    if not np.isfinite(found.apart):
+    size = max(between.own, 1e-30)
+    if not np.isfinite(between.apart):
         cause = "one of the two is not finite"
-    elif found.cosine > 1 - found.tolerance:
+    elif between.cosine > 1 - between.tolerance:
         cause = (
-            f"they are {found.incoming / size:.3g} times as long and point the same way: clipping"
+            f"they are {between.incoming / size:.3g} times as long and point the same way: clipping"
             " or a loss scale before it, or a sum where the loss is a mean"
         )
     else:
@@ -126,6 +129,6 @@ def _sentence(caller: str, found: Comparison) -> str | None:
         )
     return (
         f"{caller}: the updates that came in are not the gradient of the loss: they differ by"
-        f" {found.apart / size:.3g} of its norm. Likely cause: {cause}. Put it first, hand it"
+        f" {between.apart / size:.3g} of its norm. Likely cause: {cause}. Put it first, hand it"
         " the same loss, or pass reuse_updates=False."
     )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradreg_optax._checks import check_params
+from gradreg_optax._dtypes import default_float, wide
 from gradreg_optax._typing import LateLoss, LossFn, PyTree, ValueFn, Weighted
 
 # Names that Optax's update, or its line searches, keep for themselves: a loss cannot receive them
@@ -68,7 +69,7 @@ def with_weight(caller: str, loss_fn: LossFn, has_aux: bool) -> Callable[..., tu
             return Weighted(total, None), aux
         weight = _real_scalar(caller, output.weight, cast=True)
         # a count in float16 ends at 65504
-        return Weighted(total, jax.lax.stop_gradient(weight.astype(wide_float(total)))), aux
+        return Weighted(total, jax.lax.stop_gradient(weight.astype(wide(total.dtype)))), aux
 
     return loss
 
@@ -79,11 +80,6 @@ def mean_of(mean: Weighted) -> jax.Array:
         return mean.total
     total = mean.total.astype(mean.weight.dtype)
     return (total / jnp.where(mean.weight == 0, 1, mean.weight)).astype(mean.total.dtype)
-
-
-def wide_float(x: jax.Array) -> Any:
-    """The dtype of a real array, or float32 where that is narrower."""
-    return x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32
 
 
 def late_loss(caller: str, loss_fn: LossFn | None, has_aux: bool) -> LateLoss:
@@ -256,7 +252,7 @@ def _real_scalar(caller: str, value: Any, *, cast: bool = False) -> jax.Array:
     if array.shape:
         raise TypeError(f"{must} shape {array.shape}: take its mean or sum.")
     if cast and array.dtype.kind in "iub":
-        return array.astype(jax.dtypes.canonicalize_dtype(float))
+        return array.astype(default_float())
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{must} dtype {array.dtype}: take its real part or cast it.")
     return array

@@ -17,18 +17,16 @@ from jax.flatten_util import ravel_pytree
 from gradreg_optax._batch import split_batch
 from gradreg_optax._checks import check_inexact, check_like, constant, fraction, whole_number
 from gradreg_optax._convolutions import canonical_convolutions
+from gradreg_optax._dtypes import cast, conjugate, widen
 from gradreg_optax._loss import mean_of, with_aux, with_weight
 from gradreg_optax._typing import LossFn, PyTree, Scalar, Scheme, ValueFn
 from gradreg_optax.penalty import (
     Point,
-    cast,
-    conjugate,
     difference,
     global_norm,
     normalized,
     product,
     shift,
-    widen,
 )
 
 

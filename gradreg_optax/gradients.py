@@ -161,9 +161,9 @@ def _value_and_grad(
             return gradient, output
 
         ascent = without_state(caller, estimator, params)
-        found = estimator.estimate(Point(grad_fn, params, ascent=ascent))
-        value, aux = found.aux
-        gradient = add_penalty(found.gradient, gamma(None), found.product)
+        estimate = estimator.estimate(Point(grad_fn, params, ascent=ascent))
+        value, aux = estimate.aux
+        gradient = add_penalty(estimate.gradient, gamma(None), estimate.product)
         return ((value, aux) if has_aux else value), gradient
 
     return keeps_signature(value_and_grad, loss_fn)

@@ -9,6 +9,7 @@ import optax
 
 from gradreg_optax._checks import check_params, check_transformation, is_inexact, whole_number
 from gradreg_optax._cotangents import scaled, with_aux_cotangent
+from gradreg_optax._leaves import apart
 from gradreg_optax._loss import (
     arguments_at,
     keeps_signature,
@@ -94,11 +95,15 @@ def regularized_loss(
             step = jnp.asarray(whole_number(caller, "step", step), jnp.int32)
         check_params(caller, arguments_at(caller, argnums, args)[0])
 
-        def update(call: Call, params: PyTree) -> Pass:
+        def update(args: Any, kwargs: Any) -> tuple[Pass, tuple[Any, ...]]:
+            params, put = arguments_at(caller, argnums, args)
+            named = named_arguments(loss_fn, args, kwargs, argnums)
+            call = Call(lambda p, **_: loss(*put(p), **kwargs), (), named)
             state = counting(caller, regularized.init(params), step)
-            return regularized.run(call, params, state)
+            outcome = regularized.run(call, params, state)
+            return outcome, put(outcome.updates)
 
-        value, aux = _evaluated(loss, loss_fn, Arguments.of(argnums, args, kwargs), update)
+        value, aux = _evaluated(loss, Arguments.of(argnums, args, kwargs), update)
         return (value, aux) if has_aux else value
 
     return keeps_signature(wrapped, loss_fn)
@@ -108,51 +113,46 @@ class Arguments(NamedTuple):
     """The arguments of a call, taken apart into the numbers among their leaves and the rest.
 
     Attributes:
-      leaves: the leaves of ``(args, kwargs)``.
-      structure: their structure.
-      numeric: of each leaf, whether it is made of real or complex numbers, which have a gradient.
+      numbers: the leaves that are real or complex, which have a gradient.
       penalised: of each number, whether it belongs to the parameters.
-      argnums: which positional arguments are the parameters.
+      call: ``numbers -> (args, kwargs)`` with these numbers in them.
+      numbers_of: ``(args, kwargs) -> numbers``, of a call of the same structure.
     """
 
-    leaves: list[Any]
-    structure: Any
-    numeric: list[bool]
+    numbers: list[Any]
     penalised: list[bool]
-    argnums: Any
+    call: Callable[[Sequence[Any]], Any]
+    numbers_of: Callable[[Any], list[Any]]
 
     @classmethod
     def of(cls, argnums: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Arguments":
         """Takes the arguments of a call apart."""
         leaves, structure = jax.tree.flatten((args, kwargs))
         numeric = [is_inexact(leaf) for leaf in leaves]
-        marks = jax.tree.unflatten(structure, [False] * len(leaves))
-        params, put = arguments_at("", argnums, marks[0])
-        marked = jax.tree.leaves((put(jax.tree.map(lambda _: True, params)), marks[1]))
-        penalised = [m for m, n in zip(marked, numeric, strict=True) if n]
-        return cls(leaves, structure, numeric, penalised, argnums)
+        numbers, put = apart(leaves, numeric)
+        marks, others = jax.tree.unflatten(structure, [False] * len(leaves))
+        params, put_params = arguments_at("", argnums, marks)
+        marked = put_params(jax.tree.map(lambda _: True, params)), others
 
-    def numbers(self, call: Any) -> list[Any]:
-        """The leaves of ``(args, kwargs)`` that have a gradient."""
-        pairs = zip(jax.tree.leaves(call), self.numeric, strict=True)
-        return [x for x, numeric in pairs if numeric]
+        def numbers_of(call: Any) -> list[Any]:
+            return apart(jax.tree.leaves(call), numeric)[0]
 
-    def call(self, numbers: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) with these numbers in them."""
-        given = iter(numbers)
-        pairs = zip(self.leaves, self.numeric, strict=True)
-        leaves = [next(given) if numeric else leaf for leaf, numeric in pairs]
-        args, kwargs = jax.tree.unflatten(self.structure, leaves)
-        return args, kwargs
+        def call(numbers: Sequence[Any]) -> Any:
+            return jax.tree.unflatten(structure, put(numbers))
+
+        return cls(numbers, numbers_of(marked), call, numbers_of)
 
 
 def _evaluated(
     loss: Callable[..., tuple[Weighted, Any]],
-    loss_fn: LossFn,
     arguments: Arguments,
-    update: Callable[[Call, PyTree], Pass],
+    update: Callable[[tuple[Any, ...], dict[str, Any]], tuple[Pass, tuple[Any, ...]]],
 ) -> tuple[jax.Array, Any]:
-    """(value, aux), with the regularized gradient behind them."""
+    """(value, aux), with the regularized gradient behind them.
+
+    ``update`` makes of ``(args, kwargs)`` the clean pass, and the arguments with the regularized
+    gradient in the place of the parameters.
+    """
     aux = Aside()
 
     def plain(numbers: list[Any]) -> tuple[jax.Array, list[jax.Array]]:
@@ -168,14 +168,11 @@ def _evaluated(
         if not any(a and p for a, p in chosen):
             return plain(values), (values, gradient)
         args, kwargs = arguments.call(values)
-        params, put = arguments_at("", arguments.argnums, args)
-        named = named_arguments(loss_fn, args, kwargs, arguments.argnums)
-        found = update(Call(lambda p, **_: loss(*put(p), **kwargs), (), named), params)
+        outcome, updated = update(args, kwargs)
         # in the order of the arguments, which need not be that of argnums
-        updates = arguments.numbers((put(found.updates), kwargs))
-        triples = zip(gradient, updates, arguments.penalised, strict=True)
-        gradient = [u if penalised else g for g, u, penalised in triples]
-        return (found.value, aux.arrays(found.aux)), (values, gradient)
+        updates, _ = apart(arguments.numbers_of((updated, kwargs)), arguments.penalised)
+        _, put = apart(gradient, arguments.penalised)
+        return (outcome.value, aux.arrays(outcome.aux)), (values, put(updates))
 
     def backward(residual: Any, cotangent: tuple[Any, Any]) -> tuple[list[Any]]:
         (values, gradient), (of_value, of_aux) = residual, cotangent
@@ -184,8 +181,7 @@ def _evaluated(
 
     function = jax.custom_vjp(plain)
     function.defvjp(forward, backward, symbolic_zeros=True)
-    numbers = arguments.numbers(arguments.leaves)
-    numbers = varying(numbers, axes_of_value(plain, numbers))
+    numbers = varying(arguments.numbers, axes_of_value(plain, arguments.numbers))
     value, arrays = function(numbers)
     return value, aux.whole(arrays)
 
@@ -198,30 +194,26 @@ def _gradient(
     if not any(asked):
         return zeros
 
-    def of_asked(some: list[Any]) -> tuple[jax.Array, Any]:
-        given = iter(some)
-        return plain([next(given) if a else v for v, a in zip(values, asked, strict=True)])
-
-    chosen = [v for v, a in zip(values, asked, strict=True) if a]
-    gradient = iter(jax.grad(of_asked, has_aux=True)(chosen)[0])
-    return [next(gradient) if a else zero for zero, a in zip(zeros, asked, strict=True)]
+    chosen, put = apart(values, asked)
+    gradient, _ = jax.grad(lambda some: plain(put(some)), has_aux=True)(chosen)
+    return apart(zeros, asked)[1](gradient)
 
 
 class Aside:
     """Carries what a loss returns around a function that may return arrays only."""
 
     def __init__(self) -> None:
+        """Nothing has been returned yet."""
         self._structure: Any = None
-        self._others: list[Any] = []
+        self._put: Callable[[Sequence[Any]], list[Any]] = list
 
     def arrays(self, tree: PyTree) -> list[jax.Array]:
         """The arrays of JAX in a tree; the rest of it is kept aside."""
         leaves, self._structure = jax.tree.flatten(tree)
-        self._others = [None if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
-        return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+        is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
+        arrays, self._put = apart(leaves, is_array)
+        return arrays
 
     def whole(self, arrays: list[jax.Array]) -> PyTree:
         """The tree with these arrays in it."""
-        given = iter(arrays)
-        leaves = [next(given) if other is None else other for other in self._others]
-        return jax.tree.unflatten(self._structure, leaves)
+        return jax.tree.unflatten(self._structure, self._put(arrays))

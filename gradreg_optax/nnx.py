@@ -89,16 +89,16 @@ def make_nnx_train_step(
         _check_place(caller, regularizer is not None, state, optimizer.opt_state)
         call = Call(loss_of(split), args, kwargs, held_out=held_out)
         with _explained(caller, lambda: call.value_fn(split.params)):
-            found = here.run(call, split.params, counting(caller, state, optimizer.step[...]))
-        aux, rest = found.aux
+            outcome = here.run(call, split.params, counting(caller, state, optimizer.step[...]))
+        aux, rest = outcome.aux
         split.put_back(nnx, model, rest)
         extra = {"value_fn": call.value_fn}
         if regularizer is None:
             extra = penalty_arguments(caller, call, kept)
-        updates = split.as_variables(found.updates)
+        updates = split.as_variables(outcome.updates)
         with _explained(caller, lambda: call.value_fn(split.params)):
-            optimizer.update(model, updates, value=found.value, grad=found.gradient, **extra)
-        return StepInfo(found.value, global_norm(found.gradient), aux)
+            optimizer.update(model, updates, value=outcome.value, grad=outcome.gradient, **extra)
+        return StepInfo(outcome.value, global_norm(outcome.gradient), aux)
 
     jitted: Callable[..., StepInfo] = nnx.jit(step)
     return jitted

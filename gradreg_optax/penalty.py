@@ -25,6 +25,7 @@ import numpy as np
 import optax
 
 from gradreg_optax._checks import check_choice, check_like, is_inexact
+from gradreg_optax._dtypes import cast, conjugate, scale, widen, within
 from gradreg_optax._typing import Ascent, AscentFn, AtStep, GradFn, Mode, PyTree, Scheme
 
 
@@ -129,8 +130,8 @@ def product(caller: str, mode: Mode, ascent: Ascent | None) -> Estimator:
         params, forward = point.params, mode == "forward_over_reverse"
         transform: Any = jax.linearize if forward else jax.vjp
         with _second_derivative(caller, point, mode):
-            own, multiply, aux = transform(point.grad_fn, params, has_aux=True)
-        gradient = own if point.gradient is None else point.gradient
+            evaluated, multiply, aux = transform(point.grad_fn, params, has_aux=True)
+        gradient = evaluated if point.gradient is None else point.gradient
         direction, state = direction_of(point, gradient)
         with _second_derivative(caller, point, mode):
             image = multiply(jax.tree.map(cast, direction, params))
@@ -191,8 +192,8 @@ def shift(params: PyTree, direction: PyTree, epsilon: jax.Array) -> PyTree:
     r"""Returns :math:`\theta + \epsilon d`, formed wide and cast to the parameters' dtypes."""
 
     def moved(p: Any, d: Any) -> jax.Array:
-        wide = widen(p)
-        return cast(wide + scale(epsilon, widen(d).astype(wide.dtype)), p)
+        start = widen(p)
+        return cast(start + scale(epsilon, widen(d).astype(start.dtype)), p)
 
     return jax.tree.map(moved, params, direction)
 
@@ -205,10 +206,10 @@ def add_penalty(updates: PyTree, gamma: jax.Array, product: PyTree) -> PyTree:
     something = gamma != 0
 
     def add(u: Any, p: Any) -> jax.Array:
-        wide = widen(u)
-        image = widen(p).astype(wide.dtype)
+        gradient = widen(u)
+        image = widen(p).astype(gradient.dtype)
         image = jnp.where(something | jnp.isfinite(image), image, 0)
-        return cast(wide + scale(gamma, image), u)
+        return cast(gradient + scale(gamma, image), u)
 
     return jax.tree.map(add, updates, product)
 
@@ -353,39 +354,9 @@ def _second_derivative(caller: str, point: Point, mode: Mode) -> Iterator[None]:
         ) from error
 
 
-def widen(x: Any) -> jax.Array:
-    """``x`` in float32 or wider (complex64 or wider)."""
-    array = jnp.asarray(x)
-    return array if jnp.finfo(array.dtype).bits >= 32 else array.astype(jnp.float32)
-
-
-def conjugate(x: Any) -> jax.Array:
-    """The complex conjugate of ``x``, widened."""
-    wide = widen(x)
-    return jnp.conj(wide) if jnp.iscomplexobj(wide) else wide
-
-
-def cast(x: jax.Array, like: Any) -> jax.Array:
-    """``x`` in the dtype of ``like``, which is its own even if it is weak and made before x64."""
-    return x.astype(jax.typeof(like).dtype)
-
-
-def scale(factor: jax.Array, x: jax.Array) -> jax.Array:
-    """``factor * x`` in the dtype of ``x``."""
-    return jnp.multiply(_within(factor, x.real.dtype), x)
-
-
-def _within(factor: jax.Array, dtype: Any) -> jax.Array:
-    """A scalar in ``dtype``: what lies beyond its range becomes its largest number, no infinity."""
-    if jnp.finfo(factor.dtype).bits > jnp.finfo(dtype).bits:
-        largest = float(jnp.finfo(dtype).max)
-        factor = jnp.clip(factor, -largest, largest)
-    return factor.astype(dtype)
-
-
 def _inverse(width: jax.Array, halved: bool, dtype: Any) -> jax.Array:
     """``1 / width``, or half of it, and 0 where nothing is climbed."""
-    width = _within(width, dtype)
+    width = within(width, dtype)
     climbs = jnp.abs(width) >= np.finfo(dtype).tiny  # below it 1 / width overflows
     return jnp.where(climbs, (0.5 if halved else 1) / jnp.where(climbs, width, 1), 0)
 

@@ -9,10 +9,12 @@ import optax
 from jax.typing import ArrayLike
 
 from gradreg_optax._checks import check_choice, hyperparameter, scalar
+from gradreg_optax._dtypes import default_float
 from gradreg_optax._frame import Penalty, penalized, timing
 from gradreg_optax._loss import late_loss, with_aux
 from gradreg_optax._typing import Ascent, AtStep, LateLoss, LossFn, PyTree, ScalarOrSchedule, Scheme
 from gradreg_optax.penalty import (
+    Direction,
     Point,
     add_penalty,
     ascent_direction,
@@ -186,22 +188,37 @@ def relative_gradreg(
     check_choice(_CALLER, "scheme", scheme, Scheme)
     bind, when = late_loss(_CALLER, loss_fn, has_aux), timing(_CALLER, interval, start)
     given = None if strength is None else hyperparameter(_CALLER, "strength", strength)
-    reach_at = hyperparameter(_CALLER, "reach", reach)
-    decay_at = hyperparameter(_CALLER, "decay", decay)
-    init_ascent, direction_of = ascent_direction(_CALLER, ascent)
     strengthen = _self_tuned(bind) if given is None else _given(given)
+    rates = hyperparameter(_CALLER, "reach", reach), hyperparameter(_CALLER, "decay", decay)
+    ascending = ascent_direction(_CALLER, ascent)
+    init, apply = _initial(given, ascending[0]), _applied(strengthen, rates, scheme, ascending[1])
+    penalty = Penalty(RelativeState, init, lambda _: jnp.ones([], default_float()), apply)
+    return penalized(_CALLER, bind, penalty, when, reuse_updates)
+
+
+def _initial(
+    given: AtStep | None, init_ascent: Callable[[PyTree], optax.OptState]
+) -> Callable[[PyTree], RelativeState]:
+    """The state before the first update; without a given strength it is zero."""
 
     def init(params: PyTree) -> RelativeState:
-        zero = jnp.zeros([], jax.dtypes.canonicalize_dtype(float))
-        first = 0.0 if given is None else given(jnp.zeros([], jnp.int32))
+        step, zero = jnp.zeros([], jnp.int32), jnp.zeros([], default_float())
         return RelativeState(
-            step=jnp.zeros([], jnp.int32),
-            strength=jnp.asarray(first, zero.dtype),
+            step=step,
+            strength=zero if given is None else jnp.asarray(given(step), zero.dtype),
             scale=zero,
             norms=Norms(zero, zero, zero),
             losses=_no_losses(zero) if given is None else (),
             ascent=init_ascent(params),
         )
+
+    return init
+
+
+def _applied(
+    strengthen: _Strength, rates: tuple[AtStep, AtStep], scheme: Scheme, direction_of: Direction
+) -> Callable[..., tuple[PyTree, RelativeState]]:
+    """Adds the penalty, its share of the step measured."""
 
     def apply(
         updates: PyTree,
@@ -212,26 +229,29 @@ def relative_gradreg(
     ) -> tuple[PyTree, RelativeState]:
         state = strengthen(state, point, extra_args)
         dtype = state.scale.dtype
-        rate, memory = (at(point.step).astype(dtype) for at in (reach_at, decay_at))
+        reach, decay = (at(point.step).astype(dtype) for at in rates)
         gradient = point.grad_fn(point.params)[0] if point.gradient is None else point.gradient
-        direction, kept = direction_of(point._replace(ascent=state.ascent), gradient)
-        epsilon = _epsilon(state.norms, rate, point.params, direction)
+        direction, ascent = direction_of(point._replace(ascent=state.ascent), gradient)
+        epsilon = _epsilon(state.norms, reach, point.params, direction)
         along = difference(_CALLER, lambda _: epsilon, scheme, lambda *_: direction)
         product = along.estimate(point._replace(gradient=gradient)).product
         now = Norms(*(global_norm(x).astype(dtype) for x in (updates, gradient, product)))
-        bound = _BOUND * _ratio(now.gradient, now.product)
-        norms = _remembered(state.norms, now, memory)
-        scale = jnp.where(
-            bound > 0, jnp.minimum(_ratio(norms.gradient, norms.product), bound), state.scale
-        )
-        gamma = jnp.where(bound > 0, weight.astype(dtype) * state.strength * scale, 0)
-        state = state._replace(scale=scale, norms=norms, ascent=kept)
-        return add_penalty(updates, gamma, product), state
+        state, gamma = _measured(state._replace(ascent=ascent), now, decay)
+        return add_penalty(updates, weight.astype(dtype) * gamma, product), state
 
-    def one(step: Any) -> jax.Array:
-        return jnp.ones([], jax.dtypes.canonicalize_dtype(float))
+    return apply
 
-    return penalized(_CALLER, bind, Penalty(RelativeState, init, one, apply), when, reuse_updates)
+
+def _measured(
+    state: RelativeState, now: Norms, decay: jax.Array
+) -> tuple[RelativeState, jax.Array]:
+    """The scale with this update's norms, and gamma; zero where their ratio says nothing."""
+    bound = _BOUND * _ratio(now.gradient, now.product)
+    norms = _remembered(state.norms, now, decay)
+    scale = jnp.minimum(_ratio(norms.gradient, norms.product), bound)
+    scale = jnp.where(bound > 0, scale, state.scale)
+    gamma = jnp.where(bound > 0, state.strength * scale, 0)
+    return state._replace(scale=scale, norms=norms), gamma
 
 
 def _epsilon(norms: Norms, reach: jax.Array, params: PyTree, direction: PyTree) -> jax.Array:

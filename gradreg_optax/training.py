@@ -16,6 +16,7 @@ from gradreg_optax._checks import (
     is_inexact,
     whole_number,
 )
+from gradreg_optax._dtypes import cast, widen
 from gradreg_optax._loss import mean_of, named_arguments, unreserved, with_weight
 from gradreg_optax._typing import LossFn, PyTree, Weighted
 from gradreg_optax.penalty import global_norm
@@ -161,16 +162,16 @@ def make_train_step(
             return regularized.run(call.on(batch), params, first_state)
 
         if groups == 1:
-            found = on(batch)
-            grad_norm = global_norm(found.gradient)
+            outcome = on(batch)
+            grad_norm = global_norm(outcome.gradient)
         else:
             parts = split_batch(caller, "ascent_groups", batch, groups)
-            found, grad_norm = _mean_over_groups(caller, on, parts)
-        extra = {"value": found.value, "grad": found.gradient, "value_fn": call.value_fn}
-        updates, second_state = second.update(found.updates, second_state, params, **extra)
+            outcome, grad_norm = _mean_over_groups(caller, on, parts)
+        extra = {"value": outcome.value, "grad": outcome.gradient, "value_fn": call.value_fn}
+        updates, second_state = second.update(outcome.updates, second_state, params, **extra)
         params = optax.apply_updates(params, updates)
-        state = TrainState(params, (found.state, second_state), optax.safe_increment(state.step))
-        return state, StepInfo(found.value, grad_norm, found.aux)
+        state = TrainState(params, (outcome.state, second_state), optax.safe_increment(state.step))
+        return state, StepInfo(outcome.value, grad_norm, outcome.aux)
 
     return TrainStep(init, jax.jit(step, donate_argnums=(0,) if donate else ()))
 
@@ -278,13 +279,13 @@ def regularized_pass(
 
 def penalty_arguments(caller: str, call: Call, kept: float) -> dict[str, Any]:
     """What a regularizer is told beside the value: which loss it penalises, on which samples."""
-    part, own = call, dict[str, Any]()
+    penalised, flags = call, dict[str, Any]()
     if kept < 1:
-        part = call.on(first_fraction(caller, "penalty_fraction", call.args[0], kept))
-        own = {"reuse_updates": False}
+        penalised = call.on(first_fraction(caller, "penalty_fraction", call.args[0], kept))
+        flags = {"reuse_updates": False}
     if call.held_out is not None:
-        own["held_out_fn"] = call.on(call.held_out).value_fn
-    return part.named() | {"value_fn": part.value_fn} | own
+        flags["held_out_fn"] = call.on(call.held_out).value_fn
+    return penalised.named() | {"value_fn": penalised.value_fn} | flags
 
 
 def is_penalized(state: optax.OptState) -> bool:
@@ -315,17 +316,17 @@ def _mean_over_groups(
 
     Of a regularizer's state numbers are averaged; counters and keys may depend on no group.
     """
-    states: list[Any] = []
+    structures: list[Any] = []
 
-    def apart(group: PyTree) -> tuple[Pass, list[Any]]:
-        found = on(group)
-        leaves, structure = jax.tree.flatten(found.state)
-        states.append(structure)
+    def separated(group: PyTree) -> tuple[Pass, list[Any]]:
+        outcome = on(group)
+        leaves, structure = jax.tree.flatten(outcome.state)
+        structures.append(structure)
         numbers = [leaf if is_inexact(leaf) else None for leaf in leaves]
-        return found._replace(state=numbers), [None if is_inexact(x) else x for x in leaves]
+        return outcome._replace(state=numbers), [None if is_inexact(x) else x for x in leaves]
 
     try:
-        found, counters = jax.vmap(apart, out_axes=(0, None))(groups)
+        outcome, counters = jax.vmap(separated, out_axes=(0, None))(groups)
     except ValueError as error:
         if "out_axes" not in str(error):
             raise
@@ -335,20 +336,24 @@ def _mean_over_groups(
         ) from error
 
     def mean(x: jax.Array) -> jax.Array:
-        if found.weight is None:
-            return jnp.mean(x, axis=0).astype(x.dtype)
-        weight = found.weight / jnp.maximum(jnp.sum(found.weight), jnp.finfo(jnp.float32).tiny)
-        return jnp.tensordot(weight.astype(x.real.dtype), x, axes=1).astype(x.dtype)
+        return cast(_average(widen(x), outcome.weight), x)
 
-    numbers = [None if x is None else mean(x) for x in found.state]
+    numbers = [None if x is None else mean(x) for x in outcome.state]
     leaves = [c if n is None else n for n, c in zip(numbers, counters, strict=True)]
-    averaged = {name: jax.tree.map(mean, getattr(found, name)) for name in _AVERAGED}
-    norms = jax.vmap(global_norm)(found.gradient)
-    state = jax.tree.unflatten(states[-1], leaves)
-    return found._replace(state=state, **averaged), jnp.sqrt(mean(norms**2))
+    averaged = (outcome.value, outcome.gradient, outcome.updates)
+    value, gradient, updates = jax.tree.map(mean, averaged)
+    grad_norm = jnp.sqrt(mean(jax.vmap(global_norm)(outcome.gradient) ** 2))
+    state = jax.tree.unflatten(structures[-1], leaves)
+    return Pass(value, outcome.aux, gradient, updates, state), grad_norm
 
 
-_AVERAGED = ("value", "gradient", "updates")
+def _average(x: jax.Array, weight: jax.Array | None) -> jax.Array:
+    """The mean over the leading axis; where nothing weighs anything, zero."""
+    if weight is None:
+        return jnp.mean(x, axis=0)
+    total = jnp.sum(weight)
+    shares = (weight / jnp.where(total == 0, 1, total)).astype(x.real.dtype)
+    return jnp.tensordot(shares, x, axes=1)
 
 
 def _owned(tree: PyTree) -> PyTree:

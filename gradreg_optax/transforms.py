@@ -14,6 +14,7 @@ import optax
 from jax.typing import ArrayLike
 
 from gradreg_optax._checks import check_inexact, check_state, hyperparameter, scalar
+from gradreg_optax._dtypes import cast, scale, widen
 from gradreg_optax._frame import Penalty, Timing, advanced, penalized, timing
 from gradreg_optax._loss import late_loss
 from gradreg_optax._typing import (
@@ -32,13 +33,10 @@ from gradreg_optax.penalty import (
     adaptive,
     add_penalty,
     ascent_direction,
-    cast,
     difference,
     normalized,
     product,
-    scale,
     shift,
-    widen,
 )
 
 
@@ -441,8 +439,9 @@ def _penalty(gamma: AtStep, estimator: Estimator) -> Penalty:
     def apply(
         updates: PyTree, state: GradregState, point: Point, weight: jax.Array, _: Any
     ) -> tuple[PyTree, GradregState]:
-        found = estimator.estimate(point._replace(ascent=state.ascent))
-        return add_penalty(updates, weight, found.product), state._replace(ascent=found.ascent)
+        estimate = estimator.estimate(point._replace(ascent=state.ascent))
+        state = state._replace(ascent=estimate.ascent)
+        return add_penalty(updates, weight, estimate.product), state
 
     return Penalty(GradregState, init, gamma, apply)
 
