@@ -1,0 +1,42 @@
+"""The faults that are planted are faults, one at a time."""
+
+import ast
+import pathlib
+
+import pytest
+
+import gradreg_optax
+from mutation.operators import faults
+
+SOURCES = sorted(pathlib.Path(gradreg_optax.__file__).parent.glob("[!_]*.py"))
+
+
+@pytest.mark.parametrize(
+    ("source", "broken"),
+    [
+        ("x = a < b", {"x = a <= b"}),
+        ("x = a - b", {"x = a + b"}),
+        ("x = not a", {"x = a"}),
+        ("x = a and b", {"x = a or b"}),
+        ("x = f(3)", {"x = f(4)"}),
+        ("x = a if c else b", {"x = b if c else a"}),
+        ("x = y.astype(d)", {"x = y"}),
+        ("x = jnp.sum(y)", {"x = jnp.mean(y)"}),
+        ("f(a, b=c)", {"pass", "f(a)"}),
+        ("if a:\n    raise ValueError(f'{a + 1}')", {"pass"}),
+        ('"""Text."""\nx: int = y', set()),
+    ],
+)
+def test_a_fault_changes_one_node(source, broken):
+    assert {fault.module for fault in faults(source)} == broken
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_every_fault_of_the_package_is_another_program_that_compiles(path):
+    source = path.read_text()
+    whole = ast.unparse(ast.parse(source))
+    modules = [fault.module for fault in faults(source)]
+    assert len(modules) >= 10
+    for module in modules:
+        assert module != whole
+        compile(module, path.name, "exec")
