@@ -408,3 +408,15 @@ def test_without_memory_it_is_welcome_everywhere(x64, name):
 def test_what_is_no_direction_is_refused(ascent):
     with pytest.raises(TypeError, match="fd_gradreg: ascent must be a function"):
         fd(ascent)
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_a_memory_keeps_the_dtype_in_which_it_began(interval):
+    summed = optax.GradientTransformation(
+        lambda params: jnp.zeros([], jnp.bfloat16),
+        lambda gradient, state, params=None: (gradient, state + jnp.sum(gradient)),
+    )
+    params, tx = jnp.ones(4), fd(summed, interval=interval)
+    _, state = tx.update(params, tx.init(params), params, value_fn=lambda p: jnp.sum(p**2) / 2)
+    assert state.ascent == 4
+    assert state.ascent.dtype == jnp.bfloat16

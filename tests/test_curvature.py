@@ -270,3 +270,23 @@ def test_the_unmoved_share_is_that_of_the_step_that_the_scheme_takes():
         for s in ("forward", "backward")
     }
     assert unmoved == {"forward": 1.0, "backward": 0.0}
+
+
+def test_a_parameter_that_does_not_move_is_lost_even_if_it_is_the_only_one():
+    found = difference_error(lambda p: p**2, jnp.asarray(1.0), 1e-12)
+    assert float(found.unmoved) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        (
+            "num_matvecs",
+            lambda n: top_hessian_eigenvalue(value_fn, params_of(), KEY, num_matvecs=n),
+        ),
+        ("num_samples", lambda n: hessian_trace(value_fn, params_of(), KEY, num_samples=n)),
+    ],
+)
+def test_a_number_that_shapes_the_program_cannot_be_traced(name, call):
+    with pytest.raises(TypeError, match=f"{name} shapes the program and cannot be traced"):
+        jax.jit(call)(4)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from gradreg_optax import dbp_value_and_grad, fd_value_and_grad, normalized
@@ -117,3 +118,20 @@ def test_both_passes_see_the_same_key_and_the_aux_of_the_second_is_thrown_away(x
     np.testing.assert_allclose(flat(grad), flat(exact[1]), atol=1e-3)
     np.testing.assert_allclose(statistics, 0.9 + 0.1 * params["out"].sum(), rtol=1e-15)
     np.testing.assert_allclose(value, exact[0], rtol=1e-14)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_integers_have_no_gradient_and_are_named(name):
+    with pytest.raises(TypeError, match=r"_value_and_grad: the parameters\['n'\] has dtype int32"):
+        FAMILIES[name](lambda p: p["x"] * p["n"])({"x": jnp.ones([]), "n": jnp.asarray(2)})
+
+
+@pytest.mark.parametrize("family", [fd_value_and_grad, dbp_value_and_grad])
+def test_an_ascent_in_several_stages_is_the_direction_that_they_make(family):
+    options = {"gamma": 0.3} | ({"epsilon": 0.2} if family is fd_value_and_grad else {})
+    ascents = (
+        optax.chain(optax.scale(2.0), optax.clip(0.3)),
+        lambda g, p: optax.tree.clip(optax.tree.scale(2.0, g), -0.3, 0.3),
+    )
+    grads = [family(loss_fn, **options, ascent=ascent)(*arguments())[1] for ascent in ascents]
+    np.testing.assert_allclose(*map(flat, grads), rtol=1e-6)

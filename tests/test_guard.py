@@ -137,3 +137,27 @@ def test_it_warns_and_off_it_costs_nothing(counter):
     assert counter.read()[1] == 2
     wrong.update(gradient, wrong.init(PARAMS), PARAMS, batch=BATCH)
     assert counter.read()[1] == 1
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("off", [0.0, 0.01])
+def test_what_is_found_does_not_depend_on_the_size_of_the_loss(size, off):
+    def scaled(params):
+        return size * loss_fn(params, BATCH)
+
+    tx = fd_gradreg(**FD)
+    gradient = jax.tree.map(lambda g: g * (1 + off), jax.jit(jax.grad(scaled))(PARAMS))
+    found = findings_of(
+        lambda: tx.update(gradient, tx.init(PARAMS), PARAMS, value_fn=scaled),
+    )
+    assert bool(found) == bool(off)
+
+
+def test_a_step_that_is_still_running_at_the_end_is_waited_for():
+    def slow(params):
+        x = jax.lax.fori_loop(0, 400, lambda _, x: jnp.cos(x @ x), jnp.ones((200, 200)))
+        return jnp.sum(params) ** 2 * jnp.mean(x)
+
+    tx, params = fd_gradreg(**FD), jnp.ones(2)
+    step = jax.jit(lambda p: tx.update(p, tx.init(p), p, value_fn=slow))
+    assert findings_of(step, params)

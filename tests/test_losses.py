@@ -409,3 +409,21 @@ def test_a_wrong_call_of_the_loss_says_what_python_says():
     loss = regularized_loss(operator.add, FD)
     with pytest.raises(TypeError, match="missing a required argument"):
         loss(jnp.ones([]))
+
+
+def test_an_evaluation_alone_checks_the_parameters():
+    loss = regularized_loss(lambda p: jnp.sum(p["x"]) * 1.0, FD)
+    with pytest.raises(TypeError, match=r"regularized_loss: the parameters\['x'\] has dtype int32"):
+        loss({"x": jnp.arange(3)})
+
+
+def test_it_takes_name_and_signature_of_the_loss_and_nothing_else():
+    def loss(params, batch):
+        """Text."""
+        return jnp.sum(params * batch)
+
+    loss.micro_batches = 2
+    for made in (regularized_loss(loss, FD), gr.fd_value_and_grad(loss, gamma=0.1, epsilon=0.1)):
+        assert (made.__name__, made.__doc__) == ("loss", "Text.")
+        assert inspect.signature(made) == inspect.signature(loss)
+        assert not hasattr(made, "micro_batches")

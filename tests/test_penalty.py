@@ -459,3 +459,15 @@ def test_narrow_updates_of_wide_parameters_keep_their_dtype_and_the_wide_differe
     np.testing.assert_allclose(
         np.asarray(updates, np.float64), expected, rtol=float(jnp.finfo(dtype).eps)
     )  # one rounding
+
+
+def test_a_norm_of_leaves_of_several_widths_needs_no_promotion(x64):
+    tree = {
+        "a": jnp.full(3, 2.0, jnp.float32),
+        "b": jnp.full(2, 2.0),
+        "c": jnp.ones(5, jnp.float16),
+    }
+    with jax.numpy_dtype_promotion("strict"):
+        norm = global_norm(tree)
+    assert norm.dtype == jnp.float64
+    np.testing.assert_allclose(norm, 5.0)

@@ -150,3 +150,20 @@ def test_a_scheduled_negative_epsilon_is_the_backward_difference_without_jit_too
     ):
         update = float(tx.update(jnp.asarray(1.0), tx.init(params), params)[0])
         assert update in (2.5, 0.25)  # 1 + 2 - 0.5, and the gradient at 0.5
+
+
+@pytest.mark.parametrize("make", [lambda x: sam(rho=x), lambda x: fd_gradreg(gamma=1.0, epsilon=x)])
+def test_a_warm_up_may_start_at_a_zero_of_jax_but_not_at_a_number_zero(make):
+    tx = make(jnp.zeros([]))
+    params = jnp.ones(2)
+    updates = update_of(tx, params, params, value_fn=lambda p: jnp.sum(p**2) / 2)
+    np.testing.assert_array_equal(updates, params)
+    with pytest.raises(ValueError, match=r"must be finite and > 0, got 0\.0"):
+        make(0.0)
+
+
+def test_an_update_may_not_be_complex_where_its_parameter_is_real():
+    params = {"x": jnp.ones(2)}
+    tx = fd_gradreg(lambda p: jnp.sum(p["x"] ** 2), gamma=0.1, epsilon=0.1)
+    with pytest.raises(TypeError, match=r"updates\['x'\] is complex, its parameter real"):
+        tx.update({"x": jnp.ones(2) + 1j}, tx.init(params), params)

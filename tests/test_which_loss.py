@@ -5,9 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from gradreg_optax import dbp_gradreg, fd_gradreg, flooding
+from gradreg_optax import dbp_gradreg, fd_gradreg, flooding, make_train_step
 from problems import batch_of, flat, loss_fn, params_of, update_of
 
 
@@ -92,3 +93,22 @@ def test_has_aux_speaks_of_the_loss_and_never_of_value_fn():
             # float32: eps / epsilon and epsilon^2
             np.testing.assert_allclose(flat(updates), flat(expected), atol=1e-3)
     assert update_of(flooding(with_aux, level=1e3, has_aux=True), 1.0, params, batch=batch) == -1.0
+
+
+def test_a_loss_of_the_regularizer_finds_what_the_loss_of_the_step_takes_as_keywords():
+    def own(params, batch, temperature):
+        return loss_fn(params, batch, scale=temperature)
+
+    def of_step(params, batch, **options):
+        return loss_fn(params, batch, scale=options["temperature"])
+
+    params, batch = params_of(), batch_of()
+    updates = []
+    for regularizer in (
+        fd_gradreg(gamma=0.3, epsilon=0.2),
+        fd_gradreg(own, gamma=0.3, epsilon=0.2, reuse_updates=False),
+    ):
+        init, step = make_train_step(of_step, optax.sgd(0.1), regularizer)
+        state, _ = step(init(params), batch, temperature=2.0)
+        updates.append(flat(state.params))
+    np.testing.assert_allclose(*updates, rtol=1e-6)
