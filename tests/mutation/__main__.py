@@ -1,6 +1,7 @@
 """Plants faults in the core, one at a time, and asks which of them the tests find.
 
     uv run --with pytest-cov python tests/mutation --faults 150
+    uv run --with pytest-cov python tests/mutation --again    # the survivors, with today's tests
 
 A first run of the core's tests under coverage says which test executes which line. Then each fault
 is planted in a copy of the repository, and the tests that execute its line run there, the quickest
@@ -34,6 +35,8 @@ IGNORED += [f"tests/test_{name}.py" for name in ("site", "release", "examples")]
 IGNORED += ["tests/integration/test_processes.py"]
 PYTEST = ["-m", "pytest", "-o", "addopts=", "--doctest-modules", "--import-mode=importlib", "-q"]
 PYTEST += ["-p", "no:cacheprovider"]
+# What runs in processes of its own is not seen by coverage.
+ELSEWHERE = {"_sharding": ["tests/integration/test_sharding.py"]}
 FOUND = Path(tempfile.gettempdir()) / "gradreg-mutation"
 
 
@@ -43,6 +46,7 @@ def main(
     modules: tuple[str, ...] = (),
     jobs: int = 2,
     seconds: float = 60.0,
+    again: bool = False,
     output: Path = HERE / "results.json",
     coverage: Path = FOUND,
 ) -> None:
@@ -55,27 +59,34 @@ def main(
       jobs: how many run side by side.
       seconds: how much of the tests to run for one fault, the quickest first; a survivor of some of
         them is not one of all.
+      again: plant no new faults, but those that have survived.
       output: where the verdicts go; those that stand there are not tried again.
       coverage: folder of what the first run found out; remove it after the tests have changed.
     """
     core = (path.stem for path in (ROOT / "gradreg_optax").glob("*.py"))
     names = modules or tuple(sorted(name for name in core if not name.startswith("__")))
-    chosen = sample(names, faults, seed)
-    covering = covering_tests(coverage, seconds)
     known = json.loads(output.read_text()) if output.exists() else []
-    tried = {key(verdict) for verdict in known}
-    left = [(name, fault) for name, fault in chosen if key(describe(name, fault)) not in tried]
+    verdicts = {key(one): one for one in known}
+    if again:
+        left = [(old, one["module"], again_of(one)) for old, one in verdicts.items() if alive(one)]
+    else:
+        chosen = sample(names, faults, seed)
+        left = [(key(describe(name, fault)), name, fault) for name, fault in chosen]
+        left = [one for one in left if one[0] not in verdicts]
+    covering = covering_tests(coverage, seconds)
     copies: queue.Queue[Path] = queue.Queue()
     with tempfile.TemporaryDirectory() as folder:
         for job in range(jobs):
             copies.put(copy_of_repository(Path(folder) / str(job)))
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            futures = [pool.submit(verdict, copies, *one, covering) for one in left]
+            futures = {pool.submit(verdict, copies, *one, covering): old for old, *one in left}
             done = concurrent.futures.as_completed(futures)
             for future in tqdm(done, total=len(left), disable=None):
-                known.append(future.result())
-                output.write_text(json.dumps(sorted(known, key=key), indent=1) + "\n")
-    print(report(known))
+                verdicts.pop(futures[future], None)
+                verdicts[key(future.result())] = future.result()
+                everything = [verdicts[one] for one in sorted(verdicts)]
+                output.write_text(json.dumps(everything, indent=1) + "\n")
+    print(report(list(verdicts.values())))
 
 
 def sample(names: tuple[str, ...], count: int, seed: int) -> list[tuple[str, Fault]]:
@@ -88,6 +99,20 @@ def sample(names: tuple[str, ...], count: int, seed: int) -> list[tuple[str, Fau
         some = random.Random(f"{seed} {name}").sample(found, min(len(found), share))
         chosen += [(name, fault) for fault in some]
     return chosen
+
+
+def again_of(one: dict[str, Any]) -> Fault:
+    """A fault of an earlier run, in the module as it is now; of several alike the nearest."""
+    source = (ROOT / f"gradreg_optax/{one['module']}.py").read_text()
+    alike = [f for f in faults(source) if (f.before, f.after) == (one["before"], one["after"])]
+    if not alike:
+        raise SystemExit(f"{one['module']} has changed: {one['before']} is gone, take it out.")
+    return min(alike, key=lambda fault: abs(fault.line - one["line"]))
+
+
+def alive(one: dict[str, Any]) -> bool:
+    """Whether the tests did not find a fault."""
+    return one["verdict"] == "survived"
 
 
 def covering_tests(folder: Path, budget: float) -> dict[str, dict[int, list[str]]]:
@@ -150,7 +175,7 @@ def verdict(
     original = path.read_text()
     lines = covering.get(name, {})
     statement = max((line for line in lines if line <= fault.line), default=0)
-    tests = lines.get(statement, [])
+    tests = [*lines.get(statement, []), *ELSEWHERE.get(name, [])]
     try:
         path.write_text(fault.module)
         outcome = run_tests(copy, tests)
@@ -214,9 +239,9 @@ def report(verdicts: list[dict[str, Any]]) -> str:
     """Planted, killed, equivalent, and each survivor."""
     reasons = json.loads((HERE / "equivalent.json").read_text())
     same = {(one["module"], one["before"], one["after"]) for one in reasons}
-    alive = [one for one in verdicts if one["verdict"] == "survived"]
-    open_ones = [x for x in alive if (x["module"], x["before"], x["after"]) not in same]
-    killed, equal = len(verdicts) - len(alive), len(alive) - len(open_ones)
+    left = [one for one in verdicts if alive(one)]
+    open_ones = [x for x in left if (x["module"], x["before"], x["after"]) not in same]
+    killed, equal = len(verdicts) - len(left), len(left) - len(open_ones)
     lines = [
         f"{one['module']}:{one['line']} ({one['by']})\n  {one['before']}\n  {one['after']}"
         for one in open_ones
