@@ -189,15 +189,26 @@ def check_choice(caller: str, name: str, value: Any, choices: Any) -> None:
         )
 
 
+def flag(caller: str, name: str, value: Any) -> bool:
+    """A bool, known now: a word like "no" would count as True."""
+    concrete = None if is_traced(value) or isinstance(value, str) else np.asarray(value)
+    if concrete is None or concrete.dtype != bool or concrete.shape:
+        traced = ", known before the program runs" if is_traced(value) else ""
+        raise TypeError(f"{caller}: {name} must be True or False{traced}, got {value!r}.")
+    return bool(concrete)
+
+
 def check_transformation(caller: str, name: str, value: Any) -> None:
     """An Optax transformation, made already."""
     pair = callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
     if isinstance(value, type) or not pair:
         made = ", made by calling it" if callable(value) else ""
         got = getattr(value, "__name__", type(value).__name__)
+        ours = name == "regularizer"
+        example = "fd_gradreg(gamma=..., epsilon=...)" if ours else "optax.adam(1e-3)"
         raise TypeError(
             f"{caller}: {name} must be an Optax transformation{made}, got {got}: write"
-            f" {name}=fd_gradreg(gamma=..., epsilon=...) or any optax optimizer."
+            f" {name}={example}."
         )
 
 
@@ -206,7 +217,7 @@ def check_step(caller: str, step: Any) -> Any:
     if step is None:
         raise TypeError(
             f"{caller}: a schedule, start or interval > 1 needs the step, which a loss does not"
-            " count: call loss(..., step=step)."
+            " count: call loss(..., step=step) with a whole number."
         )
     return step
 
@@ -271,12 +282,38 @@ def check_like(caller: str, name: str, tree: PyTree, params: PyTree) -> None:
     check_inexact(caller, name, tree)
 
 
+def check_arrays(caller: str, name: str, tree: PyTree) -> None:
+    """All leaves are numbers or arrays, which can leave a compiled program."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        try:
+            jax.typeof(leaf)
+        except TypeError as error:
+            raise TypeError(
+                f"{caller}: {name}{jax.tree_util.keystr(path)} is of type {type(leaf).__name__},"
+                " and a compiled program returns arrays only: leave it out of what the loss"
+                " returns."
+            ) from error
+
+
+def check_key(caller: str, key: Any) -> None:
+    """A single random key, typed or raw."""
+    dtype, shape = getattr(key, "dtype", None), jnp.shape(key) if hasattr(key, "shape") else None
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (shape == () if typed else dtype == np.uint32 and len(shape or ()) == 1):
+        got = f"{dtype} of shape {shape}" if dtype is not None else repr(key)
+        raise TypeError(
+            f"{caller}: key must be a single random key, got {got}: write jax.random.key(0), and"
+            " use jax.vmap for several."
+        )
+
+
 def is_inexact(leaf: Any) -> bool:
-    """Whether a leaf is made of real or complex numbers."""
+    """Whether a leaf is made of real or complex numbers, no wider than JAX knows them."""
     dtype = getattr(leaf, "dtype", None)
     if dtype is None:
         return isinstance(leaf, float | complex)
-    return bool(jnp.issubdtype(dtype, jnp.inexact))
+    widest = 16 if jnp.issubdtype(dtype, jnp.complexfloating) else 8
+    return bool(jnp.issubdtype(dtype, jnp.inexact)) and dtype.itemsize <= widest
 
 
 def is_traced(value: Any) -> bool:

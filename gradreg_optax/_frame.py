@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradreg_optax._checks import check_like, check_params, check_state, check_step, whole_number
+from gradreg_optax._checks import (
+    check_like,
+    check_params,
+    check_state,
+    check_step,
+    flag,
+    whole_number,
+)
 from gradreg_optax._convolutions import canonical_convolutions
 from gradreg_optax._guard import compare
 from gradreg_optax._typing import AtStep, GradFn, LateLoss, PyTree
@@ -71,7 +78,7 @@ def penalized(
     caller: str, bind: LateLoss, penalty: Penalty, when: Timing, reuse_updates: bool
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation that applies ``penalty`` on the updates that are due."""
-    reuse_by_default = reuse_updates
+    reuse_by_default = flag(caller, "reuse_updates", reuse_updates)
 
     def init(params: PyTree) -> Any:
         check_params(caller, params)
@@ -87,13 +94,14 @@ def penalized(
     ) -> tuple[PyTree, Any]:
         grad_fn = gradient_of(caller, bind, updates, params, extra_args)
         check_state(caller, state, penalty.state)
-        if reuse_updates:
+        reuse = flag(caller, "reuse_updates", reuse_updates)
+        if reuse:
             compare(caller, grad_fn, params, updates)
         weight = when.weigh(penalty.weight(state.step))
         branch_grad_fn = grad_fn if when.always else jax.jit(grad_fn)  # a branch traces it once
 
         def penalize(updates: PyTree, state: Any) -> tuple[PyTree, Any]:
-            gradient = updates if reuse_updates else None
+            gradient = updates if reuse else None
             point = Point(branch_grad_fn, params, gradient, state.step)
             return penalty.apply(updates, state, point, weight, extra_args)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradreg_optax._checks import check_params
+from gradreg_optax._checks import check_arrays, check_params, flag
 from gradreg_optax._dtypes import default_float, wide
 from gradreg_optax._typing import LateLoss, LossFn, PyTree, ValueFn, Weighted
 
@@ -51,6 +51,7 @@ def with_weight(caller: str, loss_fn: LossFn, has_aux: bool) -> Callable[..., tu
     A plain scalar is a total without a weight, None, and counts as one.
     """
     check_loss(caller, loss_fn)
+    has_aux = flag(caller, "has_aux", has_aux)
 
     def loss(*args: Any, **kwargs: Any) -> tuple[Weighted, Any]:
         output, aux = loss_fn(*args, **kwargs), None
@@ -74,6 +75,20 @@ def with_weight(caller: str, loss_fn: LossFn, has_aux: bool) -> Callable[..., tu
     return loss
 
 
+def with_array_aux(
+    caller: str, loss_fn: LossFn, has_aux: bool
+) -> Callable[..., tuple[Weighted, Any]]:
+    """As ``with_weight``, for a loss whose aux leaves a compiled program."""
+    weighted = with_weight(caller, loss_fn, has_aux)
+
+    def loss(*args: Any, **kwargs: Any) -> tuple[Weighted, Any]:
+        mean, aux = weighted(*args, **kwargs)
+        check_arrays(caller, "aux", aux)
+        return mean, aux
+
+    return loss
+
+
 def mean_of(mean: Weighted) -> jax.Array:
     """The mean in the dtype of the total, which it is where nothing weighs anything."""
     if mean.weight is None:
@@ -88,6 +103,7 @@ def late_loss(caller: str, loss_fn: LossFn | None, has_aux: bool) -> LateLoss:
     It is ``loss_fn`` if there is one, and Optax's ``value_fn=`` otherwise; further arguments are
     picked from ``extra_args`` by name.
     """
+    has_aux = flag(caller, "has_aux", has_aux)
     if loss_fn is not None:
         check_loss(caller, loss_fn)
 
@@ -201,6 +217,16 @@ def positional(
             " through in parts."
         )
     return args, kwargs
+
+
+def check_own_keyword(caller: str, name: str, loss_fn: LossFn) -> None:
+    """A keyword that a step keeps for itself is no argument of the loss."""
+    signature = signature_of(loss_fn)
+    if signature is not None and name in signature.parameters:
+        raise TypeError(
+            f"{caller}: the loss has an argument {name!r}, a name that the step keeps for itself:"
+            " rename the argument."
+        )
 
 
 def keeps_signature(function: Any, loss_fn: LossFn) -> Any:

@@ -15,7 +15,14 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from gradreg_optax._batch import split_batch
-from gradreg_optax._checks import check_inexact, check_like, constant, fraction, whole_number
+from gradreg_optax._checks import (
+    check_inexact,
+    check_key,
+    check_like,
+    constant,
+    fraction,
+    whole_number,
+)
 from gradreg_optax._convolutions import canonical_convolutions
 from gradreg_optax._dtypes import cast, conjugate, widen
 from gradreg_optax._loss import mean_of, with_aux, with_weight
@@ -156,6 +163,7 @@ def top_hessian_eigenvalue(
     """
     caller = "top_hessian_eigenvalue"
     num_matvecs = whole_number(caller, "num_matvecs", num_matvecs)
+    check_key(caller, key)
     product, size, dtype = _flat_product(caller, value_fn, params)
     basis, projection = _krylov(
         product, jax.random.normal(key, (min(num_matvecs, size), size), dtype)
@@ -200,6 +208,7 @@ def hessian_trace(
     """
     caller = "hessian_trace"
     num_samples = whole_number(caller, "num_samples", num_samples)
+    check_key(caller, key)
     product, size, dtype = _flat_product(caller, value_fn, params)
 
     def sample(key: jax.Array) -> jax.Array:
@@ -377,7 +386,7 @@ def penalty_scale(
 
     groups = split_batch(caller, "1 / penalty_fraction", batch, parts)
     gradients, weights = jax.vmap(on_part)(groups)
-    part = jnp.mean(jax.vmap(global_norm)(gradients) ** 2)
+    part = jnp.mean(jax.vmap(global_norm, axis_size=parts)(gradients) ** 2)
     whole = global_norm(jax.tree.map(lambda g: jnp.average(g, 0, weights), gradients)) ** 2
     return PenaltyScale(jnp.where(part > 0, whole / jnp.where(part > 0, part, 1), 1), whole, part)
 

@@ -91,6 +91,7 @@ def regularized_loss(
             bound = signature.bind(*args, **kwargs)
             args, kwargs = bound.args, dict(bound.kwargs)
             step = bound.arguments.get("step", step)
+        step = None if asks_for_step and not _counts(step) else step
         if step is not None:
             step = jnp.asarray(whole_number(caller, "step", step), jnp.int32)
         check_params(caller, arguments_at(caller, argnums, args)[0])
@@ -107,6 +108,12 @@ def regularized_loss(
         return (value, aux) if has_aux else value
 
     return keeps_signature(wrapped, loss_fn)
+
+
+def _counts(step: Any) -> bool:
+    """Whether an argument called ``step`` may be a counter's: else it is the loss's alone."""
+    dtype = getattr(step, "dtype", None)
+    return isinstance(step, int) if dtype is None else jnp.issubdtype(dtype, jnp.integer)
 
 
 class Arguments(NamedTuple):

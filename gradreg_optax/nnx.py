@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from gradreg_optax._checks import check_transformation, fraction, is_inexact
-from gradreg_optax._loss import keeps_signature, with_weight
+from gradreg_optax._loss import check_own_keyword, keeps_signature, with_weight
 from gradreg_optax._typing import LossFn, PyTree, Weighted
 from gradreg_optax.losses import regularized_loss
 from gradreg_optax.microbatching import microbatched
@@ -22,6 +22,7 @@ from gradreg_optax.training import (
     is_penalized,
     penalty_arguments,
     regularized_pass,
+    twice,
 )
 
 
@@ -80,6 +81,7 @@ def make_nnx_train_step(
     # A regularizer in the optimizer's chain is told of the part there, one here is told here.
     here = regularized_pass(caller, regularizer, 1.0 if regularizer is None else kept)
     loss_of = _loss_of_split(caller, nnx, loss_fn, has_aux)
+    check_own_keyword(caller, "held_out", loss_fn)
 
     def step(
         model: Any, optimizer: Any, *args: Any, held_out: PyTree = None, **kwargs: Any
@@ -246,10 +248,7 @@ def _check_place(caller: str, here: bool, state: optax.OptState, chain: optax.Op
     """The regularizer stands in one place, and is one."""
     chained = is_penalized(chain)
     if here and chained:
-        raise ValueError(
-            f"{caller}: there is a regularizer in the optimizer's chain and one in {caller}, which"
-            " would penalise twice: take one away."
-        )
+        raise ValueError(twice(caller))
     if here and not is_penalized(state):
         raise ValueError(
             f"{caller}: what stands in the regularizer's place is no transformation of this package"

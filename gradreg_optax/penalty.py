@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradreg_optax._checks import check_choice, check_like, is_inexact
+from gradreg_optax._checks import check_choice, check_inexact, check_like, is_inexact
 from gradreg_optax._dtypes import cast, conjugate, scale, widen, within
 from gradreg_optax._typing import Ascent, AscentFn, AtStep, GradFn, Mode, PyTree, Scheme
 
@@ -242,6 +242,7 @@ def normalized(gradient: PyTree, params: PyTree) -> PyTree:
       Norm*, ICML 2022.
     """
     del params
+    check_inexact("normalized", "the gradient", gradient)
     norm = global_norm(gradient)
     norm = jnp.maximum(norm, float(np.finfo(norm.dtype).tiny) ** 0.5)
 
@@ -275,6 +276,8 @@ def adaptive(gradient: PyTree, params: PyTree) -> PyTree:
     References:
       Kwon et al., *ASAM: Adaptive Sharpness-Aware Minimization*, ICML 2021.
     """
+    check_inexact("adaptive", "the parameters", params)
+    check_like("adaptive", "the gradient", gradient, params)
     wide = jax.tree.map(widen, gradient)
     size = jax.tree.map(lambda p, g: jnp.abs(widen(p)).astype(g.real.dtype), params, wide)
     unit = normalized(jax.tree.map(jnp.multiply, size, wide), params)

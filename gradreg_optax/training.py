@@ -12,12 +12,19 @@ from gradreg_optax._checks import (
     check_inexact,
     check_state,
     check_transformation,
+    flag,
     fraction,
     is_inexact,
     whole_number,
 )
 from gradreg_optax._dtypes import cast, widen
-from gradreg_optax._loss import mean_of, named_arguments, unreserved, with_weight
+from gradreg_optax._loss import (
+    check_own_keyword,
+    mean_of,
+    named_arguments,
+    unreserved,
+    with_array_aux,
+)
 from gradreg_optax._typing import LossFn, PyTree, Weighted
 from gradreg_optax.penalty import global_norm
 from gradreg_optax.relative import RelativeState
@@ -116,8 +123,8 @@ def make_train_step(
 
     Raises:
       ValueError: penalty_fraction outside (0, 1], ascent_groups < 1, or either without a
-        regularizer; at ``init`` an optimizer that is a regularizer alone; at a step a batch that
-        cannot be split.
+        regularizer; at ``init`` an optimizer that is a regularizer alone, or regularizers in both
+        places; at a step a batch that cannot be split.
       TypeError: what should be an Optax transformation, or a TrainState, is none; integer
         parameters; penalty_fraction with a regularizer that is not of this package.
 
@@ -137,18 +144,17 @@ def make_train_step(
     caller = "make_train_step"
     check_transformation(caller, "optimizer", optimizer)
     groups = whole_number(caller, "ascent_groups", ascent_groups)
+    donated = flag(caller, "donate", donate)
     regularized = regularized_pass(caller, regularizer, penalty_fraction, groups)
-    loss, second = with_weight(caller, loss_fn, has_aux), optax.with_extra_args_support(optimizer)
+    loss = with_array_aux(caller, loss_fn, has_aux)
+    second = optax.with_extra_args_support(optimizer)
+    check_own_keyword(caller, "held_out", loss_fn)
 
     def init(params: PyTree) -> TrainState:
         check_inexact(caller, "the parameters", params)
         params = _owned(params)
         opt_state = regularized.init(params), second.init(params)
-        if isinstance(opt_state[1], _OURS):
-            raise ValueError(
-                f"{caller}: the optimizer is a regularizer alone, which takes no step: write"
-                f" {caller}(loss_fn, optimizer, regularizer)."
-            )
+        _check_places(caller, *opt_state)
         return TrainState(*_owned((params, opt_state, jnp.zeros([], jnp.int32))))
 
     def step(
@@ -173,7 +179,7 @@ def make_train_step(
         state = TrainState(params, (outcome.state, second_state), optax.safe_increment(state.step))
         return state, StepInfo(outcome.value, grad_norm, outcome.aux)
 
-    return TrainStep(init, jax.jit(step, donate_argnums=(0,) if donate else ()))
+    return TrainStep(init, jax.jit(step, donate_argnums=(0,) if donated else ()))
 
 
 class Call(NamedTuple):
@@ -292,6 +298,25 @@ def is_penalized(state: optax.OptState) -> bool:
     """Whether a transformation of this package is in the chain that has this state."""
     leaves = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, _OURS))
     return any(isinstance(leaf, _OURS) for leaf in leaves)
+
+
+def _check_places(caller: str, first: optax.OptState, second: optax.OptState) -> None:
+    """The optimizer takes steps, and a regularizer stands in one place; by their states."""
+    if isinstance(second, _OURS):
+        raise ValueError(
+            f"{caller}: the optimizer is a regularizer alone, which takes no step: write"
+            f" {caller}(loss_fn, optimizer, regularizer)."
+        )
+    if is_penalized(first) and is_penalized(second):
+        raise ValueError(twice(caller))
+
+
+def twice(caller: str) -> str:
+    """What is wrong with a regularizer in two places."""
+    return (
+        f"{caller}: there is a regularizer in the optimizer's chain and one in {caller}, which"
+        " would penalise twice: take one away, or chain them, regularizer=optax.chain(...)."
+    )
 
 
 def counting(caller: str, state: optax.OptState, step: Any) -> optax.OptState:
