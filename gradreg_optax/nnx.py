@@ -208,7 +208,8 @@ def _loss_of_split(
 ) -> Callable[[_Split], Callable[..., tuple[Weighted, Any]]]:
     """The loss of a split module's parameters; its aux is (aux, the rest after the pass)."""
     count = getattr(loss_fn, "micro_batches", 1)
-    one = getattr(loss_fn, "__wrapped__", loss_fn) if count > 1 else loss_fn
+    in_parts = hasattr(loss_fn, "micro_batches")  # of one part as well
+    one = getattr(loss_fn, "__wrapped__", loss_fn) if in_parts else loss_fn
     whole = with_weight(caller, one, has_aux)
 
     def loss_of(split: _Split) -> Callable[..., tuple[Weighted, Any]]:

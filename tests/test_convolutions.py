@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradreg_optax import curvature, dbp_gradreg, fd_gradreg, make_train_step, microbatched
+from gradreg_optax import _frame, curvature, dbp_gradreg, fd_gradreg, make_train_step, microbatched
 from gradreg_optax._convolutions import canonical_convolutions
 
 on_cpu = pytest.mark.skipif(
@@ -241,3 +241,45 @@ def test_the_function_is_traced_once() -> None:
 
     jax.jit(canonical_convolutions(jax.grad(counted))).lower(PARAMS)
     assert traces == 1
+
+
+@pytest.mark.parametrize("make", [fd_gradreg, dbp_gradreg])
+def test_without_a_convolution_a_lazy_update_is_what_cond_alone_gives(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"gamma": 0.1, "interval": 4} | ({"epsilon": 0.1} if make is fd_gradreg else {})
+
+    def value_fn(params: Any) -> jax.Array:
+        return jnp.sum(jnp.tanh(params) ** 2)
+
+    def jaxpr() -> str:
+        tx, params = make(**options), jnp.ones(3)
+
+        def update(grads: Any, state: Any) -> Any:
+            return tx.update(grads, state, params, value_fn=value_fn)
+
+        text = str(jax.make_jaxpr(update)(params, tx.init(params)))
+        return re.sub(r"0x[0-9a-f]+", "", text)
+
+    ours = jaxpr()
+    monkeypatch.setattr(_frame, "canonical_convolutions", lambda fun: fun)
+    assert ours == jaxpr()
+    assert "cond[" in ours
+
+
+@pytest.mark.parametrize("make", [fd_gradreg, dbp_gradreg])
+def test_a_network_with_convolutions_trains_without_a_compiler(make: Any) -> None:
+    options = {"gamma": 0.1, "interval": 2} | ({"epsilon": 0.1} if make is fd_gradreg else {})
+
+    def ends() -> Any:
+        init, step = make_train_step(loss_fn, optax.sgd(0.1), make(**options))
+        state = init(PARAMS)
+        for _ in range(2):
+            state, _ = step(state, BATCH)
+        return state.params, canonical_convolutions(jax.grad(loss_fn))(PARAMS, BATCH)
+
+    expected = ends()
+    with jax.disable_jit():
+        found = ends()
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)  # float32, in another order

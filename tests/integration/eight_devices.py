@@ -177,6 +177,22 @@ def train_in_pmap():
     return jax.tree.map(lambda x: x[0], state[0]), {}, True
 
 
+def refusals():
+    """What is said of parts that an explicit mesh of eight devices does not divide."""
+    data = jax.device_put(batch(), NamedSharding(jax.sharding.get_mesh(), P("data")))
+    said = {}
+    for name, options in {
+        "ascent_groups": {"ascent_groups": 4},
+        "penalty_fraction": {"penalty_fraction": 0.05},
+    }.items():
+        init, step = gr.make_train_step(loss_fn, optax.sgd(0.1), FD, **options)
+        try:
+            step(init(initial_params()), data)
+        except ValueError as error:
+            said[name] = str(error)
+    return said
+
+
 def main():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     explicit = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
@@ -222,7 +238,7 @@ def main():
         runs["loss, explicit mesh"] = ("fd", wrapped(explicit))
         runs["groups, explicit mesh"] = ("groups", groups(explicit))
         runs["micro-batches, explicit mesh"] = ("fd", accumulated(explicit))
-    report = {}
+        report = {"refusals": refusals()}
     for name, (reference, (params, moved, stayed)) in runs.items():
         expected = np.concatenate([np.ravel(x) for x in jax.tree.leaves(one[reference])])
         found = np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)])

@@ -212,3 +212,52 @@ def test_a_relative_penalty_in_the_nnx_step_itself_is_refused():
     step = gr.make_nnx_train_step(pair_loss, gr.relative_gradreg())
     with pytest.raises(ValueError, match=r"state of its own.*optax\.chain"):
         step(model, optimizer, batch())
+
+
+def refused(tx, step, error, sentence):
+    model, optimizer = model_and_optimizer(tx)
+    with pytest.raises(error, match=sentence):
+        step(model, optimizer, *batch())
+
+
+def test_a_regularizer_stands_in_one_place():
+    fd, sgd = gr.fd_gradreg(**PENALTY), optax.sgd(RATE)
+    make = gr.make_nnx_train_step
+    refused(optax.chain(fd, sgd), make(loss_fn, fd), ValueError, "nnx_train_step.*penalise twice")
+    refused(sgd, make(loss_fn), ValueError, r"neither.* nor in make_nnx_train_step: write")
+    refused(sgd, make(loss_fn, optax.adam(0.1)), ValueError, r"an optimizer\?.*nnx\.Optimizer")
+
+
+@pytest.mark.parametrize("place", ["in the chain", "in the step"])
+@pytest.mark.parametrize("of", ["module", "state"])
+def test_a_regularizer_with_a_loss_of_its_own_is_told_that_it_needs_none(place, of):
+    """It gets no module, and asks for arguments that only the train step could pass."""
+    own = loss_fn if of == "module" else lambda model: model(batch()[0]).mean()
+    fd, sgd = gr.fd_gradreg(own, **PENALTY), optax.sgd(RATE)
+    chained = place == "in the chain"
+    step = gr.make_nnx_train_step(loss_fn, None if chained else fd)
+    tx = optax.chain(fd, sgd) if chained else sgd
+    refused(tx, step, TypeError, "make_nnx_train_step: .*needs no loss of its own")
+
+
+def test_a_mistake_in_the_loss_of_a_module_shows_as_itself():
+    def wrong(model, x, y):
+        raise TypeError("the loss needs a rest")
+
+    step = gr.make_nnx_train_step(wrong, gr.fd_gradreg(**PENALTY))
+    refused(optax.sgd(RATE), step, TypeError, "^the loss needs a rest")
+
+
+def test_micro_batches_take_a_module_with_dropout_keys():
+    """Of one micro-batch the step is that of the batch; of two, the statistics are averaged and the
+    counters move once."""
+    ends = []
+    for count in (None, 1, 2):
+        model, optimizer = model_and_optimizer(optax.sgd(RATE))
+        loss = pair_loss if count is None else gr.microbatched(pair_loss, count)
+        step = gr.make_nnx_train_step(loss, gr.fd_gradreg(**PENALTY))
+        info = step(model, optimizer, batch())
+        assert np.isfinite(float(info.loss))
+        assert int(model.dropout.rngs.count[...]) == 1
+        ends.append(split(model)[1])
+    assert relative_error(ends[1], ends[0]) < 1e-5

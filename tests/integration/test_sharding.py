@@ -99,3 +99,13 @@ def test_fsdp_takes_the_collectives_of_the_plain_step_twice(report):
     assert fd["all-reduce"] == 2 * plain["all-reduce"] == 2
     assert max(fd.get("scalars", 0), plain.get("scalars", 0)) <= 2  # for StepInfo.grad_norm
     assert (groups["all-gather"], groups["all-reduce"]) == (2 * plain["all-gather"], 1)
+
+
+@pytest.mark.parametrize(
+    ("option", "parts"),
+    [("ascent_groups", "gives 4 parts"), ("penalty_fraction", "keeps 4 samples")],
+)
+def test_parts_that_an_explicit_mesh_does_not_divide_are_named(report, option, parts):
+    said = report["refusals"][option]
+    assert said.startswith(f"make_train_step: {option} {parts}, no multiple of the 8 devices")
+    assert "Auto axes" in said
