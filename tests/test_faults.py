@@ -159,8 +159,8 @@ def test_a_fraction_is_the_decimal_that_was_written(dtype):
 
 
 def test_a_difference_of_narrow_gradients_is_not_rounded_before_it_is_divided():
-    """Gradients 256 and 257 differ by one; in bfloat16 both are 256 or 258."""
-    ahead, here = jnp.asarray(258.0, jnp.bfloat16), jnp.asarray(255.0, jnp.bfloat16)
+    """Gradients 258 and 0.25 differ by 257.75, which in bfloat16 is 258."""
+    ahead, here = jnp.asarray(258.0, jnp.bfloat16), jnp.asarray(0.25, jnp.bfloat16)
     loss = jax.custom_vjp(lambda p: p)
     loss.defvjp(lambda p: (p, p), lambda p, c: (jnp.where(p > 1, ahead, here) * c,))
     params = jnp.asarray(1.0, jnp.bfloat16)
@@ -168,7 +168,7 @@ def test_a_difference_of_narrow_gradients_is_not_rounded_before_it_is_divided():
     point = gr.penalty.Point(lambda p: (jax.grad(loss)(p), None), params)
     product = estimator.estimate(point).product
     assert product.dtype == jnp.float32
-    np.testing.assert_allclose(product, 3 / 0.3, rtol=1e-6)
+    np.testing.assert_allclose(product, 257.75 / 0.3, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.complex64])
