@@ -25,10 +25,10 @@ from gradreg_optax.penalty import (
 _CALLER = "relative_gradreg"
 _FIRST_REACH = 0.01  # of the length of the parameters: the first step knows no curvature yet
 _BOUND = 2.0  # times its share is the most that the penalty takes of any single step
-_MEMORY = 0.95  # of the losses, per update that takes the penalty
-_NOISE = 6.0  # mean deviations of a batch's loss: less progress than that says nothing
-_TOLERATED = 0.05  # the share of the progress that need not carry over
-_GAIN = 8.0  # of the strength, where it is more
+_MEMORY = 0.93  # of the losses, per update that takes the penalty
+_NOISE = 4.5  # times the change of the loss from batch to batch: less progress says nothing
+_TOLERATED = 0.06  # the share of the progress that need not carry over
+_GAIN = 10.0  # of the strength, where it is more
 
 
 class Norms(NamedTuple):
@@ -53,14 +53,16 @@ class Losses(NamedTuple):
       taken: number of updates that took the penalty; shape ().
       past: means over these updates of the training and the held-out loss; shape (2,).
       recent: running means of both; shape (2,).
-      spread: running mean of how far a batch's training loss is from its mean; shape ().
+      last: the last training loss; shape ().
+      change: running mean of how much it changes from one such update to the next; shape ().
     """
 
     start: jax.Array
     taken: jax.Array
     past: jax.Array
     recent: jax.Array
-    spread: jax.Array
+    last: jax.Array
+    change: jax.Array
 
 
 class RelativeState(NamedTuple):
@@ -134,15 +136,15 @@ def relative_gradreg(
         S = \min\Big( \frac{\bar L_\text{held out} - \bar L}{L_0 - \bar L},\;
         1 - \frac{\hat L_\text{held out} - \bar L_\text{held out}}{\hat L - \bar L} \Big),
 
-    and the strength is :math:`r = 8 (S - 0.05)`, kept within [0, 1], once the training loss has
-    come down by six mean deviations of a single batch's loss, and zero before: on a plateau, where
-    a training may begin, S is noise, and a penalty would hold it there. Running means are over some
-    twenty penalised updates. What is memorised is penalised; while a model still learns what holds
-    elsewhere too, or where every sample is seen once, there is no penalty. The held-out samples are
-    evaluated, not differentiated: a few of them per update will do. They should be drawn from where
-    the training samples are: a set that is harder by itself reads as if its difference had been
-    memorised. Where all samples are in every batch there is no noise to tell a plateau by: let the
-    training leave it first, with ``start``.
+    and the strength is :math:`r = 10 (S - 0.06)`, kept within [0, 1], once the training loss has
+    come down by 4.5 times as much as it changes from one batch to the next, and zero before: on a
+    plateau, where a training may begin, S is noise, and a penalty would hold it there. Running
+    means are over some fifteen penalised updates. What is memorised is penalised; while a model
+    still learns what holds elsewhere too, or where every sample is seen once, there is no penalty.
+    The held-out samples are evaluated, not differentiated: a few of them per update will do. They
+    should be drawn from where the training samples are: a set that is harder by itself reads as if
+    its difference had been memorised. Where all samples are in every batch there is no noise to
+    tell a plateau by: let the training leave it first, with ``start``.
 
     Cost: as for :func:`fd_gradreg`, and norms. A strength that tunes itself adds two evaluations of
     the loss (one where ``update`` is given ``value=``, or where the compiler shares it with the
@@ -312,7 +314,7 @@ def _self_tuned(bind: LateLoss) -> _Strength:
 
 def _no_losses(zero: jax.Array) -> Losses:
     pair = jnp.zeros(2, zero.dtype)
-    return Losses(start=zero, taken=zero, past=pair, recent=pair, spread=zero)
+    return Losses(start=zero, taken=zero, past=pair, recent=pair, last=zero, change=zero)
 
 
 def _learnt(state: RelativeState, training: jax.Array, held_out: jax.Array) -> RelativeState:
@@ -323,25 +325,26 @@ def _learnt(state: RelativeState, training: jax.Array, held_out: jax.Array) -> R
     """
     old: Any = state.losses
     now, taken = jnp.stack([training, held_out]), old.taken + 1
-    begun, step = old.taken > 0, (1 - _MEMORY) / (1 - _MEMORY**taken)
+    step = (1 - _MEMORY) / (1 - _MEMORY**taken)
     losses = Losses(
-        start=jnp.where(begun, old.start, training),
+        start=jnp.where(old.taken > 0, old.start, training),
         taken=taken,
         past=old.past + (now - old.past) / taken,
         recent=old.recent + (now - old.recent) * step,
-        spread=old.spread + (_deviation(old, training) - old.spread) * step,
+        last=training,
+        change=old.change + (_change(old, training) - old.change) * step,
     )
     progress = losses.start - losses.recent[0]
     asked = jnp.clip(_GAIN * (_lost(losses, progress) - _TOLERATED), 0, 1)
-    strength = jnp.where(progress > _NOISE * losses.spread, asked, 0)
+    strength = jnp.where(progress > _NOISE * losses.change, asked, 0)
     finite = jnp.isfinite(training) & jnp.isfinite(held_out)
     kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), losses, old)
     return state._replace(strength=jnp.where(finite, strength, state.strength), losses=kept)
 
 
-def _deviation(losses: Losses, training: jax.Array) -> jax.Array:
-    """How far a training loss is from the mean of those before it; the first is not at all."""
-    return jnp.where(losses.taken > 0, jnp.abs(training - losses.recent[0]), 0)
+def _change(losses: Losses, training: jax.Array) -> jax.Array:
+    """How far a training loss is from the last one; the first is not at all."""
+    return jnp.where(losses.taken > 0, jnp.abs(training - losses.last), 0)
 
 
 def _lost(losses: Losses, progress: jax.Array) -> jax.Array:
