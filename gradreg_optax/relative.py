@@ -336,7 +336,7 @@ def _learnt(state: RelativeState, training: jax.Array, held_out: jax.Array) -> R
     )
     progress = losses.start - losses.recent[0]
     asked = jnp.clip(_GAIN * (_lost(losses, progress) - _TOLERATED), 0, 1)
-    strength = jnp.where(progress > _NOISE * losses.change, asked, 0)
+    strength = jnp.where(_ratio(progress, losses.change) > _NOISE, asked, 0)
     finite = jnp.isfinite(training) & jnp.isfinite(held_out)
     kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), losses, old)
     return state._replace(strength=jnp.where(finite, strength, state.strength), losses=kept)
