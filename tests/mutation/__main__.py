@@ -36,7 +36,8 @@ IGNORED += ["tests/integration/test_processes.py"]
 PYTEST = ["-m", "pytest", "-o", "addopts=", "--doctest-modules", "--import-mode=importlib", "-q"]
 PYTEST += ["-p", "no:cacheprovider"]
 # What runs in processes of its own is not seen by coverage.
-ELSEWHERE = dict.fromkeys(["_batch", "_sharding"], ["tests/integration/test_sharding.py"])
+SHARDING = "tests/integration/test_sharding.py"
+ELSEWHERE = {"_batch": [SHARDING], "_sharding": [SHARDING]}
 FOUND = Path(tempfile.gettempdir()) / "gradreg-mutation"
 
 
