@@ -1,31 +1,96 @@
-"""Every regularizer on digits with wrong labels: what it does to test accuracy, training loss and
-curvature, and what it costs.
+"""Every regularizer on digits with wrong labels and on clean MNIST-1D: what it does to test
+accuracy, training loss and curvature, and what it costs.
 """
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.ticker import LogLocator, NullFormatter
-
+from gradreg_optax import relative_gradreg
 from gradreg_optax.experiments import common, data, plots, runs, statistics, tables
-from gradreg_optax.experiments.trainer import METHODS, Recipe
+from gradreg_optax.experiments.common import CommandError
+from gradreg_optax.experiments.trainer import METHODS, Method, Recipe
 
-# The settings of each method, chosen on other seeds.
-SETTINGS: dict[str, dict[str, float]] = {
-    "SGD": {},
-    "DB": {"gamma": 6.0},
-    "B-GR": {"gamma": 6.0, "epsilon": 0.1},
-    "C-GR": {"gamma": 5.0, "epsilon": 0.3},
-    "F-GR": {"gamma": 5.0, "epsilon": 10.0},
-    "SAM": {"rho": 1.5},
-    "flooding": {"level": 1.2},
+# Two rows that need more than settings: a part of the batch, and samples that are held out.
+LAZY = dataclasses.replace(METHODS["F-GR"], label="lazy F-GR")
+SELF_TUNED = Method(  # a held-out sample costs a forward pass, a third of a gradient
+    "self-tuned", functools.partial(relative_gradreg, strength=None), (), 2 + 1 / 3
+)
+ROWS = METHODS | {row.label: row for row in (LAZY, SELF_TUNED)}
+_LAZY_PART, _HELD_OUT = 1 / 4, 1 / 10  # of the batch, and of the training samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A data set, and how every row trains on it.
+
+    Attributes:
+      title: what it is.
+      network: what differs from the usual recipe.
+      settings: the values of each row's settings, chosen on other seeds.
+      dear: a run takes so long that half of the seeds have to do.
+    """
+
+    title: str
+    network: Mapping[str, Any]
+    settings: Mapping[str, Mapping[str, float]]
+    dear: bool = False
+
+
+TASKS = {
+    "digits": Task(
+        "digits",
+        {},
+        {
+            "SGD": {},
+            "DB": {"gamma": 5.0},
+            "B-GR": {"gamma": 5.0, "epsilon": 0.1},
+            "C-GR": {"gamma": 5.0, "epsilon": 0.1},
+            "F-GR": {"gamma": 4.0, "epsilon": 10.0},
+            "lazy F-GR": {"gamma": 1.0, "epsilon": 3.0, "interval": 4},
+            "SAM": {"rho": 1.5},
+            "relative": {"strength": 1.0},
+            "self-tuned": {},
+            "flooding": {"level": 1.2},
+        },
+    ),
+    "mnist1d": Task(
+        "MNIST-1D",
+        {"width": 128, "depth": 2, "batch_size": 64, "learning_rate": 0.5},
+        {
+            "SGD": {},
+            "DB": {"gamma": 1.0},
+            "F-GR": {"gamma": 1.0, "epsilon": 3.0},
+            "lazy F-GR": {"gamma": 0.125, "epsilon": 3.0, "interval": 4},
+            "SAM": {"rho": 0.4},
+            "relative": {"strength": 0.75},
+            "self-tuned": {},
+            "flooding": {"level": 0.01},
+        },
+        dear=True,
+    ),
 }
 # At one gamma, the signed ascent step: B-GR is negative, DB zero, F-GR positive.
-COMMON_GAMMA = 3.0
+SIGNED_ON, COMMON_GAMMA = "digits", 3.0
 SIGNED_EPSILON = (-1.0, -0.3, 0.0, 0.3, 1.0, 3.0)
-PAIRS = (("F-GR", "DB"), ("F-GR", "SAM"))
-_SYMBOLS = {"gamma": "γ", "epsilon": "ε", "rho": "ρ", "level": "b"}
+PAIRS = (
+    ("F-GR", "DB"),
+    ("F-GR", "SAM"),
+    ("lazy F-GR", "F-GR"),
+    ("relative", "SAM"),
+    ("self-tuned", "SGD"),
+)
+_SYMBOLS = {
+    "gamma": "γ",
+    "epsilon": "ε",
+    "rho": "ρ",
+    "level": "b",
+    "strength": "r",
+    "fraction": "f",
+    "interval": "k",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +98,30 @@ class Config(common.Training):
     """Settings of ``gradreg compare``."""
 
     output: Path = Path("results/compare")
+    datasets: tuple[str, ...] = tuple(TASKS)
+    """Data sets: digits, with 30% wrong labels by default, and mnist1d, clean by default."""
     seeds: int = 10
-    """Number of seeds; the methods are paired by seed."""
+    """Number of seeds, of mnist1d half as many; the methods are paired by seed."""
 
     def __post_init__(self) -> None:
-        """Checks the number of seeds."""
+        """Checks the number of seeds and the names."""
         super().__post_init__()
         common.at_least(self, 1, "seeds")
+        known(self.datasets)
+
+
+def known(datasets: tuple[str, ...]) -> None:
+    """Checks names of data sets.
+
+    Raises:
+      CommandError: none, or one that no settings were chosen for.
+    """
+    unknown = [name for name in datasets if name not in TASKS]
+    if unknown or not datasets:
+        raise CommandError(
+            f"datasets must be some of {', '.join(TASKS)}, got {', '.join(unknown) or 'none'}:"
+            " gradreg sweep takes any."
+        )
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -49,96 +131,176 @@ def run(config: Config) -> dict[str, Any]:
       config: the settings.
 
     Returns:
-      "recipe", what the methods have in common; "methods", how each is made; "costs", its FLOPs per
-      step relative to SGD; and "runs", one row a run: its "role" is "best" for the settings of each
-      method, and "signed" for those at one gamma, which have the signed "step".
+      "recipes", what the methods have in common on each data set; "methods", how each is made;
+      "costs", its FLOPs per step relative to SGD; and "runs", one row a run: its "role" is "best"
+      for the settings of each method, and "signed" for those at one gamma, which have the signed
+      "step".
 
     Raises:
       CommandError: settings that do not fit the data.
     """
-    recipe, dataset = Recipe(**config.sizes("digits")), data.load("digits")
-    seeds = range(config.seed, config.seed + config.seeds)
     store = runs.Store(config.output)
+    recipes, methods, costs, found = {}, {}, [], []
+    for name in config.datasets:
+        dataset, settings, seeds = data.load(name), TASKS[name].settings, seeds_of(config, name)
+        chosen = {label: recipe(config, name, label) for label in settings}
+        wanted = [one for label in settings for one in wanted_runs(config, name, label, seeds)]
+        if name == SIGNED_ON:
+            wanted += _signed(chosen["SGD"], seeds)
+        found.append(runs.train(dataset, wanted, store, what=f"compare {name}"))
+        for label, given in settings.items():
+            flops = runs.flops(dataset, ROWS[label], chosen[label], store)
+            costs.append((name, label, 1 + (flops - 1) / given.get("interval", 1)))
+        recipes[name] = chosen["SGD"].describe()
+        methods[name] = {label: ROWS[label].call(given) for label, given in settings.items()}
+    columns = dict(zip(("dataset", "method", "flops"), zip(*costs, strict=True), strict=True))
+    return {"recipes": recipes, "methods": methods, "costs": columns, "runs": runs.stack(*found)}
+
+
+def seeds_of(config: Any, name: str) -> range:
+    """The seeds of a data set."""
+    size = -(-config.seeds // 2) if TASKS[name].dear else config.seeds
+    return range(config.seed, config.seed + size)
+
+
+def recipe(config: common.Training, name: str, label: str = "SGD") -> Recipe:
+    """How a row trains on a data set."""
+    chosen = Recipe(**config.sizes(name), **TASKS[name].network)
+    if label == LAZY.label:
+        return dataclasses.replace(chosen, penalty_fraction=_LAZY_PART)
+    if label == SELF_TUNED.label:  # it has the samples of the others, and trains on fewer
+        size = chosen.train_size or len(data.load(name).train_x)
+        return dataclasses.replace(chosen, held_out=max(1, round(_HELD_OUT * size)))
+    return chosen
+
+
+def wanted_runs(config: common.Training, name: str, label: str, seeds: Any) -> list[runs.Run]:
+    """A row's runs on a data set."""
+    values = {setting: (value,) for setting, value in TASKS[name].settings[label].items()}
+    chosen = recipe(config, name, label)
+    tags: dict[str, Any] = {"role": "best", "dataset": name}
+    if chosen.penalty_fraction < 1:
+        tags["fraction"] = chosen.penalty_fraction
+    if chosen.held_out:
+        tags["held_out"] = chosen.held_out
+    return runs.grid(ROWS[label], chosen, values, seeds, **tags)
+
+
+def _signed(chosen: Recipe, seeds: Any) -> list[runs.Run]:
+    """The runs at one gamma."""
     wanted = []
-    for label, setting in SETTINGS.items():
-        values = {name: (value,) for name, value in setting.items()}
-        wanted += runs.grid(METHODS[label], recipe, values, seeds, role="best")
     for step in SIGNED_EPSILON:
         method = METHODS["DB" if step == 0 else "F-GR" if step > 0 else "B-GR"]
         values = {"gamma": (COMMON_GAMMA,), "epsilon": (abs(step),)}
-        if method.label in SETTINGS:
-            wanted += runs.grid(method, recipe, values, seeds, role="signed", step=step)
-    found = runs.train(dataset, wanted, store, what="compare")
-    costs = [runs.flops(dataset, METHODS[label], recipe, store) for label in SETTINGS]
-    return {
-        "recipe": recipe.describe(),
-        "methods": {label: METHODS[label].call(given) for label, given in SETTINGS.items()},
-        "costs": {"method": list(SETTINGS), "flops": costs},
-        "runs": found,
-    }
+        tags = {"role": "signed", "dataset": SIGNED_ON, "step": step}
+        wanted += runs.grid(method, chosen, values, seeds, **tags)
+    return wanted
 
 
 def table(results: dict[str, Any]) -> str:
-    """The comparison as text: accuracies with standard errors over seeds, paired differences to SGD
-    with p-values, curvature and cost.
+    """The comparison as text: for each data set accuracies with standard errors over seeds, paired
+    differences to SGD with p-values, curvature and cost.
     """
     best, signed = (runs.select(results["runs"], role=role) for role in ("best", "signed"))
-    head = ["method", "setting", "test accuracy %", "minus SGD", "p", "train loss"]
-    head += ["top eigenvalue", "gradients", "FLOPs"]
-    costs = dict(zip(*results["costs"].values(), strict=True))
-    rows = [_row(rows, best, costs[label]) for (label,), rows in runs.groups(best, "method")]
-    lines = [tables.aligned(head, rows, left=2), ""]
-    lines += statistics.pairs(dict(accuracies(best)), PAIRS)
-    lines += [
-        "",
-        f"test accuracy % at gamma = {COMMON_GAMMA:g} against the signed ascent step (B-GR < 0,"
-        " DB = 0, F-GR > 0):",
-        tables.aligned(
-            ["method", "epsilon", "test accuracy %"],
-            [
-                [label, f"{step:g}", statistics.percent(rows["accuracy"])]
-                for (label, step), rows in runs.groups(signed, "method", "step")
-            ],
-        ),
-        f"\nmeans over {len(set(best['seed']))} seeds ± standard error; p: paired t-test; cost per"
-        " step relative to SGD.",
-    ]
+    lines = []
+    for (name,), found in runs.groups(best, "dataset"):
+        rows = [_row(row, found, cost(results, name, label)) for label, row in methods(found)]
+        title = described(name, results["recipes"][name])
+        lines += [f"{title}, {len(set(found['seed']))} seeds", tables.aligned(_HEAD, rows, left=2)]
+        lines += ["", *statistics.pairs(dict(accuracies(found)), PAIRS), ""]
+    if len(signed["seed"]):
+        rows = [
+            [label, f"{step:g}", statistics.percent(found["accuracy"])]
+            for (label, step), found in runs.groups(signed, "method", "step")
+        ]
+        lines.append(
+            f"digits at gamma = {COMMON_GAMMA:g}, against the signed ascent step (B-GR < 0, DB = 0,"
+            " F-GR > 0):"
+        )
+        lines += [tables.aligned(["method", "epsilon", "test accuracy %"], rows), ""]
+    lines.append(
+        "means over seeds ± standard error; p: paired t-test. gradients and FLOPs: a step's,"
+        " relative to SGD. lazy: on the part f of the batch in every k-th step. self-tuned: holds a"
+        " tenth of the training samples out, which all others train on."
+    )
     return "\n".join(lines)
+
+
+_HEAD = ["method", "setting", "gradients", "FLOPs", "test accuracy %", "minus SGD", "p"]
+_HEAD += ["train loss", "top eigenvalue"]
+
+
+def described(name: str, recipe: Mapping[str, Any]) -> str:
+    """What is trained on, as a title."""
+    size, noise = recipe["train_size"], recipe["label_noise"]
+    samples = f", {size} training samples" if size is not None and size == size else ""
+    return f"{TASKS[name].title}{samples}, " + (f"{noise:.0%} wrong labels" if noise else "clean")
+
+
+def methods(rows: runs.Columns) -> list[tuple[str, runs.Columns]]:
+    """The rows of each method."""
+    return [(label, found) for (label,), found in runs.groups(rows, "method")]
 
 
 def accuracies(rows: runs.Columns) -> list[tuple[str, Any]]:
     """The accuracies of each method, over the seeds."""
-    return [(label, found["accuracy"]) for (label,), found in runs.groups(rows, "method")]
+    return [(label, found["accuracy"]) for label, found in methods(rows)]
+
+
+def cost(results: dict[str, Any], name: str, label: str) -> float:
+    """FLOPs per step relative to SGD."""
+    return float(runs.select(results["costs"], dataset=name, method=label)["flops"][0])
+
+
+def _row(rows: runs.Columns, best: runs.Columns, flops: float) -> list[str]:
+    label = rows["method"][0]
+    values = {name: rows[name][0] for name in _SYMBOLS if name in rows}
+    setting = [f"{_SYMBOLS[name]}={value:g}" for name, value in values.items() if value == value]
+    gain = statistics.paired(
+        100 * rows["accuracy"], 100 * runs.select(best, method="SGD")["accuracy"]
+    )
+    cells = [label, " ".join(setting), f"{rows['gradients'][0]:.3g}", f"{flops:.2f}"]
+    cells.append(statistics.percent(rows["accuracy"]))
+    cells += ["", ""] if label == "SGD" else [f"{gain:+.1f}", gain.chance]
+    cells.append(f"{statistics.estimate(rows['train_loss']).mean:.3f}")
+    return [*cells, f"{statistics.estimate(rows['eigenvalue']):.2f}"]
 
 
 def plot(results: dict[str, Any], output: Path) -> list[Path]:
-    """Draws compare.png: accuracy of each method, accuracy against curvature, and accuracy against
+    """Draws compare.png: accuracy against the cost of a step on each data set, and accuracy against
     the signed ascent step.
     """
-    made, (left, middle, right) = plots.figure(3, width=4.4, height=3.8)
-    best = runs.select(results["runs"], role="best")
-    plots.seeds(left, *zip(*accuracies(best), strict=True))
-    left.set(title="each method at its own setting")
-    for (label,), rows in runs.groups(best, "method"):
-        sharpness, height = (
-            statistics.estimate(x) for x in (rows["eigenvalue"], 100 * rows["accuracy"])
-        )
-        point = (sharpness.mean, height.mean, height.error, sharpness.error)
-        middle.errorbar(*point, fmt="o", color=plots.color(label), label=label)
-    middle.set(
-        xscale="log",
-        xlabel="top Hessian eigenvalue of the training loss",
-        title="flatter minima test better",
-    )
-    middle.xaxis.set_major_locator(LogLocator(subs=(1, 2, 4)))
-    middle.xaxis.set_major_formatter("{x:g}")
-    middle.xaxis.set_minor_formatter(NullFormatter())
-    middle.legend(frameon=False)
-    _draw_signed(right, runs.select(results["runs"], role="signed"), best)
+    best, signed = (runs.select(results["runs"], role=role) for role in ("best", "signed"))
+    found = list(runs.groups(best, "dataset"))
+    shown = len(found) + (len(signed["seed"]) > 0)
+    made, axes = plots.figure(shown, width=4.6, height=4.0)
+    for axis, ((name,), rows) in zip(axes, found, strict=False):
+        _draw_costs(axis, rows)
+        axis.set_title(described(name, results["recipes"][name]), fontsize=11)
+    axes[0].set_ylabel("test accuracy %")
+    if len(signed["seed"]):
+        plain = runs.select(best, dataset=SIGNED_ON, method="SGD")
+        _draw_signed(axes[-1], signed, plain)
     return plots.save(made, output, "compare")
 
 
-def _draw_signed(axis: Any, signed: runs.Columns, best: runs.Columns) -> None:
+def _draw_costs(axis: Any, rows: runs.Columns) -> None:
+    marks = []
+    for label, found in methods(rows):
+        mean, error, _ = statistics.estimate(100 * found["accuracy"])
+        place = found["gradients"][0]
+        look: Any = {"fmt": "o", "ms": 6, "color": plots.color(label)}
+        axis.errorbar(place, mean, error, **look)
+        marks.append((place, mean, label))
+    plain = next((mean for _, mean, label in marks if label == "SGD"), None)
+    if plain is not None:
+        axis.axhline(plain, ls="--", lw=1, color=plots.color("SGD"), zorder=0)
+    axis.set(xlabel="cost of a step, in gradients", xlim=(0.8, 3.75), xticks=(1, 2, 3))
+    axis.margins(y=0.1)
+    plots.label(axis, marks)
+
+
+def _draw_signed(axis: Any, signed: runs.Columns, plain: runs.Columns) -> None:
     steps = []
     for place, ((label, step), rows) in enumerate(runs.groups(signed, "method", "step")):
         mean, error, _ = statistics.estimate(100 * rows["accuracy"])
@@ -148,28 +310,13 @@ def _draw_signed(axis: Any, signed: runs.Columns, best: runs.Columns) -> None:
             label, (place, mean), (6, -11), textcoords="offset points", fontsize=9, **look
         )
         steps.append(f"{step:g}")
-    plain = statistics.estimate(100 * runs.select(best, method="SGD")["accuracy"]).mean
+    height = statistics.estimate(100 * plain["accuracy"]).mean
     look = {"color": plots.color("SGD")}
-    axis.axhline(plain, ls="--", lw=1, **look)
-    axis.annotate("SGD", (0, plain), (0, 3), textcoords="offset points", fontsize=9, **look)
+    axis.axhline(height, ls="--", lw=1, **look)
+    axis.annotate("SGD", (0, height), (0, 3), textcoords="offset points", fontsize=9, **look)
     axis.set_xticks(range(len(steps)), steps)
     axis.set_xlim(-0.4, len(steps) - 0.3)
     axis.set(
         xlabel="signed ascent step $\\epsilon$",
-        ylabel="test accuracy %",
-        title=f"at one $\\gamma$ = {COMMON_GAMMA:g}",
+        title=f"the same digits at one $\\gamma$ = {COMMON_GAMMA:g}",
     )
-
-
-def _row(rows: runs.Columns, best: runs.Columns, flops: float) -> list[str]:
-    label = rows["method"][0]
-    values = {name: rows[name][0] for name in _SYMBOLS if name in rows}
-    setting = [f"{_SYMBOLS[name]}={value:g}" for name, value in values.items() if value == value]
-    cells = [label, " ".join(setting), statistics.percent(rows["accuracy"])]
-    gain = statistics.paired(
-        100 * rows["accuracy"], 100 * runs.select(best, method="SGD")["accuracy"]
-    )
-    cells += ["", ""] if label == "SGD" else [f"{gain:+.1f}", gain.chance]
-    cells.append(f"{statistics.estimate(rows['train_loss']).mean:.3f}")
-    cells.append(f"{statistics.estimate(rows['eigenvalue']):.2f}")
-    return [*cells, f"{rows['gradients'][0]:g}", f"{flops:.2f}"]

@@ -471,6 +471,8 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
             axis.plot(*zip(*points, strict=True), "-", lw=1, zorder=0, **look)
         axis.set(xlabel="cost of a step (gradient evaluations)", title=name, xlim=(0.8, 3.3))
         axis.margins(y=0.15)
+        rule: Any = {"mec": "0.4", "mfc": "white", "label": "its γ by rule, not by search"}
+        axis.plot([], [], "D", ms=5, **rule)
         axis.legend(loc="center right", frameon=False, fontsize=8)
     axes[0].set_ylabel("test accuracy %")
     return plots.save(made, output, "frontier")

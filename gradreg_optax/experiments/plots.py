@@ -20,6 +20,8 @@ COLORS = {
     "GNP": "#bcbd22",
     "relative": "#e377c2",
     "flooding": "#2ca02c",
+    "lazy F-GR": "#a50f15",
+    "self-tuned": "#c51b8a",
 }
 
 
@@ -48,6 +50,25 @@ def seeds(axis: Any, labels: Sequence[str], accuracies: Sequence[Any]) -> None:
         axis.errorbar(place, mean, error, fmt="_", ms=22, mew=2.5, color=color(label))
     axis.set_xticks(range(len(labels)), labels, rotation=35)
     axis.set(ylabel="test accuracy %")
+
+
+def label(axis: Any, marks: Sequence[tuple[float, float, str]], apart: float = 0.055) -> None:
+    """Writes the name of each mark to its right, names at one place below each other.
+
+    Args:
+      axis: the axis, with its limits as they will be.
+      marks: place, height and name of each.
+      apart: the least distance of two names, as a share of the axis' height.
+    """
+    low, high = axis.get_ylim()
+    left, right = axis.get_xlim()
+    free: dict[float, float] = {}  # where the last name at a place stands
+    for place, height, name in sorted(marks, key=lambda mark: (mark[0], -mark[1])):
+        wanted = min(height, free.get(place, high + height) - apart * (high - low))
+        free[place] = wanted
+        text: Any = {"fontsize": 9, "va": "center", "color": color(name)}
+        text["bbox"] = {"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8}
+        axis.annotate(name, (place, height), (place + 0.04 * (right - left), wanted), **text)
 
 
 def save(made: Figure, output: Path, name: str) -> list[Path]:

@@ -150,9 +150,10 @@ def train(
 def flops(dataset: Dataset, method: Method, recipe: Recipe, store: Store | None = None) -> float:
     """Floating-point operations of a step, every penalty taken, over those of the plain one."""
     store, counts = store or Store(None), []
-    for chosen in (method, METHODS["SGD"]):
-        trainer = _trainer(dataset, chosen, recipe)
-        what = {"recipe": recipe.describe(), "program": trainer.digest(chosen.settings)}
+    plain = dataclasses.replace(recipe, penalty_fraction=1.0, held_out=0)
+    for chosen, how in ((method, recipe), (METHODS["SGD"], plain)):
+        trainer = _trainer(dataset, chosen, how)
+        what = {"recipe": how.describe(), "program": trainer.digest(chosen.settings)}
         count = store.keep(f"flops-{chosen.label}", what, functools.partial(_flops, trainer))
         counts.append(count["flops"])
     return float(counts[0] / counts[1])

@@ -62,15 +62,23 @@ class Config(common.OnData):
     """First learning rate; it falls to zero along a cosine."""
     optimizer: OptimizerName = "sgd"
     """Optimizer behind the regularizer."""
+    penalty_fraction: float = 1.0
+    """Share of the batch that the penalty is taken on."""
+    interval: int = 1
+    """The penalty is taken in every so many-th step."""
     lanes: int = 40
     """Runs that train side by side; memory grows with it."""
 
     def __post_init__(self) -> None:
         """Checks the numbers of runs and every value of the grids."""
         super().__post_init__()
-        common.at_least(self, 1, "seeds", "report_seeds", "lanes")
+        common.at_least(self, 1, "seeds", "report_seeds", "lanes", "interval")
         common.at_least(self, 0, "gammas", "levels", "strengths")
-        common.above_zero(self, "epsilons", "rhos")
+        common.above_zero(self, "epsilons", "rhos", "penalty_fraction")
+        if self.penalty_fraction > 1:
+            raise CommandError(
+                f"penalty_fraction must not exceed 1, got {self.penalty_fraction:g}."
+            )
         unknown = [label for label in self.methods if label not in METHODS]
         if unknown or not self.methods:
             raise CommandError(
@@ -102,7 +110,7 @@ def run(config: Config) -> dict[str, Any]:
     for label in config.methods:
         names = METHODS[label].settings
         setting = runs.best(runs.select(found, method=label), *names)
-        values = {name: (value,) for name, value in (setting or {}).items()}
+        values = grids | {name: (value,) for name, value in (setting or {}).items()}
         if setting is not None:
             report += runs.grid(METHODS[label], recipe, values, fresh, role="report")
     again = runs.train(dataset, report, store, lanes=config.lanes, what="reporting")
@@ -156,12 +164,13 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
 def _grids(config: Config) -> dict[str, tuple[float, ...]]:
     """The values of each setting, from the option of its name in plural."""
     names = {name for method in METHODS.values() for name in method.settings}
-    return {name: getattr(config, f"{name}s") for name in names}
+    values = {name: getattr(config, f"{name}s") for name in names}
+    return values | ({"interval": (config.interval,)} if config.interval > 1 else {})
 
 
 def _recipe(config: Config) -> Recipe:
     names = ("model", "width", "depth", "batch_size", "learning_rate", "optimizer")
-    chosen = {name: getattr(config, name) for name in names}
+    chosen = {name: getattr(config, name) for name in (*names, "penalty_fraction")}
     return Recipe(**chosen, **config.sizes(config.dataset), eigenvalue=False)
 
 

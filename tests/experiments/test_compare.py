@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -10,10 +12,22 @@ LABELS = ("SGD", "DB", "B-GR", "F-GR", "SAM")
 def found(tmp_path_factory):
     """The comparison as the command makes it, on three seeds and without the methods that no claim
     speaks of."""
-    config = compare.Config(seeds=3, output=tmp_path_factory.mktemp("compare"))
+    folder = tmp_path_factory.mktemp("compare")
+    config = compare.Config(seeds=3, output=folder, datasets=("digits",))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "SETTINGS", {label: compare.SETTINGS[label] for label in LABELS})
+        patch.setattr(compare, "TASKS", only(*LABELS))
         return results.load(results.save(config.output, "compare", config, compare.run(config)))
+
+
+def only(*labels):
+    """The tasks with some of their rows."""
+    return {
+        name: dataclasses.replace(
+            task,
+            settings={label: task.settings[label] for label in labels if label in task.settings},
+        )
+        for name, task in compare.TASKS.items()
+    }
 
 
 def rows(found, label):
@@ -51,17 +65,20 @@ def test_regularization_finds_flatter_minima(found):
 
 
 def test_the_results_say_what_was_compared(found):
-    assert found["methods"]["B-GR"] == "fd_gradreg(scheme='backward', gamma=6, epsilon=0.1)"
-    assert (found["recipe"]["model"], found["recipe"]["label_noise"]) == ("mlp", 0.3)
+    assert (
+        found["methods"]["digits"]["B-GR"] == "fd_gradreg(scheme='backward', gamma=5, epsilon=0.1)"
+    )
+    recipe = found["recipes"]["digits"]
+    assert (recipe["model"], recipe["label_noise"]) == ("mlp", 0.3)
 
 
 def test_the_table_names_method_difference_cost_and_number_of_seeds(found):
     text = compare.table(found)
     row = next(line for line in text.splitlines() if line.startswith("F-GR  "))
     difference = statistics.paired(100 * accuracy(found, "F-GR"), 100 * accuracy(found, "SGD"))
-    assert "γ=5 ε=10" in row
+    assert "γ=4 ε=10" in row
     assert f"{difference.mean:+.1f} ± {difference.error:.1f}" in row
-    assert "means over 3 seeds" in text
+    assert "digits, 300 training samples, 30% wrong labels, 3 seeds" in text
 
 
 def test_the_table_sets_forward_differences_beside_sam(found):
@@ -89,6 +106,51 @@ def test_the_figure_is_drawn_from_the_file_alone(found, tmp_path):
     (figure,) = compare.plot(found, tmp_path)
     assert figure.name == "compare.png"
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Both data sets and the rows that are more than settings, for a few steps."""
+    config = compare.Config(seeds=4, steps=20, output=tmp_path_factory.mktemp("both"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "TASKS", only("SGD", "F-GR", "lazy F-GR", "self-tuned"))
+        patch.setattr(compare, "SIGNED_ON", "none of them")
+        return results.load(results.save(config.output, "compare", config, compare.run(config)))
+
+
+def test_each_data_set_is_compared_with_itself_and_a_dear_one_on_half_of_the_seeds(both, tmp_path):
+    seeds = {name: set(part["seed"]) for (name,), part in runs.groups(both["runs"], "dataset")}
+    assert seeds == {"digits": {0, 1, 2, 3}, "mnist1d": {0, 1}}
+    text = compare.table(both)
+    assert "digits, 300 training samples, 30% wrong labels, 4 seeds" in text
+    assert "MNIST-1D, clean, 2 seeds" in text
+    assert compare.plot(both, tmp_path)
+
+
+def test_the_cost_of_a_lazy_penalty_is_counted_over_its_steps(both):
+    """A quarter of the batch on every fourth step costs 1 + 2 (1/4) / 4 gradients, and so it does
+    in operations, but for the few of the optimizer."""
+    for name in compare.TASKS:
+        lazy = runs.select(both["runs"], dataset=name, method="lazy F-GR")
+        assert (lazy["gradients"] == 1.125).all()
+        assert compare.cost(both, name, "lazy F-GR") == pytest.approx(1.125, abs=0.01)
+        assert compare.cost(both, name, "F-GR") == pytest.approx(2, abs=0.02)
+        assert compare.cost(both, name, "SGD") == 1
+
+
+def test_a_self_tuned_run_has_no_samples_that_the_others_lack():
+    """What it holds out is taken off its training set."""
+    config = compare.Config()
+    for name, held_out in (("digits", 30), ("mnist1d", 400)):
+        tuned, plain = (compare.recipe(config, name, label) for label in ("self-tuned", "SGD"))
+        assert (tuned.held_out, plain.held_out) == (held_out, 0)
+        assert tuned.train_size == plain.train_size
+
+
+@pytest.mark.parametrize("datasets", [(), ("mnist",)])
+def test_data_sets_without_chosen_settings_are_refused(datasets):
+    with pytest.raises(ValueError, match="datasets must be some of digits, mnist1d, got"):
+        compare.Config(datasets=datasets)
 
 
 def test_no_seeds_are_refused():

@@ -94,6 +94,15 @@ def test_every_method_of_the_table_can_be_swept(tmp_path, pretended):
         assert all(hasattr(TINY, f"{name}s") for name in method.settings)
 
 
+def test_a_lazy_penalty_on_a_part_of_the_batch_can_be_swept(tmp_path, pretended):
+    lazy = {"penalty_fraction": 0.25, "interval": 4}
+    found = loaded(tmp_path, methods=("SGD", "F-GR"), **lazy)
+    rows = runs.select(found["runs"], method="F-GR")
+    assert found["recipe"]["penalty_fraction"] == 0.25
+    assert (rows["interval"] == 4).all()
+    assert (rows["gradients"] == 1.125).all()
+
+
 @pytest.mark.parametrize("methods", [("SAM",), ("flooding", "SGD"), ("DB",)])
 def test_methods_without_a_gamma_or_an_epsilon_are_drawn_too(tmp_path, pretended, methods):
     assert sweep.plot(loaded(tmp_path, methods=methods), tmp_path)
@@ -173,6 +182,9 @@ def test_a_changed_file_uses_no_stale_part(tmp_path, pretended):
         ({"gammas": ()}, "gammas must hold at least one value"),
         ({"epsilons": (0.0,)}, "epsilons must be above 0"),
         ({"rhos": (-0.1,)}, "rhos must be at least 0, got -0.1"),
+        ({"interval": 0}, "interval must be at least 1, got 0"),
+        ({"penalty_fraction": 0.0}, "penalty_fraction must be above 0"),
+        ({"penalty_fraction": 1.5}, "penalty_fraction must not exceed 1, got 1.5"),
         ({"methods": ()}, "methods must be some of SGD, .*, got none"),
         ({"methods": ("GR",)}, "methods must be some of SGD, .*, got GR"),
     ],
