@@ -112,14 +112,14 @@ def scalar(
             f"{caller}: {name} must be a scalar, got shape {array.shape}: use jax.vmap for several"
             " values."
         )
+    dtype, rule = _float_dtype(array.dtype), RULES.get(f"{caller}: {name}", RULES.get(name))
     with np.errstate(over="ignore"):  # what is too large becomes inf, which the rule refuses
-        number: jax.Array = array.astype(_float_dtype(array.dtype))
-    rule = RULES.get(f"{caller}: {name}", RULES.get(name))
+        number: jax.Array = array.astype(dtype)
+        concrete = np.nan if is_traced(value) else float(np.asarray(value).astype(dtype))
     if rule is None or is_traced(value) or (scheduled and rule.from_zero):
         return number
-    concrete = float(np.asarray(number))
     warm_up = rule.from_zero and isinstance(value, jax.Array) and concrete == 0
-    if not (warm_up or rule.holds(concrete, float(np.finfo(number.dtype).tiny))):
+    if not (warm_up or rule.holds(concrete, float(np.finfo(dtype).tiny))):
         got = value if rule.from_zero else f"{concrete:g}"
         raise ValueError(f"{caller}: {name} must {rule.says}, got {got}: {rule.remedy}.")
     return number
