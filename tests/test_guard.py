@@ -151,13 +151,3 @@ def test_what_is_found_does_not_depend_on_the_size_of_the_loss(size, off):
         lambda: tx.update(gradient, tx.init(PARAMS), PARAMS, value_fn=scaled),
     )
     assert bool(found) == bool(off)
-
-
-def test_a_step_that_is_still_running_at_the_end_is_waited_for():
-    def slow(params):
-        x = jax.lax.fori_loop(0, 400, lambda _, x: jnp.cos(x @ x), jnp.ones((200, 200)))
-        return jnp.sum(params) ** 2 * jnp.mean(x)
-
-    tx, params = fd_gradreg(**FD), jnp.ones(2)
-    step = jax.jit(lambda p: tx.update(p, tx.init(p), p, value_fn=slow))
-    assert findings_of(step, params)

@@ -174,7 +174,7 @@ def pair_loss(model, pair):
 
 
 def test_a_strength_that_tunes_itself_sees_the_held_out_batch_and_moves_no_statistics():
-    tx = optax.chain(gr.relative_gradreg(strength=None), optax.sgd(RATE))
+    tx = optax.chain(gr.relative_gradreg(strength=None), optax.sgd(0.3))
     model, optimizer = model_and_optimizer(tx)
     graphdef, _, _ = nnx.split(model, nnx.Param, ...)
     _, params, rest = split(model)
@@ -198,11 +198,11 @@ def test_a_strength_that_tunes_itself_sees_the_held_out_batch_and_moves_no_stati
         return optax.apply_updates(params, updates), after, state
 
     state = tx.init(params)
-    for _ in range(8):
+    for _ in range(40):
         step(model, optimizer, (x, y), held_out=held_out)
         params, rest, state = functional(params, rest, state)
-    assert relative_error(split(model)[1], params) < 1e-4  # float32 over eight steps
-    assert relative_error(split(model)[2]["norm"], rest["norm"]) < 1e-5
+    assert relative_error(split(model)[1], params) < 1e-3  # float32 over forty steps
+    assert relative_error(split(model)[2]["norm"], rest["norm"]) < 1e-3
     assert float(optax.tree.get(state, "strength")) > 0.1
 
 
