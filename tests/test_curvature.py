@@ -290,3 +290,8 @@ def test_a_parameter_that_does_not_move_is_lost_even_if_it_is_the_only_one():
 def test_a_number_that_shapes_the_program_cannot_be_traced(name, call):
     with pytest.raises(TypeError, match=f"{name} shapes the program and cannot be traced"):
         jax.jit(call)(4)
+
+
+def test_where_the_product_is_zero_the_error_is_absolute():
+    found = difference_error(lambda p: p + p**3, jnp.zeros([]), 0.1)
+    np.testing.assert_allclose(found.relative_error, 0.3, rtol=1e-5)  # 3 (epsilon g)^2 / epsilon

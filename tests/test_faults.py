@@ -13,6 +13,7 @@ import gradreg_optax as gr
 from gradreg_optax import curvature
 from gradreg_optax._batch import first_fraction
 from gradreg_optax._checks import fraction
+from gradreg_optax._sharding import leading_devices
 
 P = jnp.asarray([1.0, 2.0])
 BATCH = jnp.asarray([[1.0, 2.0], [0.5, -1.0], [2.0, 0.0], [-1.0, 1.0]])
@@ -483,3 +484,14 @@ def test_an_ascent_that_is_no_function_is_refused_by_both_gradient_functions():
         for bad in ({"w": True}, 0.1, "normalized"):
             with says(TypeError, f"{name}: ascent must be a function (gradient, params)"):
                 make(quartic, gamma=0.1, ascent=bad)
+
+
+def test_a_batch_split_over_two_axes_at_once_is_split_over_their_product():
+    mesh = jax.make_mesh(
+        (1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2
+    )
+    spec = jax.sharding.PartitionSpec
+    for one in (spec(("data", "model"), None), spec("data", "model"), spec(None, "model"), spec()):
+        with jax.set_mesh(mesh):
+            batch = jax.device_put(BATCH, jax.sharding.NamedSharding(mesh, one))
+            assert leading_devices(batch) == 1

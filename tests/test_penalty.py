@@ -461,13 +461,14 @@ def test_narrow_updates_of_wide_parameters_keep_their_dtype_and_the_wide_differe
     )  # one rounding
 
 
-def test_a_norm_of_leaves_of_several_widths_needs_no_promotion(x64):
-    tree = {
-        "a": jnp.full(3, 2.0, jnp.float32),
-        "b": jnp.full(2, 2.0),
-        "c": jnp.ones(5, jnp.float16),
-    }
+def test_norms_and_directions_of_leaves_of_several_widths_need_no_promotion(x64):
+    tree = [jnp.full(3, 2.0, jnp.float32), jnp.full(2, 2.0), jnp.ones(5, jnp.float16)]
+    narrow = [leaf.astype(jnp.float16) for leaf in tree]
     with jax.numpy_dtype_promotion("strict"):
-        norm = global_norm(tree)
+        norm, unit, adapted = global_norm(tree), normalized(tree, tree), adaptive(tree, narrow)
     assert norm.dtype == jnp.float64
     np.testing.assert_allclose(norm, 5.0)
+    for direction, power, length in ((unit, 1, 5.0), (adapted, 3, 85.0**0.5)):
+        for leaf, d in zip(tree, direction, strict=True):
+            assert d.dtype == leaf.dtype
+            np.testing.assert_allclose(d, np.asarray(leaf, float) ** power / length, rtol=1e-3)
