@@ -459,3 +459,30 @@ def test_a_strength_that_tunes_itself_says_what_it_needs() -> None:
     tx, params = relative_gradreg(strength=None), jnp.array([1.0, 2.0])
     with pytest.raises(TypeError, match=r"relative_gradreg: .*held_out_fn=.*held_out="):
         tx.update(params, tx.init(params), params, value_fn=lambda p: jnp.sum(p**2))
+
+
+def test_an_update_without_a_gradient_is_not_remembered():
+    def loss(p):
+        return jnp.sum(p**4)
+
+    tx = relative_gradreg(loss)
+    params = jnp.asarray([1.0, 2.0])
+    _, state = tx.update(jax.grad(loss)(params), tx.init(params), params)
+    flat = jnp.zeros(2)
+    updates, after = tx.update(flat, state, flat)
+    np.testing.assert_array_equal(updates, flat)
+    assert after.norms == state.norms
+
+
+def test_narrow_and_wide_leaves_need_no_promotion(x64):
+    params = {"a": jnp.ones(3, jnp.float32), "b": jnp.ones(2, jnp.float16)}
+
+    def loss(p):
+        return sum(jnp.sum(x.astype(jnp.float32) ** 4) for x in jax.tree.leaves(p))
+
+    tx = relative_gradreg(loss)
+    with jax.numpy_dtype_promotion("strict"):
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+    assert jax.tree.map(lambda x: x.dtype, updates) == jax.tree.map(lambda x: x.dtype, params)
