@@ -192,11 +192,11 @@ def check_choice(caller: str, name: str, value: Any, choices: Any) -> None:
 
 def flag(caller: str, name: str, value: Any) -> bool:
     """A bool, known now: a word like "no" would count as True."""
-    concrete = None if is_traced(value) or isinstance(value, str) else np.asarray(value)
-    if concrete is None or concrete.dtype != bool or concrete.shape:
+    of_bools = isinstance(value, bool) or getattr(value, "dtype", None) == np.dtype(bool)
+    if not of_bools or np.shape(value) or is_traced(value):
         traced = ", known before the program runs" if is_traced(value) else ""
         raise TypeError(f"{caller}: {name} must be True or False{traced}, got {value!r}.")
-    return bool(concrete)
+    return bool(value)
 
 
 def check_transformation(caller: str, name: str, value: Any) -> None:

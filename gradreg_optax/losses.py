@@ -113,7 +113,9 @@ def regularized_loss(
 def _counts(step: Any) -> bool:
     """Whether an argument called ``step`` may be a counter's: else it is the loss's alone."""
     dtype = getattr(step, "dtype", None)
-    return isinstance(step, int) if dtype is None else jnp.issubdtype(dtype, jnp.integer)
+    if dtype is None:
+        return isinstance(step, int) and not isinstance(step, bool)
+    return jnp.issubdtype(dtype, jnp.integer)
 
 
 class Arguments(NamedTuple):

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradreg_optax._checks import check_transformation, fraction, is_inexact
+from gradreg_optax._checks import check_arrays, check_transformation, fraction, is_inexact
 from gradreg_optax._loss import check_own_keyword, keeps_signature, with_weight
 from gradreg_optax._typing import LossFn, PyTree, Weighted
 from gradreg_optax.losses import regularized_loss
-from gradreg_optax.microbatching import microbatched
+from gradreg_optax.microbatching import made_of, microbatched
 from gradreg_optax.penalty import global_norm
 from gradreg_optax.training import (
     Call,
@@ -93,6 +93,7 @@ def make_nnx_train_step(
         with _explained(caller, lambda: call.value_fn(split.params)):
             outcome = here.run(call, split.params, counting(caller, state, optimizer.step[...]))
         aux, rest = outcome.aux
+        check_arrays(caller, "aux", aux)
         split.put_back(nnx, model, rest)
         extra = {"value_fn": call.value_fn}
         if regularizer is None:
@@ -207,9 +208,7 @@ def _loss_of_split(
     caller: str, nnx: Any, loss_fn: LossFn, has_aux: bool
 ) -> Callable[[_Split], Callable[..., tuple[Weighted, Any]]]:
     """The loss of a split module's parameters; its aux is (aux, the rest after the pass)."""
-    count = getattr(loss_fn, "micro_batches", 1)
-    in_parts = hasattr(loss_fn, "micro_batches")  # of one part as well
-    one = getattr(loss_fn, "__wrapped__", loss_fn) if in_parts else loss_fn
+    one, count = made_of(loss_fn)
     whole = with_weight(caller, one, has_aux)
 
     def loss_of(split: _Split) -> Callable[..., tuple[Weighted, Any]]:

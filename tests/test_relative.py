@@ -486,3 +486,22 @@ def test_narrow_and_wide_leaves_need_no_promotion(x64):
         for _ in range(2):
             updates, state = tx.update(jax.grad(loss)(params), state, params)
     assert jax.tree.map(lambda x: x.dtype, updates) == jax.tree.map(lambda x: x.dtype, params)
+
+
+def test_an_update_of_zero_is_not_remembered_where_the_gradient_is_evaluated_anew():
+    def loss(p):
+        return jnp.sum(p**4)
+
+    tx, params = relative_gradreg(loss, reuse_updates=False), jnp.asarray([1.0, 2.0])
+    _, state = tx.update(params, tx.init(params), params)
+    _, after = tx.update(jnp.zeros(2), state, params)
+    assert after.norms == state.norms
+
+
+def test_a_state_made_before_x64_keeps_its_dtypes():
+    params = jnp.asarray([1.0, 2.0])
+    tx = relative_gradreg()
+    state = tx.init(params)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        _, after = tx.update(params, state, params, value_fn=lambda p: jnp.sum(p**4) / 4)
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)

@@ -8,7 +8,14 @@ import numpy as np
 import optax
 import pytest
 
-from gradreg_optax import dbp_gradreg, fd_gradreg, flooding, make_train_step
+from gradreg_optax import (
+    Weighted,
+    dbp_gradreg,
+    fd_gradreg,
+    fd_value_and_grad,
+    flooding,
+    make_train_step,
+)
 from problems import batch_of, flat, loss_fn, params_of, update_of
 
 
@@ -112,3 +119,11 @@ def test_a_loss_of_the_regularizer_finds_what_the_loss_of_the_step_takes_as_keyw
         state, _ = step(init(params), batch, temperature=2.0)
         updates.append(flat(state.params))
     np.testing.assert_allclose(*updates, rtol=1e-6)
+
+
+def test_a_narrow_weight_does_not_narrow_the_total():
+    def loss(params):
+        return Weighted(params * jnp.float32(200000.0), jnp.asarray(2.0, jnp.float16))
+
+    value, _ = fd_value_and_grad(loss, gamma=0.1, epsilon=0.1)(jnp.float32(1.0))
+    assert float(value) == 100000.0

@@ -261,3 +261,13 @@ def test_micro_batches_take_a_module_with_dropout_keys():
         assert int(model.dropout.rngs.count[...]) == 1
         ends.append(split(model)[1])
     assert relative_error(ends[1], ends[0]) < 1e-5
+
+
+def test_text_in_aux_of_a_step_is_named():
+    def loss(model, pair):
+        return pair_loss(model, pair), {"word": "text"}
+
+    model, optimizer = model_and_optimizer(optax.sgd(RATE))
+    step = gr.make_nnx_train_step(loss, gr.fd_gradreg(**PENALTY), has_aux=True)
+    with pytest.raises(TypeError, match=r"make_nnx_train_step: aux\['word'\] is of type str"):
+        step(model, optimizer, batch())

@@ -224,3 +224,39 @@ def test_schedules_take_the_step_and_stateful_ascents_are_refused():
 
 def test_the_signature_is_that_of_the_loss():
     assert inspect.signature(nnx_regularized_loss(loss_fn, FD)) == inspect.signature(loss_fn)
+
+
+def linear():
+    return nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("count", [None, 2])
+def test_a_weighted_mean_keeps_its_weight(count):
+    """Of micro-batches as of the whole, where the halves weigh differently."""
+    mask = jnp.asarray([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0])
+    x = jnp.sin(jnp.arange(24.0)).reshape(8, 3)
+
+    def weighted(model, pair):
+        return gr.Weighted(jnp.sum(model(pair[0])[:, 0] ** 2 * pair[1]), jnp.sum(pair[1]))
+
+    def mean(model, pair):
+        return jnp.sum(model(pair[0])[:, 0] ** 2 * pair[1]) / jnp.sum(pair[1])
+
+    loss = weighted if count is None else gr.microbatched(weighted, count)
+    found, expected = (
+        nnx.value_and_grad(nnx_regularized_loss(f, FD))(linear(), (x, mask)) for f in (loss, mean)
+    )
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    assert relative(*(nnx.to_pure_dict(g) for _, g in (found, expected))) < 1e-5
+
+
+def test_a_function_around_a_loss_in_micro_batches_is_another_loss():
+    inner = gr.microbatched(lambda model, x: jnp.mean(model(x) ** 2), 2)
+
+    @functools.wraps(inner)
+    def doubled(model, x):
+        return 2 * inner(model, x)
+
+    x = jnp.sin(jnp.arange(24.0)).reshape(8, 3)
+    one, two = (nnx_regularized_loss(f, FD)(linear(), x) for f in (inner, doubled))
+    np.testing.assert_allclose(two, 2 * one, rtol=1e-6)
