@@ -3,21 +3,16 @@ accuracy, training loss and curvature, and what it costs.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gradreg_optax import relative_gradreg
 from gradreg_optax.experiments import common, data, plots, runs, statistics, tables
 from gradreg_optax.experiments.common import CommandError
-from gradreg_optax.experiments.trainer import METHODS, Method, Recipe
+from gradreg_optax.experiments.trainer import METHODS, SELF_TUNED, Recipe
 
-# Two rows that need more than settings: a part of the batch, and samples that are held out.
+# Two rows that the sweep does not have: one needs a part of the batch, one held-out samples.
 LAZY = dataclasses.replace(METHODS["F-GR"], label="lazy F-GR")
-SELF_TUNED = Method(  # a held-out sample costs a forward pass, a third of a gradient
-    "self-tuned", functools.partial(relative_gradreg, strength=None), (), 2 + 1 / 3
-)
 ROWS = METHODS | {row.label: row for row in (LAZY, SELF_TUNED)}
 _LAZY_PART, _HELD_OUT = 1 / 4, 1 / 10  # of the batch, and of the training samples
 

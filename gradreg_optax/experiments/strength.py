@@ -16,17 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradreg_optax import fd_gradreg, relative_gradreg
+from gradreg_optax import fd_gradreg
 from gradreg_optax.experiments import common, data, models, plots, runs, statistics, tables
 from gradreg_optax.experiments.common import CommandError
 from gradreg_optax.experiments.runs import Columns, select
-from gradreg_optax.experiments.trainer import METHODS, Array, Method, Recipe, Trainer, problem
+from gradreg_optax.experiments.trainer import (
+    METHODS,
+    SELF_TUNED,
+    Array,
+    Method,
+    Recipe,
+    Trainer,
+    problem,
+)
 
 PARTS = {"full": (1.0, 1), "lazy": (0.25, 4)}  # share of the batch, interval
 LEARNING_RATES = {"sgd": 0.2, "momentum": 0.02, "adam": 2e-3, "adamw": 2e-3}
 _WINDOW = 32  # bytes of text in a sample
-# a held-out sample costs a forward pass, a third of a gradient
-_TUNED = Method("self-tuned", functools.partial(relative_gradreg, strength=None), (), 2 + 1 / 3)
 _CELL = ("task", "optimizer", "part")
 _HEAD = ["task", "optimizer", "part", "plain"]
 _WORTH = {"accuracy": 1.0, "test_loss": 0.02}  # from here on a gain is one to be kept
@@ -197,7 +203,7 @@ class _Lab:
             wanted = grid(_SEARCHED, "gamma", best, report, "searched")
             strengths = self.config.strengths
             wanted += grid(METHODS["relative"], "strength", strengths, report, "strength")
-            tuned = self._watched(_TUNED, recipe, interval, report)
+            tuned = self._watched(SELF_TUNED, recipe, interval, report)
             found += [tried, self._train(wanted), _tagged(tuned, role="self-tuned", part=part)]
         return runs.stack(*found)
 

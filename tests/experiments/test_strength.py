@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gradreg_optax.experiments import data, models, results, runs, strength, trainer
-from gradreg_optax.experiments.trainer import METHODS, Recipe, Trainer
+from gradreg_optax.experiments.trainer import METHODS, SELF_TUNED, Recipe, Trainer
 
 TINY = {"train_size": 40, "held_out": 8, "test_size": 50, "width": 4, "steps": 30}
 SEARCH = {"seeds": 2, "choose_seeds": 1, "strengths": (0.5, 1.0), "gammas": (0.1, 3.0)}
@@ -87,13 +87,13 @@ def test_what_is_kept_is_the_share_of_the_best_gain():
 
 
 def test_the_price_of_self_tuning_is_a_third_of_a_gradient_for_a_held_out_sample():
-    cost = strength._TUNED.cost
+    cost = SELF_TUNED.cost
     assert cost(1.0, 1) == pytest.approx(2 + 1 / 3)
     assert cost(0.25, 4) == pytest.approx(1 + (2 * 0.25 + 0.25 / 3) / 4)
     recipe = Recipe(**(TINY | {"width": 64, "depth": 4}), eigenvalue=False)
     plain, tuned = (
         runs.flops(data.load("digits"), method, recipe)
-        for method in (METHODS["relative"], strength._TUNED)
+        for method in (METHODS["relative"], SELF_TUNED)
     )
     # the first layer needs no gradient of its input: there an evaluation is half of a gradient
     assert tuned - plain == pytest.approx(1 / 3, abs=0.06)
