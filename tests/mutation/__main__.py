@@ -125,12 +125,7 @@ def covering_tests(folder: Path, budget: float) -> dict[str, dict[int, list[str]
     if not times.exists():
         folder.mkdir(parents=True, exist_ok=True)
         run = [*PYTEST, "-n", "2", "--cov=gradreg_optax", "--cov-context=test", "--cov-report="]
-        run += [
-            f"--junitxml={times}",
-            "tests",
-            "gradreg_optax",
-            "--ignore=gradreg_optax/experiments",
-        ]
+        run += [f"--junitxml={times}", "tests", "gradreg_optax"]
         run += [f"--ignore={path}" for path in IGNORED]
         subprocess.run([sys.executable, *run], cwd=ROOT, env=environment(ROOT, data), check=True)
     from coverage import CoverageData  # of pytest-cov, which nothing else needs
