@@ -17,6 +17,7 @@ from gradreg_optax.experiments import (
     flooding,
     frontier,
     implicit_bias,
+    late,
     results,
     strength,
     sweep,
@@ -31,6 +32,7 @@ COMMANDS: dict[str, ModuleType] = {
     "flooding": flooding,
     "frontier": frontier,
     "strength": strength,
+    "late": late,
 }
 
 
