@@ -6,11 +6,13 @@ returns one row for each, as a dict of columns (arrays of one length); ``select`
 start goes on where the first one ended.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -140,8 +142,11 @@ def train(
     parts = list(_parts(runs, lanes))
     total = sum(len(places) * runs[places[0]].recipe.steps for places in parts)
     with common.progress(total, what, "step") as bar:
-        for places in parts:
-            columns = _part(dataset, [runs[place] for place in places], store, bar.update)
+
+        def make(places: list[int], advanced: Callable[[int], Any]) -> Columns:
+            return _part(dataset, [runs[place] for place in places], store, advanced)
+
+        for places, columns in zip(parts, _together(make, parts, bar.update), strict=True):
             for i, place in enumerate(places):
                 found[place] = {name: values[i] for name, values in columns.items()}
     return _columns([_row(run) | metrics for run, metrics in zip(runs, found, strict=True)])
@@ -260,6 +265,32 @@ def _parts(runs: Sequence[Run], lanes: int) -> Iterator[list[int]]:
         for first in range(0, len(places), width):
             part = places[first : first + width]
             yield part + part[-1:] * (width - len(part))
+
+
+def _together(
+    make: Callable[[list[int], Callable[[int], Any]], Columns],
+    parts: Sequence[list[int]],
+    advanced: Callable[[int], Any],
+) -> Iterator[Columns]:
+    """What ``make`` makes of each part, in their order; two are under way at once, so that one is
+    compiled while another trains.
+    """
+    given_up = threading.Event()
+
+    def advance(steps: int) -> None:
+        if given_up.is_set():
+            raise _GivenUpError
+        advanced(steps)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        try:
+            yield from pool.map(lambda part: make(part, advance), parts)
+        finally:  # an interrupt, or an error in one part, ends the others at their next report
+            given_up.set()
+
+
+class _GivenUpError(Exception):
+    """Another part failed, or the user interrupted."""
 
 
 def _part(

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,31 @@ def test_an_empty_or_cut_part_is_made_anew(tmp_path, content):
     part.write_text(content)
     assert keep(tmp_path, made=2.0) == 2.0
     assert keep(tmp_path, made=3.0) == 2.0
+
+
+def test_an_error_in_one_part_ends_the_others_and_keeps_what_is_finished(tmp_path, monkeypatch):
+    reports = []
+
+    def fail_or_go_on(self, settings, seeds, advanced):
+        if self.method.label == "B-GR":
+            raise ValueError("the first error")
+        for _ in range(0 if self.method.label == "SGD" else 20_000):
+            advanced(1)
+            reports.append(1)
+            time.sleep(1e-3)
+        return {"accuracy": np.zeros(len(seeds))}
+
+    monkeypatch.setattr(trainer.Trainer, "__call__", fail_or_go_on)
+    settings = {"gamma": (1.0,), "epsilon": (1.0,)}
+    wanted = [
+        one
+        for label in ("SGD", "B-GR", "F-GR", "C-GR")
+        for one in runs.grid(METHODS[label], RECIPE, settings, [0])
+    ]
+    with pytest.raises(ValueError, match="the first error"):
+        runs.train(DIGITS, wanted, runs.Store(tmp_path))
+    assert len(reports) < 20_000  # one under way ended at its next report, one never began
+    assert [path.name[:3] for path in tmp_path.glob("parts/*.json")] == ["SGD"]
 
 
 @pytest.mark.parametrize("change", [{"what": "another"}, {"data": "another"}])
