@@ -160,7 +160,7 @@ def gain(rows: runs.Columns, found: runs.Columns, over: str = PLAIN) -> statisti
 
 
 def _row(label: str, share: float, rows: runs.Columns, found: runs.Columns) -> list[str]:
-    numbers = [f"{share:g}", f"{rows['cost'][0]:.3g}", f"{rows['strength'][0]:g}"]
+    numbers = [f"{share:g}", f"{rows['cost'][0]:.4g}", f"{rows['strength'][0]:g}"]
     cells = [label, *(number.replace("nan", "") for number in numbers)]
     cells.append(statistics.percent(rows["accuracy"]))
     over = gain(rows, found)
@@ -185,10 +185,10 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
             gains = [gain(one, found) for one in rows]
             places = [place + 0.16 * (i - (len(shares) - 1) / 2) for place in range(len(labels))]
             errors = [one.error for one in gains]
-            price = f"cost {1 + 1 / share:.3g}"
+            price = f"cost {1 + 1 / share:.4g}"
             axis.errorbar(places, [one.mean for one in gains], errors, fmt="o", label=price)
         axis.set_xticks(range(len(labels)), labels, rotation=35, ha="right")
         axis.set_title(compare.described(name, results["recipes"][name]), fontsize=11)
     axes[0].set_ylabel("gain in test accuracy, points")
-    axes[0].legend(frameon=False, loc="center left")
+    axes[0].legend(frameon=False, loc="lower right")
     return plots.save(made, output, "late")
