@@ -1,6 +1,7 @@
 """The strict environment of the tests: nothing broadcasts by accident, nothing depends on chance,
 nothing opens a window."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,10 @@ import pytest
 matplotlib.use("Agg")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_x64", False)
+# Most programs here run once, so that LLVM's optimizations take longer than they save; children
+# and notebooks inherit it.
+unoptimized = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+jax.config.update("jax_disable_most_optimizations", unoptimized == "1")
 hypothesis.settings.register_profile(
     "strict", derandomize=True, deadline=None, database=None, max_examples=25
 )
