@@ -14,6 +14,7 @@ import tyro
 from gradreg_optax.experiments import (
     compare,
     cost,
+    flatness,
     flooding,
     frontier,
     implicit_bias,
@@ -33,6 +34,7 @@ COMMANDS: dict[str, ModuleType] = {
     "frontier": frontier,
     "strength": strength,
     "late": late,
+    "flatness": flatness,
 }
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from gradreg_optax.experiments import common, results
 from gradreg_optax.experiments.data import Dataset
-from gradreg_optax.experiments.trainer import METHODS, Array, Method, Recipe, Trainer
+from gradreg_optax.experiments.trainer import METHODS, Array, Method, Metrics, Recipe, Trainer
 
 Columns: TypeAlias = dict[str, Array]
 
@@ -120,6 +120,7 @@ def train(
     *,
     lanes: int = 40,
     what: str = "training",
+    metrics: Metrics | None = None,
 ) -> Columns:
     """Trains runs side by side, those of one method and recipe in one compiled program.
 
@@ -129,6 +130,8 @@ def train(
       store: keeps what is finished; None keeps nothing.
       lanes: how many runs train side by side; memory grows with it.
       what: the name of the progress bar, which shows on a terminal alone.
+      metrics: what is measured at the end of each, ``(problem, params, seed, split, pool) ->
+        metrics``, in place of what every run is measured by.
 
     Returns:
       One row a run, in their order: "method", "seed", a column for each setting (NaN where a method
@@ -144,7 +147,7 @@ def train(
     with common.progress(total, what, "step") as bar:
 
         def make(places: list[int], advanced: Callable[[int], Any]) -> Columns:
-            return _part(dataset, [runs[place] for place in places], store, advanced)
+            return _part(dataset, [runs[place] for place in places], store, advanced, metrics)
 
         for places, columns in zip(parts, _together(make, parts, bar.update), strict=True):
             for i, place in enumerate(places):
@@ -294,13 +297,18 @@ class _GivenUpError(Exception):
 
 
 def _part(
-    dataset: Dataset, runs: list[Run], store: Store, advanced: Callable[[int], Any]
+    dataset: Dataset,
+    runs: list[Run],
+    store: Store,
+    advanced: Callable[[int], Any],
+    metrics: Metrics | None,
 ) -> Columns:
     """The metrics of runs of one method and recipe that train side by side."""
     method, recipe, names = runs[0].method, runs[0].recipe, sorted(runs[0].settings)
     trainer, seeds = _trainer(dataset, method, recipe), np.array([run.seed for run in runs])
     settings = {name: np.array([run.settings[name] for run in runs]) for name in names}
-    what = {"recipe": recipe.describe(), "program": trainer.digest(tuple(names))}
+    how: dict[str, Any] = {} if metrics is None else {"metrics": metrics}
+    what = {"recipe": recipe.describe(), "program": trainer.digest(tuple(names), **how)}
     what |= {"settings": settings, "seeds": seeds, "data": fingerprint(dataset)}
     taken: list[int] = []
 
@@ -308,7 +316,7 @@ def _part(
         taken.append(steps)
         advanced(steps)
 
-    found = store.keep(method.label, what, lambda: trainer(settings, seeds, tell))
+    found = store.keep(method.label, what, lambda: trainer(settings, seeds, tell, **how))
     if not taken:  # from the disk
         advanced(len(runs) * recipe.steps)
     return found

@@ -40,7 +40,11 @@ from gradreg_optax.experiments.models import Model, PyTree
 Array: TypeAlias = npt.NDArray[Any]
 Settings: TypeAlias = Mapping[str, Any]
 Transformation: TypeAlias = optax.GradientTransformation
-_Pool: TypeAlias = tuple[jax.Array, jax.Array]  # all inputs and all labels of the data set
+Pool: TypeAlias = tuple[jax.Array, jax.Array]  # all inputs and all labels of the data set
+# (problem, params, seed, split, pool) of one lane -> its metrics, "diverged" among them
+Metrics: TypeAlias = Callable[
+    ["Problem", PyTree, jax.Array, data.Split, Pool], dict[str, jax.Array]
+]
 _Score: TypeAlias = Callable[
     [jax.Array, jax.Array], jax.Array
 ]  # (logits, label) of one sample -> number
@@ -237,7 +241,8 @@ class Problem:
         self.model = _model(dataset, recipe)
         self.pool = (jnp.asarray(dataset.inputs), jnp.asarray(dataset.labels))
         self._init = jax.jit(lambda seed: self.model.init(_key(seed, 0)))
-        self._measure = jax.jit(self._metrics)
+        self._measure = functools.cache(lambda how: jax.jit(functools.partial(how, self)))
+        self.program = functools.cache(self._program)
 
     def init(self, seeds: jax.Array) -> PyTree:
         """The initial parameters of some seeds, stacked."""
@@ -265,28 +270,30 @@ class Problem:
             optax.softmax_cross_entropy_with_integer_labels(self.model.apply(params, x), labels)
         )
 
-    def take(self, pool: _Pool, rows: jax.Array) -> jax.Array:
+    def take(self, pool: Pool, rows: jax.Array) -> jax.Array:
         """The inputs at some positions, as the network sees them."""
         x = pool[0][rows]
         if self.dataset.tokens:
             return x
         return x.astype(jnp.float32) / self.dataset.scale - self.dataset.mean
 
-    def batch(self, pool: _Pool, split: data.Split, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def batch(self, pool: Pool, split: data.Split, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Some of the samples that a seed drew for training, with their labels."""
         return self.take(pool, split.train[rows]), split.train_labels[rows]
 
-    def measure(self, params: PyTree, seeds: jax.Array, split: data.Split) -> dict[str, Array]:
+    def measure(
+        self, params: PyTree, seeds: jax.Array, split: data.Split, metrics: Metrics | None = None
+    ) -> dict[str, Array]:
         """The metrics of all lanes, one after the other for the sake of memory; NaN where a run has
         diverged.
         """
+        measure = self._measure(metrics or Problem.metrics)
 
         def lane(tree: PyTree, i: int) -> PyTree:
             return jax.tree.map(lambda x: x[i], tree)
 
         lanes = [
-            self._measure(lane(params, i), seeds[i], lane(split, i), self.pool)
-            for i in range(len(seeds))
+            measure(lane(params, i), seeds[i], lane(split, i), self.pool) for i in range(len(seeds))
         ]
         found = {name: np.array([metrics[name] for metrics in lanes]) for name in lanes[0]}
         diverged = found["diverged"]
@@ -295,9 +302,16 @@ class Problem:
             for name, value in found.items()
         }
 
-    def _metrics(
-        self, params: PyTree, seed: jax.Array, split: data.Split, pool: _Pool
+    def _program(self, metrics: Metrics) -> str:
+        """Metrics as a program: what they depend on, also in a function of the user's own."""
+        params = jax.eval_shape(self.model.init, jax.random.key(0))
+        split = jax.tree.map(lambda x: x[0], self.draw([0]))
+        return self._measure(metrics).lower(params, jnp.uint32(0), split, self.pool).as_text()
+
+    def metrics(
+        self, params: PyTree, seed: jax.Array, split: data.Split, pool: Pool
     ) -> dict[str, jax.Array]:
+        """The metrics of one lane, see :class:`Trainer`."""
         train, test = (split.train[: self.size], split.train_labels[: self.size]), split.test
         loss = self._mean(params, pool, *train, _cross_entropy)
         batch = self.batch(pool, split, jnp.arange(min(self.size, _CURVATURE_SAMPLES)))
@@ -319,7 +333,7 @@ class Problem:
         return found
 
     def _mean(
-        self, params: PyTree, pool: _Pool, rows: jax.Array, labels: jax.Array, score: _Score
+        self, params: PyTree, pool: Pool, rows: jax.Array, labels: jax.Array, score: _Score
     ) -> jax.Array:
         """The mean score over samples, a few hundred at a time."""
 
@@ -381,6 +395,7 @@ class Trainer:
         settings: Settings,
         seeds: Sequence[int] | Array,
         advanced: Callable[[int], Any] = _unheard,
+        metrics: Metrics | None = None,
     ) -> dict[str, Array]:
         """Trains one run per lane.
 
@@ -389,6 +404,7 @@ class Trainer:
             "interval" may be among them.
           seeds: one seed per lane.
           advanced: is told, along the way, how many steps of a run have been taken.
+          metrics: what is measured at the end, in place of what is named below.
 
         Returns:
           Arrays of shape (lanes,): "accuracy" and "test_loss" on the test samples, "train_loss" on
@@ -401,7 +417,7 @@ class Trainer:
         """
         last = functools.reduce(lambda _, states: states, self.states(settings, seeds, advanced))
         return self._problem.measure(
-            last.params, jnp.asarray(seeds, jnp.uint32), self._problem.draw(seeds)
+            last.params, jnp.asarray(seeds, jnp.uint32), self._problem.draw(seeds), metrics
         )
 
     def states(
@@ -440,13 +456,17 @@ class Trainer:
         analysis: Any = step.lower(*self._example(lane)).compile().cost_analysis()
         return float(analysis["flops"])
 
-    def digest(self, settings: tuple[str, ...]) -> str:
-        """A digest of the initialization and of one step as programs: what they depend on, also in
-        functions of the user's own.
+    def digest(self, settings: tuple[str, ...], metrics: Metrics | None = None) -> str:
+        """A digest of the initialization, of one step and of metrics as programs: what they depend
+        on, also in functions of the user's own.
 
         Args:
           settings: names of the hyperparameters that the runs give.
+          metrics: as for a call.
         """
+        if metrics is not None:
+            both = self.digest(settings) + self._problem.program(metrics)
+            return hashlib.sha256(both.encode()).hexdigest()
         if settings not in self._digests:
             lane = {name: _setting(name, 1) for name in settings}
             step = jax.jit(self._step)
@@ -500,7 +520,7 @@ class Trainer:
         return self._train_step(lane).init(params)
 
     def _steps(
-        self, states: TrainState, lanes: Settings, split: data.Split, pool: _Pool, first: jax.Array
+        self, states: TrainState, lanes: Settings, split: data.Split, pool: Pool, first: jax.Array
     ) -> TrainState:
         """Up to ``_CHUNK`` steps of all lanes, from step ``first`` on."""
         self.traces += 1
