@@ -176,10 +176,11 @@ def table(results: dict[str, Any]) -> str:
     lines = []
     for (name,), found in runs.groups(results["runs"], "dataset"):
         of_methods = {label: quantities(rows) for label, rows in compare.methods(found)}
-        title = compare.described(name, results["recipes"][name])
-        lines.append(f"{title}, {len(set(found['seed']))} seeds")
+        recipe = results["recipes"][name]
+        lines.append(f"{compare.described(name, recipe)}, {len(set(found['seed']))} seeds")
         for names in _TABLES:
-            lines += [tables.aligned(["", *names], _rows(of_methods, names)), ""]
+            shown = [one for one in names if recipe["label_noise"] or one != "ECE, noisy"]
+            lines += [tables.aligned(["", *shown], _rows(of_methods, shown)), ""]
     lines.append(
         "means over seeds ± standard error; in brackets p of the paired t-test. Accuracies and ECE"
         " (expected calibration error) in points, NLL and loss in nats. ECE, noisy: on labels as"
@@ -191,16 +192,17 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _rows(of_methods: Mapping[str, Mapping[str, Array]], names: Sequence[str]) -> Iterator[Any]:
-    values = (f"{statistics.estimate(of_methods['SGD'][name]):{_spec(name)}}" for name in names)
-    yield ["SGD", *values]
+    plain = of_methods["SGD"]
+    yield ["SGD", *(f"{statistics.estimate(plain[name]):{_spec(name)}}" for name in names)]
     pairs = [(label, "SGD") for label in of_methods if label != "SGD"]
     for first, second in [*pairs, ("F-GR", "SAM")]:
-        cells = []
-        for name in names:
-            gap = statistics.paired(of_methods[first][name], of_methods[second][name])
-            chance = f" ({gap.chance})" if gap.chance else ""
-            cells.append(f"{gap:+{_spec(name)}}{chance}")
-        yield [f"{first} minus {second}", *cells]
+        both = of_methods[first], of_methods[second]
+        gaps = {name: statistics.paired(*(one[name] for one in both)) for name in names}
+        size = gaps[names[0]].size
+        fewer = f", {size} seeds" if size < len(plain["accuracy"]) else ""
+        cells = [f"{gap:+{_spec(name)}}" for name, gap in gaps.items()]
+        chances = [f" ({gap.chance})" if gap.chance else "" for gap in gaps.values()]
+        yield [f"{first} minus {second}{fewer}", *map("".join, zip(cells, chances, strict=True))]
 
 
 def _spec(name: str) -> str:

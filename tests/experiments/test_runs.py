@@ -172,6 +172,21 @@ def test_a_function_of_the_users_own_that_changes_uses_no_stale_part(tmp_path, m
     assert len(counted) == 2
 
 
+def test_metrics_of_the_users_own_are_kept_until_they_change(tmp_path):
+    def largest(problem, params, seed, split, pool, of=1.0):
+        size = jnp.max(jnp.abs(params[0]["kernel"]))
+        return {"largest": of * size, "diverged": jnp.bool_(False)}
+
+    wanted = runs.grid(METHODS["SGD"], RECIPE, {}, [0])
+    train = functools.partial(runs.train, DIGITS, wanted, runs.Store(tmp_path))
+    once, again = (train(metrics=largest)["largest"] for _ in range(2))
+    assert once == again
+    twice = train(metrics=functools.partial(largest, of=2.0))["largest"]
+    np.testing.assert_allclose(twice, 2 * once, rtol=1e-6)
+    assert "accuracy" in train()
+    assert len(list((tmp_path / "parts").iterdir())) == 3
+
+
 def test_an_own_pair_is_the_same_program_as_the_named_network():
     pair = trainer.problem(DIGITS, RECIPE).model
     named, own = (
