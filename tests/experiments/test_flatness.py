@@ -1,6 +1,7 @@
 """gradreg flatness: each quantity is what its name says, and all methods of a seed meet the same
 noise and the same second task."""
 
+import copy
 import dataclasses
 import functools
 
@@ -132,10 +133,29 @@ def test_without_noise_and_without_a_step_nothing_changes(measured):
     assert found["accuracy_noise_3"] < found["accuracy"] - 0.2
 
 
+def test_noise_is_as_large_as_it_says_in_deviations_of_the_inputs():
+    problem = copy.copy(trainer.problem(DIGITS, Recipe(width=4, eigenvalue=False)))
+    seen, apply = [], problem.model.apply
+
+    def watched(params, x):
+        if not isinstance(x, jax.core.Tracer):
+            seen.append(np.asarray(x))
+        return apply(params, x)
+
+    problem.model = problem.model._replace(apply=watched)
+    split = jax.tree.map(lambda part: part[0], problem.draw([0]))
+    flatness.measure(problem, problem.model.init(jax.random.key(0)), 0, split, problem.pool, 0)
+    deviation = np.std(problem.take(problem.pool, split.train))
+    test = problem.take(problem.pool, split.test)
+    sizes = [np.std(x - test) / deviation for x in seen if x.shape == test.shape]
+    for size in flatness.NOISES:  # 64000 normal numbers: three standard errors
+        assert sum(abs(found / size - 1) < 3 / np.sqrt(2 * test.size) for found in sizes) == 1
+
+
 def test_many_steps_learn_the_second_task_and_forget_the_first(measured):
     before, after, _ = measured
     assert before["accuracy_second"] < 0.3
-    assert (after["accuracy_second"] > 0.8).all()
+    assert (after["accuracy_second"] > 0.85).all()  # on the wrong labels of the first: at most .83
     assert (after["accuracy_after"] < before["accuracy"] - 0.1).all()
 
 
