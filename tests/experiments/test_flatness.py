@@ -134,7 +134,7 @@ def test_without_noise_and_without_a_step_nothing_changes(measured):
 
 
 def test_noise_is_as_large_as_it_says_in_deviations_of_the_inputs():
-    problem = copy.copy(trainer.problem(DIGITS, Recipe(width=4, eigenvalue=False)))
+    problem = copy.copy(trainer.problem(DIGITS, Recipe(width=4)))
     seen, apply = [], problem.model.apply
 
     def watched(params, x):
@@ -143,6 +143,7 @@ def test_noise_is_as_large_as_it_says_in_deviations_of_the_inputs():
         return apply(params, x)
 
     problem.model = problem.model._replace(apply=watched)
+    problem.metrics = lambda *_: {}
     split = jax.tree.map(lambda part: part[0], problem.draw([0]))
     flatness.measure(problem, problem.model.init(jax.random.key(0)), 0, split, problem.pool, 0)
     deviation = np.std(problem.take(problem.pool, split.train))
