@@ -45,8 +45,8 @@ class Difference(NamedTuple):
     size: int
 
     def __format__(self, spec: str) -> str:
-        """The mean with its error, each in the format ``spec``."""
-        return _with_error(self.mean, self.error, spec)
+        """The mean with its error, each in the format ``spec``; with none as :meth:`__str__`."""
+        return _with_error(self.mean, self.error, spec) if spec else str(self)
 
     @property
     def chance(self) -> str:

@@ -31,7 +31,8 @@ def test_one_seed_has_no_p():
     alone = statistics.paired([3.0], [1.0])
     assert alone.chance == ""
     assert str(alone) == "+2.00"
-    assert str(statistics.paired([3.0, 5.0, 4.0], [1.0, 1.0, 1.0])) == "+3.00 ± 0.58 (p = 0.04)"
+    found = statistics.paired([3.0, 5.0, 4.0], [1.0, 1.0, 1.0])
+    assert str(found) == f"{found}" == "+3.00 ± 0.58 (p = 0.04)"
     assert statistics.pairs({"A": np.array([0.5]), "B": np.array([0.4])}, [("A", "B")]) == [
         "A minus B  +10.00, 1 seeds"
     ]
