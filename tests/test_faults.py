@@ -123,6 +123,18 @@ def test_micro_batches_work_in_the_recipe_for_shard_map():
     np.testing.assert_allclose(found, jax.grad(mean_square)(P, BATCH), rtol=1e-6)
 
 
+def test_in_shard_map_the_gradient_in_replicated_parameters_is_the_sum_over_the_devices():
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh, spec = jax.make_mesh((1,), ("data",), axis_types=auto), jax.sharding.PartitionSpec
+    loss = gr.regularized_loss(mean_square, FD)
+
+    def gradient(params, batch):
+        return jax.grad(loss)(params, batch)  # of a loss that varies from device to device
+
+    sharded = jax.shard_map(gradient, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec())
+    np.testing.assert_allclose(jax.jit(sharded)(P, BATCH), jax.grad(loss)(P, BATCH), rtol=1e-6)
+
+
 def test_extra_arguments_meant_for_others_stop_at_a_loss_in_micro_batches():
     for loss in (gr.microbatched(mean_square, 2), gr.regularized_loss(mean_square, FD)):
         tx = gr.fd_gradreg(loss, **PENALTY)
