@@ -1,5 +1,6 @@
 """The guard sees every way in which what comes in is not the gradient, and nothing else."""
 
+import functools
 import warnings
 
 import jax
@@ -151,3 +152,20 @@ def test_what_is_found_does_not_depend_on_the_size_of_the_loss(size, off):
         lambda: tx.update(gradient, tx.init(PARAMS), PARAMS, value_fn=scaled),
     )
     assert bool(found) == bool(off)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_replicas_that_average_their_gradients_but_not_their_losses_drift_apart(averaged):
+    tx = fd_gradreg(loss_fn, **FD)
+
+    @jax.jit
+    @functools.partial(jax.vmap, axis_name="data")  # as in pmap
+    def on_replica(batch):
+        gradient = jax.grad(loss_fn)(PARAMS, batch)
+        if averaged:
+            gradient = jax.lax.pmean(gradient, "data")
+        return tx.update(gradient, tx.init(PARAMS), PARAMS, batch=batch)[0]["w"]
+
+    found = findings_of(on_replica, BATCH.reshape(2, 2, 3))
+    assert len(found) == averaged
+    assert not averaged or "averaged over replicas" in found[0]
