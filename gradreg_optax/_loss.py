@@ -20,6 +20,7 @@ from gradreg_optax._typing import LateLoss, LossFn, PyTree, ValueFn, Weighted
 
 # Names that Optax's update, or its line searches, keep for themselves: a loss cannot receive them
 # by name.
+_REGULARIZED = "_gradreg_regularized"
 RESERVED = frozenset(
     {"updates", "state", "params", "value", "grad", "value_fn", "reuse_updates", "held_out_fn"}
 )
@@ -232,6 +233,18 @@ def check_own_keyword(caller: str, name: str, loss_fn: LossFn) -> None:
 def keeps_signature(function: Any, loss_fn: LossFn) -> Any:
     """``function`` under the name and signature of the loss that it stands for."""
     return functools.update_wrapper(function, loss_fn, updated=())
+
+
+def regularized_by(regularizer: Any, function: Any, loss_fn: LossFn) -> Any:
+    """``function`` as what a regularizer makes of a loss, with that loss's name and signature."""
+    function.__dict__[_REGULARIZED] = function, regularizer
+    return keeps_signature(function, loss_fn)
+
+
+def regularizer_of(loss_fn: LossFn) -> Any:
+    """What regularizes a loss, or None; ``functools.wraps`` around one makes another loss."""
+    made, regularizer = getattr(loss_fn, _REGULARIZED, (None, None))
+    return regularizer if made is loss_fn else None
 
 
 def signature_of(loss_fn: LossFn) -> inspect.Signature | None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from gradreg_optax._checks import check_arrays, check_transformation, fraction, is_inexact
-from gradreg_optax._loss import check_own_keyword, keeps_signature, with_weight
+from gradreg_optax._loss import check_own_keyword, regularized_by, with_weight
 from gradreg_optax._typing import LossFn, PyTree, Weighted
 from gradreg_optax.losses import regularized_loss
 from gradreg_optax.microbatching import made_of, microbatched
@@ -18,11 +18,11 @@ from gradreg_optax.penalty import global_norm
 from gradreg_optax.training import (
     Call,
     StepInfo,
+    check_once,
     counting,
     is_penalized,
     penalty_arguments,
     regularized_pass,
-    twice,
 )
 
 
@@ -88,6 +88,7 @@ def make_nnx_train_step(
     ) -> StepInfo:
         split = _Split.of(nnx, model, optimizer.wrt)
         state = here.init(split.params)
+        check_once(caller, loss_fn, split.params, state, optimizer.opt_state)
         _check_place(caller, regularizer is not None, state, optimizer.opt_state)
         call = Call(loss_of(split), args, kwargs, held_out=held_out)
         with _explained(caller, lambda: call.value_fn(split.params)):
@@ -168,7 +169,7 @@ def nnx_regularized_loss(
         split.put_back(nnx, model, rest)
         return (value, aux) if has_aux else value
 
-    return keeps_signature(wrapped, loss_fn)
+    return regularized_by(regularizer, wrapped, loss_fn)
 
 
 class _Split(NamedTuple):
@@ -247,8 +248,6 @@ def _merged(stacked: jax.Array) -> jax.Array:
 def _check_place(caller: str, here: bool, state: optax.OptState, chain: optax.OptState) -> None:
     """The regularizer stands in one place, and is one."""
     chained = is_penalized(chain)
-    if here and chained:
-        raise ValueError(twice(caller))
     if here and not is_penalized(state):
         raise ValueError(
             f"{caller}: what stands in the regularizer's place is no transformation of this package"

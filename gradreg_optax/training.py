@@ -22,6 +22,7 @@ from gradreg_optax._loss import (
     check_own_keyword,
     mean_of,
     named_arguments,
+    regularizer_of,
     unreserved,
     with_array_aux,
 )
@@ -154,7 +155,12 @@ def make_train_step(
         check_inexact(caller, "the parameters", params)
         params = _owned(params)
         opt_state = regularized.init(params), second.init(params)
-        _check_places(caller, *opt_state)
+        if isinstance(opt_state[1], _OURS):
+            raise ValueError(
+                f"{caller}: the optimizer is a regularizer alone, which takes no step: write"
+                f" {caller}(loss_fn, optimizer, regularizer)."
+            )
+        check_once(caller, loss_fn, params, *opt_state)
         return TrainState(*_owned((params, opt_state, jnp.zeros([], jnp.int32))))
 
     def step(
@@ -300,23 +306,17 @@ def is_penalized(state: optax.OptState) -> bool:
     return any(isinstance(leaf, _OURS) for leaf in leaves)
 
 
-def _check_places(caller: str, first: optax.OptState, second: optax.OptState) -> None:
-    """The optimizer takes steps, and a regularizer stands in one place; by their states."""
-    if isinstance(second, _OURS):
+def check_once(caller: str, loss_fn: LossFn, params: PyTree, *states: optax.OptState) -> None:
+    """A penalty stands in one place: in one transformation, known by its state, or in the loss."""
+    of_loss = regularizer_of(loss_fn)
+    if of_loss is not None:
+        states = *states, of_loss.init(params)
+    if sum(map(is_penalized, states)) > 1:
         raise ValueError(
-            f"{caller}: the optimizer is a regularizer alone, which takes no step: write"
-            f" {caller}(loss_fn, optimizer, regularizer)."
+            f"{caller}: there is a regularizer in more than one of the loss, the optimizer's chain"
+            f" and {caller}, which would penalise twice: take one away, or chain them,"
+            " regularizer=optax.chain(...)."
         )
-    if is_penalized(first) and is_penalized(second):
-        raise ValueError(twice(caller))
-
-
-def twice(caller: str) -> str:
-    """What is wrong with a regularizer in two places."""
-    return (
-        f"{caller}: there is a regularizer in the optimizer's chain and one in {caller}, which"
-        " would penalise twice: take one away, or chain them, regularizer=optax.chain(...)."
-    )
 
 
 def counting(caller: str, state: optax.OptState, step: Any) -> optax.OptState:

@@ -382,6 +382,20 @@ def test_a_penalty_in_the_optimizer_and_in_the_step_is_refused(wrap):
     one_step(optimizer=optax.chain(FD, optax.sgd(0.1)), regularizer=None)
 
 
+def test_a_penalty_in_the_loss_and_in_the_step_is_refused():
+    loss = gr.regularized_loss(mean_square, FD)
+    for places in (
+        {"regularizer": gr.sam(rho=0.1)},
+        {"optimizer": optax.chain(FD, optax.sgd(1.0))},
+    ):
+        with says(ValueError, "make_train_step: ", "penalise twice", "take one away"):
+            one_step(loss, **{"regularizer": None} | places)
+    in_the_loss, _ = one_step(loss, regularizer=None)
+    in_the_step, _ = one_step(mean_square)
+    np.testing.assert_allclose(in_the_loss.params, in_the_step.params, rtol=1e-6)
+    one_step(gr.regularized_loss(mean_square, optax.clip(0.1)))  # no penalty in the loss
+
+
 def test_an_argument_of_the_loss_that_a_step_keeps_for_itself_is_refused():
     def loss(params, batch, held_out=0.0):
         return mean_square(params, batch) + held_out

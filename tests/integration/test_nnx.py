@@ -224,6 +224,9 @@ def test_a_regularizer_stands_in_one_place():
     fd, sgd = gr.fd_gradreg(**PENALTY), optax.sgd(RATE)
     make = gr.make_nnx_train_step
     refused(optax.chain(fd, sgd), make(loss_fn, fd), ValueError, "nnx_train_step.*penalise twice")
+    penalised = gr.nnx_regularized_loss(loss_fn, fd)
+    refused(sgd, make(penalised, fd), ValueError, "nnx_train_step.*penalise twice")
+    refused(optax.chain(fd, sgd), make(penalised), ValueError, "nnx_train_step.*penalise twice")
     refused(sgd, make(loss_fn), ValueError, r"neither.* nor in make_nnx_train_step: write")
     refused(sgd, make(loss_fn, optax.adam(0.1)), ValueError, r"an optimizer\?.*nnx\.Optimizer")
 
