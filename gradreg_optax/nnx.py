@@ -86,6 +86,11 @@ def make_nnx_train_step(
     def step(
         model: Any, optimizer: Any, *args: Any, held_out: PyTree = None, **kwargs: Any
     ) -> StepInfo:
+        if not isinstance(optimizer, nnx.Optimizer):
+            raise TypeError(
+                f"{caller}: step(model, optimizer, ...) takes an nnx.Optimizer(model, tx,"
+                f" wrt=nnx.Param) in the second place, got {type(optimizer).__name__}."
+            )
         split = _Split.of(nnx, model, optimizer.wrt)
         state = here.init(split.params)
         check_once(caller, loss_fn, split.params, state, optimizer.opt_state)

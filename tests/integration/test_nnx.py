@@ -220,6 +220,13 @@ def refused(tx, step, error, sentence):
         step(model, optimizer, *batch())
 
 
+def test_model_and_optimizer_come_in_their_order():
+    model, optimizer = model_and_optimizer(optax.sgd(RATE))
+    step = gr.make_nnx_train_step(loss_fn, gr.fd_gradreg(**PENALTY))
+    with pytest.raises(TypeError, match=r"takes an nnx\.Optimizer\(.*second place, got"):
+        step(optimizer, model, *batch())
+
+
 def test_a_regularizer_stands_in_one_place():
     fd, sgd = gr.fd_gradreg(**PENALTY), optax.sgd(RATE)
     make = gr.make_nnx_train_step
