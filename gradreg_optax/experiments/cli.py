@@ -18,6 +18,7 @@ from gradreg_optax.experiments import (
     flooding,
     frontier,
     implicit_bias,
+    language,
     late,
     results,
     strength,
@@ -35,6 +36,7 @@ COMMANDS: dict[str, ModuleType] = {
     "strength": strength,
     "late": late,
     "flatness": flatness,
+    "language": language,
 }
 
 

@@ -152,6 +152,8 @@ class Recipe:
       held_out: how many of the training samples no step trains on; a method that tunes itself
         looks at some of these in every step, as many as the penalty is taken on.
       eigenvalue: measure the top Hessian eigenvalue at the end.
+      measured: the training loss, its gradient and its curvature are measured on so many training
+        samples at most; by default on all, and on 1000.
     """
 
     model: str | Model | tuple[Callable[..., Any], Callable[..., Any]] = "mlp"
@@ -168,10 +170,11 @@ class Recipe:
     penalty_fraction: float = 1.0
     held_out: int = 0
     eigenvalue: bool = True
+    measured: int | None = None
 
     def __post_init__(self) -> None:
         """Checks what does not depend on the data."""
-        common.at_least(self, 1, "width", "depth", "batch_size", "steps")
+        common.at_least(self, 1, "width", "depth", "batch_size", "steps", "measured")
         common.at_least(self, 0, "learning_rate", "held_out")
         if not 0 <= self.warmup_steps < self.steps:
             raise CommandError(
@@ -312,9 +315,10 @@ class Problem:
         self, params: PyTree, seed: jax.Array, split: data.Split, pool: Pool
     ) -> dict[str, jax.Array]:
         """The metrics of one lane, see :class:`Trainer`."""
-        train, test = (split.train[: self.size], split.train_labels[: self.size]), split.test
+        size = min(self.size, self.recipe.measured or self.size)
+        train, test = (split.train[:size], split.train_labels[:size]), split.test
         loss = self._mean(params, pool, *train, _cross_entropy)
-        batch = self.batch(pool, split, jnp.arange(min(self.size, _CURVATURE_SAMPLES)))
+        batch = self.batch(pool, split, jnp.arange(min(size, _CURVATURE_SAMPLES)))
         found = {
             "accuracy": self._mean(params, pool, test, pool[1][test], _correct),
             "test_loss": self._mean(params, pool, test, pool[1][test], _cross_entropy),

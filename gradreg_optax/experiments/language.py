@@ -1,0 +1,308 @@
+"""A byte-level language model that sees its text once: what every penalty does to the loss on other
+files, beside plain AdamW for as many steps and for as much compute.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradreg_optax import relative_gradreg
+from gradreg_optax.experiments import common, data, models, plots, runs, statistics, tables
+from gradreg_optax.experiments.common import CommandError
+from gradreg_optax.experiments.runs import Columns, select
+from gradreg_optax.experiments.trainer import METHODS, SELF_TUNED, Method, Recipe
+
+PLAIN = METHODS["SGD"]  # the plain gradient, here in the hands of AdamW
+PART, INTERVAL = 1 / 4, 4  # of the lazy rows
+LATE = 3 / 4  # of the steps, before a late penalty begins
+_LAZY_STRENGTH = 0.25
+_WARM_UP = 1 / 10  # of the steps
+_SEARCHED = {"F-GR": ("gamma", "gammas"), "SAM": ("rho", "rhos")}
+_SYMBOLS = {"gamma": "γ=ε", "rho": "ρ", "strength": "r"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(common.Common):
+    """Settings of ``gradreg language``."""
+
+    output: Path = Path("results/language")
+    seeds: int = 3
+    """Number of seeds that are reported; everything is paired by seed."""
+    choose_seeds: int = 1
+    """Number of seeds before these that learning rate, gamma and rho are searched on."""
+    steps: int = 1000
+    """Training steps; more, at equal compute, of the longer plain rows."""
+    batch_size: int = 16
+    """Windows of text in a step."""
+    length: int = 64
+    """Bytes in a window."""
+    width: int = 64
+    """Numbers that stand for a byte in the network; a multiple of its four heads."""
+    depth: int = 2
+    """Blocks of the network."""
+    learning_rates: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
+    """Learning rates to search with plain AdamW; all rows take the best."""
+    gammas: tuple[float, ...] = (0.01, 0.03, 0.1)
+    """Coefficients of F-GR to search, each with the ascent step of the same length."""
+    rhos: tuple[float, ...] = (0.02, 0.05, 0.1)
+    """Radii of SAM to search."""
+    strengths: tuple[float, ...] = (0.1, 0.25, 0.5)
+    """Shares of the step; all of them are reported."""
+    test_size: int = 1000
+    """Windows of the held-out files."""
+
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
+        super().__post_init__()
+        common.at_least(self, 2, "seeds", "steps", "length")
+        common.at_least(self, 1, "choose_seeds", "batch_size", "width", "depth", "test_size")
+        common.above_zero(self, "learning_rates", "gammas", "rhos", "strengths")
+        if self.width % 4:
+            raise CommandError(f"width must be a multiple of 4, got {self.width}.")
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Searches on seeds of its own, then trains every row on every other seed, one by one.
+
+    Args:
+      config: the settings.
+
+    Returns:
+      "text", what was read, with a digest; "recipe", what all rows have in common; and "runs", one
+      row a run: its "role" is "search" or "report", "row" the name in the table, "steps" how many
+      it takes and "gradients" what each of these costs.
+
+    Raises:
+      CommandError: more steps than the text lasts for.
+    """
+    dataset, store = data.source_code(config.length, packages=True), runs.Store(config.output)
+    first = config.seed + config.choose_seeds
+    choose, report = range(config.seed, first), range(first, first + config.seeds)
+    train = functools.partial(runs.train, dataset, store=store, lanes=1, what="language")
+    base = _recipe(config, dataset)
+    found = [train(_learning_rates(config, base, choose))]
+    recipe = dataclasses.replace(base, learning_rate=best(found[0], "learning_rate"))
+    chosen = {}
+    for label, (name, field) in _SEARCHED.items():
+        wanted = []
+        for value in getattr(config, field):
+            wanted += _run(label, label, recipe, _settings(label, value), choose, "search")
+        found.append(train(wanted))
+        chosen[label] = best(found[-1], name)
+    for seed in report:  # seed by seed, so that an early end has whole ones
+        found.append(train(rows_of(config, recipe, chosen, [seed])))
+    sides = [[path.read_bytes() for path in side] for side in data.source_files(packages=True)]
+    text: dict[str, Any] = {"digest": runs.fingerprint(dataset)[:20]}
+    for side, files in zip(("training", "held out"), sides, strict=True):
+        text[side] = {"files": len(files), "bytes": sum(map(len, files))}
+    return {"text": text, "recipe": recipe.describe(), "runs": runs.stack(*found)}
+
+
+def _recipe(config: Config, dataset: data.Dataset) -> Recipe:
+    """What all rows have in common: also the samples, of which the longest row sees each once."""
+    held_out = max(1, config.steps * config.batch_size // 10)
+    size = 2 * config.steps * config.batch_size + held_out
+    if size > len(dataset.train_x):
+        most = len(dataset.train_x) * config.steps // size
+        raise CommandError(
+            f"steps must be at most {most}, got {config.steps}: the text is seen only once."
+        )
+    network = {"width": config.width, "depth": config.depth}
+    return Recipe(
+        model=models.transformer(dataset.classes, *dataset.shape, **network),
+        **network,
+        train_size=size,
+        test_size=config.test_size,
+        label_noise=0.0,
+        batch_size=config.batch_size,
+        steps=config.steps,
+        warmup_steps=int(_WARM_UP * config.steps),
+        optimizer="adamw",
+        held_out=held_out,
+        eigenvalue=False,
+        measured=500,
+    )
+
+
+def rows_of(config: Config, recipe: Recipe, chosen: dict[str, float], seeds: Any) -> list[runs.Run]:
+    """The reported runs of some seeds."""
+    lazy = dataclasses.replace(recipe, penalty_fraction=PART)
+    report = functools.partial(_run, seeds=seeds, role="report")
+    wanted = []
+    for cost in (1.0, METHODS["F-GR"].cost(PART, INTERVAL), METHODS["F-GR"].cost()):
+        longer = dataclasses.replace(recipe, steps=round(cost * config.steps))
+        row = "AdamW" if cost == 1 else f"AdamW, {cost:g} times the steps"
+        wanted += report(row, PLAIN, longer, {})
+    for label, value in chosen.items():
+        wanted += report(label, label, recipe, _settings(label, value))
+    for strength in config.strengths:
+        given = {"strength": strength}
+        wanted += report(f"relative, r = {strength:g}", "relative", recipe, given)
+    given = {"strength": _LAZY_STRENGTH, "interval": INTERVAL}
+    name = f"relative, r = {_LAZY_STRENGTH:g}, lazy"
+    wanted += report(name, "relative", lazy, given)
+    start = int(LATE * config.steps)
+    share = 1 - start / config.steps
+    wanted += report(f"{name} and late", _late(start), lazy, given, share=share)
+    return wanted + report("self-tuned", SELF_TUNED, recipe, {})
+
+
+@functools.cache  # the same object compiles once
+def _late(start: int) -> Method:
+    make = functools.partial(relative_gradreg, start=start)
+    return dataclasses.replace(METHODS["relative"], label="late relative", make=make)
+
+
+def _settings(label: str, value: float) -> dict[str, float]:
+    return {"gamma": value, "epsilon": value} if label == "F-GR" else {"rho": value}
+
+
+def _run(
+    row: str,
+    method: Method | str,
+    recipe: Recipe,
+    settings: dict[str, float],
+    seeds: Any,
+    role: str,
+    share: float = 1.0,
+) -> list[runs.Run]:
+    """A row's runs; ``share`` of the steps can take the penalty."""
+    chosen = METHODS[method] if isinstance(method, str) else method
+    cost = chosen.cost(recipe.penalty_fraction, settings.get("interval", 1))
+    values = {name: (value,) for name, value in settings.items()}
+    tags = {"role": role, "row": row, "steps": recipe.steps, "gradients": 1 + share * (cost - 1)}
+    tags["learning_rate"] = recipe.learning_rate
+    return runs.grid(chosen, recipe, values, seeds, **tags)
+
+
+def _learning_rates(config: Config, recipe: Recipe, seeds: Any) -> list[runs.Run]:
+    return [
+        run
+        for rate in config.learning_rates
+        for run in _run(
+            "AdamW", PLAIN, dataclasses.replace(recipe, learning_rate=rate), {}, seeds, "search"
+        )
+    ]
+
+
+def best(tried: Columns, name: str) -> float:
+    """The value with the lowest mean loss on the held-out files; a diverged run is the worst."""
+    means = {
+        value: np.mean(np.nan_to_num(rows["test_loss"], nan=np.inf))
+        for (value,), rows in runs.groups(tried, name)
+    }
+    return float(min(means, key=lambda value: means[value]))
+
+
+# Table and figure.
+
+_HEAD = ["row", "setting", "gradients", "steps", "compute", "nats a byte", "bits", "training"]
+_HEAD += ["minus AdamW", "p", "minus AdamW at equal compute", "p"]
+
+
+def compute(rows: Columns) -> float:
+    """Gradient evaluations of a run."""
+    return float(rows["gradients"][0] * rows["steps"][0])
+
+
+def reported(results: dict[str, Any]) -> dict[str, Columns]:
+    """The reported runs of each row of the table."""
+    report = select(results["runs"], role="report")
+    return {row: found for (row,), found in runs.groups(report, "row")}
+
+
+def equal(rows: Columns, found: dict[str, Columns]) -> Columns:
+    """The plain runs of as much compute as some others, or else the next less."""
+    plain = [other for other in found.values() if other["method"][0] == PLAIN.label]
+    return max((one for one in plain if compute(one) < compute(rows) + 1), key=compute)
+
+
+def gain(rows: Columns, over: Columns) -> statistics.Difference:
+    """The paired difference of the losses on the held-out files; below zero ``rows`` are better."""
+    return statistics.paired(rows["test_loss"], over["test_loss"])
+
+
+def table(results: dict[str, Any]) -> str:
+    """The rows as text: losses, and paired differences to plain AdamW, which are better the lower
+    they are.
+    """
+    found, text = reported(results), results["text"]
+    plain = found["AdamW"]
+    rows = [_row(name, rows, found) for name, rows in found.items()]
+    lines = [
+        "{:.1f} MB of source code in {} files, tested on {} others (digest {})".format(
+            text["training"]["bytes"] / 1e6,
+            text["training"]["files"],
+            text["held out"]["files"],
+            text["digest"],
+        ),
+        tables.aligned(_HEAD, rows, left=2),
+        "",
+    ]
+    search = select(results["runs"], role="search")
+    lines += ["searched (loss on the held-out files):"]
+    for (row,), tried in runs.groups(search, "row"):
+        name = "learning_rate" if row == "AdamW" else _SEARCHED[row][0]
+        values = [
+            f"{value:g}: {np.mean(some['test_loss']):.3f}"
+            for (value,), some in runs.groups(tried, name)
+        ]
+        lines.append(f"  {row}, {_SYMBOLS.get(name, 'learning rate')}  {', '.join(values)}")
+    lines += [
+        "",
+        f"means over {len(set(plain['seed']))} seeds ± standard error, settings searched on"
+        f" {len(set(search['seed']))} others; p: paired t-test. compute: gradient evaluations, in"
+        " those of AdamW. equal compute: plain AdamW of as much, or the next less. lazy: on a"
+        " quarter of the batch in every 4th step; late: in the last quarter of the steps.",
+    ]
+    return "\n".join(lines)
+
+
+def _row(name: str, rows: Columns, found: dict[str, Columns]) -> list[str]:
+    plain, loss = found["AdamW"], statistics.estimate(rows["test_loss"])
+    setting = [f"{_SYMBOLS[key]}={rows[key][0]:g}" for key in _SYMBOLS if rows[key][0] > 0]
+    cells = [name, " ".join(setting), f"{rows['gradients'][0]:.3g}", f"{rows['steps'][0]}"]
+    cells += [
+        f"{compute(rows) / compute(plain):.3g}",
+        f"{loss:.3f}",
+        f"{loss.mean / np.log(2):.3f}",
+    ]
+    cells.append(f"{statistics.estimate(rows['train_loss']).mean:.3f}")
+    for other in (plain, equal(rows, found)):
+        alone = other["row"][0] == name
+        less = gain(rows, other)
+        cells += ["", ""] if alone else [f"{less:+.4f}", less.chance]
+    return cells
+
+
+def plot(results: dict[str, Any], output: Path) -> list[Path]:
+    """Draws language.png: the loss on held-out files against the compute, and its difference to
+    plain AdamW, with the single seeds.
+    """
+    found = reported(results)
+    plain = found["AdamW"]
+    made, (left, right) = plots.figure(2, width=5.4, height=4.4)
+    line = sorted(
+        (compute(rows) / compute(plain), np.mean(rows["test_loss"]))
+        for rows in found.values()
+        if rows["method"][0] == PLAIN.label
+    )
+    left.plot(*zip(*line, strict=True), color=plots.color("SGD"), lw=1, label="AdamW")
+    for place, rows in enumerate(found.values()):
+        color = plots.color(rows["method"][0].removeprefix("late "))
+        look: Any = {"color": color}
+        loss, less = statistics.estimate(rows["test_loss"]), gain(rows, plain)
+        left.errorbar(compute(rows) / compute(plain), loss.mean, loss.error, fmt="o", **look)
+        single = rows["test_loss"] - plain["test_loss"]
+        right.plot(single, np.full(len(single), place), ".", alpha=0.35, **look)
+        right.errorbar(less.mean, place, xerr=less.error, fmt="|", ms=14, mew=2.5, **look)
+    left.set(xlabel="gradients, in those of AdamW", ylabel="nats a byte on held-out files")
+    left.set_title("cost and loss (line: plain AdamW)", fontsize=11)
+    right.axvline(0, color="k", lw=0.6)
+    right.set_yticks(range(len(found)), list(found), fontsize=9)
+    right.invert_yaxis()
+    right.set(xlabel="nats a byte more than AdamW (left is better)")
+    return plots.save(made, output, "language")
