@@ -83,13 +83,16 @@ def run(config: Config) -> dict[str, Any]:
     choose, report = range(config.seed, first), range(first, first + config.seeds)
     train = functools.partial(runs.train, dataset, store=store, lanes=1, what="language")
     base = _recipe(config, dataset)
-    found = [train(_learning_rates(config, base, choose))]
+    search = functools.partial(_runs, seeds=choose, role="search")
+    wanted, chosen = [], {}
+    for rate in config.learning_rates:
+        wanted += search("AdamW", PLAIN, dataclasses.replace(base, learning_rate=rate), {})
+    found = [train(wanted)]
     recipe = dataclasses.replace(base, learning_rate=best(found[0], "learning_rate"))
-    chosen = {}
     for label, (name, field) in _SEARCHED.items():
         wanted = []
         for value in getattr(config, field):
-            wanted += _run(label, label, recipe, _settings(label, value), choose, "search")
+            wanted += search(label, METHODS[label], recipe, _settings(label, value))
         found.append(train(wanted))
         chosen[label] = best(found[-1], name)
     for seed in report:  # seed by seed, so that an early end has whole ones
@@ -129,21 +132,21 @@ def _recipe(config: Config, dataset: data.Dataset) -> Recipe:
 
 def rows_of(config: Config, recipe: Recipe, chosen: dict[str, float], seeds: Any) -> list[runs.Run]:
     """The reported runs of some seeds."""
-    lazy = dataclasses.replace(recipe, penalty_fraction=PART)
-    report = functools.partial(_run, seeds=seeds, role="report")
+    relative, lazy = METHODS["relative"], dataclasses.replace(recipe, penalty_fraction=PART)
+    report = functools.partial(_runs, seeds=seeds, role="report")
     wanted = []
     for cost in (1.0, METHODS["F-GR"].cost(PART, INTERVAL), METHODS["F-GR"].cost()):
         longer = dataclasses.replace(recipe, steps=round(cost * config.steps))
         row = "AdamW" if cost == 1 else f"AdamW, {cost:g} times the steps"
         wanted += report(row, PLAIN, longer, {})
     for label, value in chosen.items():
-        wanted += report(label, label, recipe, _settings(label, value))
+        wanted += report(label, METHODS[label], recipe, _settings(label, value))
     for strength in config.strengths:
-        given = {"strength": strength}
-        wanted += report(f"relative, r = {strength:g}", "relative", recipe, given)
+        row = f"relative, r = {strength:g}"
+        wanted += report(row, relative, recipe, {"strength": strength})
     given = {"strength": _LAZY_STRENGTH, "interval": INTERVAL}
     name = f"relative, r = {_LAZY_STRENGTH:g}, lazy"
-    wanted += report(name, "relative", lazy, given)
+    wanted += report(name, relative, lazy, given)
     start = int(LATE * config.steps)
     share = 1 - start / config.steps
     wanted += report(f"{name} and late", _late(start), lazy, given, share=share)
@@ -160,9 +163,9 @@ def _settings(label: str, value: float) -> dict[str, float]:
     return {"gamma": value, "epsilon": value} if label == "F-GR" else {"rho": value}
 
 
-def _run(
+def _runs(
     row: str,
-    method: Method | str,
+    method: Method,
     recipe: Recipe,
     settings: dict[str, float],
     seeds: Any,
@@ -170,22 +173,11 @@ def _run(
     share: float = 1.0,
 ) -> list[runs.Run]:
     """A row's runs; ``share`` of the steps can take the penalty."""
-    chosen = METHODS[method] if isinstance(method, str) else method
-    cost = chosen.cost(recipe.penalty_fraction, settings.get("interval", 1))
+    cost = method.cost(recipe.penalty_fraction, settings.get("interval", 1))
     values = {name: (value,) for name, value in settings.items()}
     tags = {"role": role, "row": row, "steps": recipe.steps, "gradients": 1 + share * (cost - 1)}
     tags["learning_rate"] = recipe.learning_rate
-    return runs.grid(chosen, recipe, values, seeds, **tags)
-
-
-def _learning_rates(config: Config, recipe: Recipe, seeds: Any) -> list[runs.Run]:
-    return [
-        run
-        for rate in config.learning_rates
-        for run in _run(
-            "AdamW", PLAIN, dataclasses.replace(recipe, learning_rate=rate), {}, seeds, "search"
-        )
-    ]
+    return runs.grid(method, recipe, values, seeds, **tags)
 
 
 def best(tried: Columns, name: str) -> float:
@@ -229,35 +221,27 @@ def table(results: dict[str, Any]) -> str:
     """The rows as text: losses, and paired differences to plain AdamW, which are better the lower
     they are.
     """
-    found, text = reported(results), results["text"]
-    plain = found["AdamW"]
-    rows = [_row(name, rows, found) for name, rows in found.items()]
+    found, search = reported(results), select(results["runs"], role="search")
+    text, held_out = results["text"]["training"], results["text"]["held out"]
     lines = [
-        "{:.1f} MB of source code in {} files, tested on {} others (digest {})".format(
-            text["training"]["bytes"] / 1e6,
-            text["training"]["files"],
-            text["held out"]["files"],
-            text["digest"],
-        ),
-        tables.aligned(_HEAD, rows, left=2),
+        f"{text['bytes'] / 1e6:.1f} MB of source code in {text['files']} files, tested on"
+        f" {held_out['files']} others (digest {results['text']['digest']})",
+        tables.aligned(_HEAD, [_row(*row, found) for row in found.items()], left=2),
         "",
     ]
-    search = select(results["runs"], role="search")
-    lines += ["searched (loss on the held-out files):"]
     for (row,), tried in runs.groups(search, "row"):
-        name = "learning_rate" if row == "AdamW" else _SEARCHED[row][0]
+        name = _SEARCHED[row][0] if row in _SEARCHED else "learning_rate"
         values = [
             f"{value:g}: {np.mean(some['test_loss']):.3f}"
             for (value,), some in runs.groups(tried, name)
         ]
-        lines.append(f"  {row}, {_SYMBOLS.get(name, 'learning rate')}  {', '.join(values)}")
-    lines += [
-        "",
-        f"means over {len(set(plain['seed']))} seeds ± standard error, settings searched on"
+        lines.append(f"searched {row}, {_SYMBOLS.get(name, 'learning rate')}  {', '.join(values)}")
+    lines.append(
+        f"\nmeans over {len(set(found['AdamW']['seed']))} seeds ± standard error, searched on"
         f" {len(set(search['seed']))} others; p: paired t-test. compute: gradient evaluations, in"
-        " those of AdamW. equal compute: plain AdamW of as much, or the next less. lazy: on a"
-        " quarter of the batch in every 4th step; late: in the last quarter of the steps.",
-    ]
+        " those of AdamW; equal compute: plain AdamW of as much, or the next less. lazy: on a"
+        " quarter of the batch in every 4th step; late: in the last quarter of the steps."
+    )
     return "\n".join(lines)
 
 
