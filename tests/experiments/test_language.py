@@ -5,11 +5,12 @@ import dataclasses
 import sysconfig
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gradreg_optax.experiments import data, language, models, results, runs
-from gradreg_optax.experiments.trainer import METHODS, Trainer
+from gradreg_optax.experiments.trainer import Problem, Trainer
 
 SEARCH = {"learning_rates": (0.01, 0.1), "gammas": (0.1, 3.0), "rhos": (0.1,), "strengths": (0.5,)}
 TINY = {"seeds": 2, "steps": 20, "batch_size": 4, "length": 8, "test_size": 40, **SEARCH}
@@ -148,11 +149,13 @@ def test_more_steps_than_the_text_lasts_for_are_refused():
         language.Config(width=6)
 
 
-def test_the_training_loss_is_measured_on_as_many_samples_as_are_wanted():
-    dataset = data.source_code(8, packages=True)
-    base = language._recipe(language.Config(**TINY), dataset)
-    losses = []
-    for measured in (None, 1, base.train_size - base.held_out):
-        recipe = dataclasses.replace(base, measured=measured)
-        losses.append(float(Trainer(dataset, METHODS["SGD"], recipe)({}, [0])["train_loss"][0]))
-    assert losses[0] == losses[2] != losses[1]
+def test_the_training_loss_is_that_of_as_many_samples_as_are_wanted():
+    dataset, seeds = data.source_code(8, packages=True), jnp.arange(1, dtype=jnp.uint32)
+    recipe = language._recipe(language.Config(**TINY), dataset)
+    task = Problem(dataset, dataclasses.replace(recipe, measured=3))
+    params, split = task.init(seeds), task.draw([0])
+    batch = task.batch(task.pool, jax.tree.map(lambda x: x[0], split), jnp.arange(3))
+    expected = task.loss(params[0], batch)
+    np.testing.assert_allclose(
+        task.measure(params, seeds, split)["train_loss"][0], expected, rtol=1e-6
+    )
