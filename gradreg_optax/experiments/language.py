@@ -191,7 +191,7 @@ def best(tried: Columns, name: str) -> float:
 
 # Table and figure.
 
-_HEAD = ["row", "setting", "gradients", "steps", "compute", "nats a byte", "bits", "training"]
+_HEAD = ["row", "setting", "gradients", "steps", "compute", "nats a byte", "bits", "in training"]
 _HEAD += ["minus AdamW", "p", "minus AdamW at equal compute", "p"]
 
 
