@@ -237,10 +237,10 @@ def table(results: dict[str, Any]) -> str:
         ]
         lines.append(f"searched {row}, {_SYMBOLS.get(name, 'learning rate')}  {', '.join(values)}")
     lines.append(
-        f"\nmeans over {len(set(found['AdamW']['seed']))} seeds ± standard error, searched on"
-        f" {len(set(search['seed']))} others; p: paired t-test. compute: gradient evaluations, in"
-        " those of AdamW; equal compute: plain AdamW of as much, or the next less. lazy: on a"
-        " quarter of the batch in every 4th step; late: in the last quarter of the steps."
+        f"\nmeans over {len(set(found['AdamW']['seed']))} seeds ± standard error, settings searched"
+        f" on other seeds ({len(set(search['seed']))}); p: paired t-test. compute: gradient"
+        " evaluations, in those of AdamW; equal compute: plain AdamW of as much, or the next less."
+        " lazy: on a quarter of the batch in every 4th step; late: in the last quarter of the steps."
     )
     return "\n".join(lines)
 
