@@ -239,8 +239,8 @@ def table(results: dict[str, Any]) -> str:
     lines.append(
         f"\nmeans over {len(set(found['AdamW']['seed']))} seeds ± standard error, settings searched"
         f" on other seeds ({len(set(search['seed']))}); p: paired t-test. compute: gradient"
-        " evaluations, in those of AdamW; equal compute: plain AdamW of as much, or the next less."
-        " lazy: on a quarter of the batch in every 4th step; late: in the last quarter of the steps."
+        " evaluations, in those of AdamW; equal compute: plain AdamW of as much, or the next less;"
+        " lazy: on a quarter of the batch in every 4th step; late: in the last quarter of steps."
     )
     return "\n".join(lines)
 
