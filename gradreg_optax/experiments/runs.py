@@ -124,6 +124,9 @@ def train(
 ) -> Columns:
     """Trains runs side by side, those of one method and recipe in one compiled program.
 
+    Two programs run at a time, in threads: ``jax.config.update`` reaches them, a context such as
+    ``jax.default_matmul_precision`` does not.
+
     Args:
       dataset: the data.
       runs: what to train, in any order.
