@@ -155,11 +155,7 @@ def make_train_step(
         check_inexact(caller, "the parameters", params)
         params = _owned(params)
         opt_state = regularized.init(params), second.init(params)
-        if isinstance(opt_state[1], _OURS):
-            raise ValueError(
-                f"{caller}: the optimizer is a regularizer alone, which takes no step: write"
-                f" {caller}(loss_fn, optimizer, regularizer)."
-            )
+        _check_optimizer(caller, opt_state[1])
         check_once(caller, loss_fn, params, *opt_state)
         return TrainState(*_owned((params, opt_state, jnp.zeros([], jnp.int32))))
 
@@ -304,6 +300,15 @@ def is_penalized(state: optax.OptState) -> bool:
     """Whether a transformation of this package is in the chain that has this state."""
     leaves = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, _OURS))
     return any(isinstance(leaf, _OURS) for leaf in leaves)
+
+
+def _check_optimizer(caller: str, state: optax.OptState) -> None:
+    """The optimizer takes steps; by its state."""
+    if isinstance(state, _OURS):
+        raise ValueError(
+            f"{caller}: the optimizer is a regularizer alone, which takes no step: write"
+            f" {caller}(loss_fn, optimizer, regularizer)."
+        )
 
 
 def check_once(caller: str, loss_fn: LossFn, params: PyTree, *states: optax.OptState) -> None:
