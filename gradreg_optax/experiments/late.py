@@ -38,6 +38,8 @@ class Config(common.Training):
     """Even numbers k: the penalty may cost a k-th of a gradient per step."""
     strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5)
     """Strengths of relative_gradreg to choose from."""
+    constant: bool = False
+    """Keep the learning rate; otherwise it falls to zero along a cosine."""
 
     def __post_init__(self) -> None:
         """Checks the numbers and the names."""
@@ -68,6 +70,8 @@ def run(config: Config) -> dict[str, Any]:
     store, recipes, found = runs.Store(config.output), {}, []
     for name in config.datasets:
         dataset, recipe = data.load(name), compare.recipe(config, name)
+        if config.constant:
+            recipe = dataclasses.replace(recipe, optimizer=sgd_at_one_rate)
         report = compare.seeds_of(config, name)
         choose = range(report.stop, report.stop + config.choose_seeds)
         train = functools.partial(runs.train, dataset, store=store, what=f"late {name}")
@@ -122,6 +126,11 @@ def _ways(recipe: Recipe, shares: tuple[int, ...]) -> Iterator[_Way]:
         yield _Way(penalized("lazy on a part", gradients=2), quarter, share // 2, share)
 
 
+def sgd_at_one_rate(schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Plain SGD at the rate that a schedule begins with."""
+    return optax.sgd(schedule(0))
+
+
 def _early(strength: Any, interval: Any, until: int) -> optax.GradientTransformation:
     """The relative penalty before an update, and none from there on."""
     return relative_gradreg(
@@ -135,14 +144,20 @@ def table(results: dict[str, Any]) -> str:
     head = ["penalty", "k", "cost", "r", "test accuracy %", "minus SGD", "p", "minus every step"]
     for (name,), found in _reported(results):
         rows = [_row(label, share, rows, found) for (label, share), rows in _of_ways(found)]
-        title = compare.described(name, results["recipes"][name])
-        lines += [f"{title}, {len(set(found['seed']))} seeds", tables.aligned(head, rows), ""]
+        title = f"{_title(results, name)}, {len(set(found['seed']))} seeds"
+        lines += [title, tables.aligned(head, rows), ""]
     lines.append(
         "means over seeds ± standard error, paired differences in points; p: paired t-test against"
         " SGD. cost: of the training, relative to SGD's. k: the penalty costs a k-th of what it"
         " costs in every step. r: strength of relative_gradreg, chosen on other seeds."
     )
     return "\n".join(lines)
+
+
+def _title(results: dict[str, Any], name: str) -> str:
+    recipe = results["recipes"][name]
+    constant = recipe["optimizer"] == sgd_at_one_rate.__name__
+    return compare.described(name, recipe) + ", one learning rate" * constant
 
 
 def _reported(results: dict[str, Any]) -> Iterator[tuple[Any, runs.Columns]]:
@@ -188,7 +203,7 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
             price = f"cost {1 + 1 / share:.4g}"
             axis.errorbar(places, [one.mean for one in gains], errors, fmt="o", label=price)
         axis.set_xticks(range(len(labels)), labels, rotation=35, ha="right")
-        axis.set_title(compare.described(name, results["recipes"][name]), fontsize=11)
+        axis.set_title(_title(results, name), fontsize=11)
     axes[0].set_ylabel("gain in test accuracy, points")
     axes[0].legend(frameon=False, loc="lower right")
     return plots.save(made, output, "late")
