@@ -18,9 +18,9 @@ from gradreg_optax._checks import check_arrays, check_params, flag
 from gradreg_optax._dtypes import default_float, wide
 from gradreg_optax._typing import LateLoss, LossFn, PyTree, ValueFn, Weighted
 
+_MADE_OF = "_gradreg_made_of"  # attribute of a loss of ours: (itself, what it is made of)
 # Names that Optax's update, or its line searches, keep for themselves: a loss cannot receive them
 # by name.
-_REGULARIZED = "_gradreg_regularized"
 RESERVED = frozenset(
     {"updates", "state", "params", "value", "grad", "value_fn", "reuse_updates", "held_out_fn"}
 )
@@ -230,21 +230,19 @@ def check_own_keyword(caller: str, name: str, loss_fn: LossFn) -> None:
         )
 
 
-def keeps_signature(function: Any, loss_fn: LossFn) -> Any:
-    """``function`` under the name and signature of the loss that it stands for."""
+def keeps_signature(function: Any, loss_fn: LossFn, **made_of: Any) -> Any:
+    """``function`` under the name and signature of a loss, which remembers what it is made of."""
+    function.__dict__[_MADE_OF] = function, made_of
     return functools.update_wrapper(function, loss_fn, updated=())
 
 
-def regularized_by(regularizer: Any, function: Any, loss_fn: LossFn) -> Any:
-    """``function`` as what a regularizer makes of a loss, with that loss's name and signature."""
-    function.__dict__[_REGULARIZED] = function, regularizer
-    return keeps_signature(function, loss_fn)
+def made_of(loss_fn: LossFn) -> dict[str, Any]:
+    """What a loss of ours is made of.
 
-
-def regularizer_of(loss_fn: LossFn) -> Any:
-    """What regularizes a loss, or None; ``functools.wraps`` around one makes another loss."""
-    made, regularizer = getattr(loss_fn, _REGULARIZED, (None, None))
-    return regularizer if made is loss_fn else None
+    A function around it is another loss, even if ``functools.wraps`` has copied the attribute.
+    """
+    itself, made = getattr(loss_fn, _MADE_OF, (None, {}))
+    return made if itself is loss_fn else {}
 
 
 def signature_of(loss_fn: LossFn) -> inspect.Signature | None:

@@ -12,9 +12,9 @@ from gradreg_optax._cotangents import scaled, with_aux_cotangent
 from gradreg_optax._leaves import apart
 from gradreg_optax._loss import (
     arguments_at,
+    keeps_signature,
     mean_of,
     named_arguments,
-    regularized_by,
     signature_of,
     with_weight,
 )
@@ -107,7 +107,7 @@ def regularized_loss(
         value, aux = _evaluated(loss, Arguments.of(argnums, args, kwargs), update)
         return (value, aux) if has_aux else value
 
-    return regularized_by(regularizer, wrapped, loss_fn)
+    return keeps_signature(wrapped, loss_fn, regularizer=regularizer)
 
 
 def _counts(step: Any) -> bool:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from gradreg_optax._checks import check_arrays, check_transformation, fraction, is_inexact
-from gradreg_optax._loss import check_own_keyword, regularized_by, with_weight
+from gradreg_optax._loss import check_own_keyword, keeps_signature, with_weight
 from gradreg_optax._typing import LossFn, PyTree, Weighted
 from gradreg_optax.losses import regularized_loss
-from gradreg_optax.microbatching import made_of, microbatched
+from gradreg_optax.microbatching import microbatched, pieces_of
 from gradreg_optax.penalty import global_norm
 from gradreg_optax.training import (
     Call,
@@ -174,7 +174,7 @@ def nnx_regularized_loss(
         split.put_back(nnx, model, rest)
         return (value, aux) if has_aux else value
 
-    return regularized_by(regularizer, wrapped, loss_fn)
+    return keeps_signature(wrapped, loss_fn, regularizer=regularizer)
 
 
 class _Split(NamedTuple):
@@ -214,7 +214,7 @@ def _loss_of_split(
     caller: str, nnx: Any, loss_fn: LossFn, has_aux: bool
 ) -> Callable[[_Split], Callable[..., tuple[Weighted, Any]]]:
     """The loss of a split module's parameters; its aux is (aux, the rest after the pass)."""
-    one, count = made_of(loss_fn)
+    one, count = pieces_of(loss_fn)
     whole = with_weight(caller, one, has_aux)
 
     def loss_of(split: _Split) -> Callable[..., tuple[Weighted, Any]]:
@@ -251,7 +251,7 @@ def _merged(stacked: jax.Array) -> jax.Array:
 
 
 def _check_place(caller: str, here: bool, state: optax.OptState, chain: optax.OptState) -> None:
-    """The regularizer stands in one place, and is one."""
+    """There is a regularizer, and it is one."""
     chained = is_penalized(chain)
     if here and not is_penalized(state):
         raise ValueError(

@@ -20,9 +20,9 @@ from gradreg_optax._checks import (
 from gradreg_optax._dtypes import cast, widen
 from gradreg_optax._loss import (
     check_own_keyword,
+    made_of,
     mean_of,
     named_arguments,
-    regularizer_of,
     unreserved,
     with_array_aux,
 )
@@ -313,7 +313,7 @@ def _check_optimizer(caller: str, state: optax.OptState) -> None:
 
 def check_once(caller: str, loss_fn: LossFn, params: PyTree, *states: optax.OptState) -> None:
     """A penalty stands in one place: in one transformation, known by its state, or in the loss."""
-    of_loss = regularizer_of(loss_fn)
+    of_loss = made_of(loss_fn).get("regularizer")
     if of_loss is not None:
         states = *states, of_loss.init(params)
     if sum(map(is_penalized, states)) > 1:

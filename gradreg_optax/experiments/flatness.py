@@ -65,7 +65,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def measure(
-    problem: Problem, params: PyTree, seed: jax.Array, split: data.Split, pool: Pool, steps: int
+    problem: Problem, params: PyTree, seed: jax.Array, split: data.Split, pool: Pool, *, steps: int
 ) -> dict[str, jax.Array]:
     """The usual metrics of one run, and what flatness is said to buy; the seed decides on noise,
     second task and batches, whatever the method.

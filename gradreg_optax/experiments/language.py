@@ -168,6 +168,7 @@ def _runs(
     method: Method,
     recipe: Recipe,
     settings: dict[str, float],
+    *,
     seeds: Any,
     role: str,
     share: float = 1.0,

@@ -145,7 +145,8 @@ def test_noise_is_as_large_as_it_says_in_deviations_of_the_inputs():
     problem.model = problem.model._replace(apply=watched)
     problem.metrics = lambda *_: {}
     split = jax.tree.map(lambda part: part[0], problem.draw([0]))
-    flatness.measure(problem, problem.model.init(jax.random.key(0)), 0, split, problem.pool, 0)
+    params = problem.model.init(jax.random.key(0))
+    flatness.measure(problem, params, 0, split, problem.pool, steps=0)
     deviation = np.std(problem.take(problem.pool, split.train))
     test = problem.take(problem.pool, split.test)
     sizes = [np.std(x - test) / deviation for x in seen if x.shape == test.shape]
