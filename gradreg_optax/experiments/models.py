@@ -1,10 +1,12 @@
-"""Small networks as pairs of pure functions, with smooth activations and without state.
+"""Networks as pairs of pure functions, with smooth activations and without state.
 
-A convolution is written as the sum of nine shifted matrix products. Under a ``vmap`` over the
-weights a convolution primitive becomes a grouped convolution, and inside a loop or differentiated
-twice it has no fast kernel on the CPU; matrix products have one in all of these.
+A convolution is written as the sum of shifted matrix products, nine of them for images and three
+for signals. Under a ``vmap`` over the weights a convolution primitive becomes a grouped
+convolution, and inside a loop or differentiated twice it has no fast kernel on the CPU; matrix
+products have one in all of these.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 from gradreg_optax.experiments.common import CommandError
 
 PyTree: TypeAlias = Any
-Name: TypeAlias = Literal["mlp", "cnn"]
+Name: TypeAlias = Literal["mlp", "cnn", "resnet"]
 
 
 class Model(NamedTuple):
@@ -36,10 +38,14 @@ def build(
     """A network for inputs of a shape.
 
     Args:
-      name: "mlp" (``depth`` hidden layers of ``width`` units) or "cnn" (``depth`` + 1 convolutions,
-        each followed by 2x2 mean pooling, the first with ``width`` channels and each further one
-        with twice as many).
-      shape: shape of one input; (height, width, channels) for "cnn".
+      name: "mlp" (``depth`` hidden layers of ``width`` units); "cnn" (``depth`` + 1 convolutions,
+        each followed by mean pooling that halves every side, the first with ``width`` channels and
+        each further one with twice as many); or "resnet" (a wide residual network of three stages
+        of ``depth`` blocks each, the first stage of ``width`` channels and each further one of
+        twice as many on sides of half the length; with root-mean-square normalization of each
+        sample in place of batch normalization).
+      shape: shape of one input. For "cnn" and "resnet" (height, width, channels), the same with
+        more or fewer sides, or (length,) for a signal of one channel.
       classes: number of classes.
       width: see ``name``.
       depth: see ``name``.
@@ -48,18 +54,16 @@ def build(
       The network, with GELU activations.
 
     Raises:
-      CommandError: an unknown name, or inputs that are no images for a convolutional network.
+      CommandError: an unknown name.
     """
     if name == "mlp":
         return _mlp(shape, classes, width, depth)
-    if name != "cnn":
-        raise CommandError(f"unknown model {name!r}: choose one of 'mlp', 'cnn'.")
-    if len(shape) != 3:
-        raise CommandError(
-            f"cnn needs images of shape (height, width, channels), got inputs of shape {shape}:"
-            " use --model mlp."
-        )
-    return _cnn(shape, classes, width, depth)
+    if name not in _CONVOLUTIONAL:
+        names = ", ".join(map(repr, ("mlp", *_CONVOLUTIONAL)))
+        raise CommandError(f"unknown model {name!r}: choose one of {names}.")
+    shape = shape if len(shape) > 1 else (*shape, 1)
+    made = _CONVOLUTIONAL[name](shape, classes, width, depth)
+    return Model(made.init, lambda params, x: made.apply(params, x.reshape(len(x), *shape)))
 
 
 def transformer(
@@ -113,8 +117,9 @@ def _block(key: jax.Array, width: int) -> PyTree:
     return made | {"scales": jnp.ones((2, width))}
 
 
-def _normalized(scale: jax.Array, x: jax.Array) -> jax.Array:
-    size = jnp.mean(x**2, axis=-1, keepdims=True)
+def _normalized(scale: jax.Array, x: jax.Array, sides: int = 0) -> jax.Array:
+    """By the root mean square over the channels, and over that many axes before them."""
+    size = jnp.mean(x**2, axis=tuple(range(-1 - sides, 0)), keepdims=True)
     return jnp.expand_dims(scale, range(x.ndim - 1)) * x * jax.lax.rsqrt(size + 1e-5)
 
 
@@ -147,12 +152,12 @@ def _mlp(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Model:
 
 
 def _cnn(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Model:
-    channels = [shape[-1], *[width * 2**i for i in range(depth + 1)]]
+    sides, channels = len(shape) - 1, [shape[-1], *[width * 2**i for i in range(depth + 1)]]
 
     def init(key: jax.Array) -> PyTree:
         keys = jax.random.split(key, len(channels))
         convolutions = [
-            _dense(k, 9 * size, out)
+            _dense(k, 3**sides * size, out)
             for k, size, out in zip(keys[1:], channels[:-1], channels[1:], strict=True)
         ]
         return {"convolutions": convolutions, "head": _dense(keys[0], channels[-1], classes)}
@@ -160,9 +165,62 @@ def _cnn(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Model:
     def apply(params: PyTree, x: jax.Array) -> jax.Array:
         for layer in params["convolutions"]:
             x = _pool(jax.nn.gelu(_convolution(layer, x)))
-        return _affine(params["head"], jnp.mean(x, axis=(1, 2)))
+        return _affine(params["head"], _over_sides(x))
 
     return Model(init, apply)
+
+
+def _resnet(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Model:
+    """Blocks of the kind that normalizes first; where the channels grow, the skipped path is a
+    matrix product, and the sides are halved by mean pooling.
+    """
+    sides, stages = len(shape) - 1, [width * 2**i for i in range(3)]
+    grown = list(itertools.pairwise([width, *stages]))
+
+    def init(key: jax.Array) -> PyTree:
+        stem, head, *keys = jax.random.split(key, 2 + len(stages))
+        stage_keys = zip(keys, grown, strict=True)
+        return {
+            "stem": _dense(stem, 3**sides * shape[-1], width),
+            "stages": [_stage(k, size, out, depth, sides) for k, (size, out) in stage_keys],
+            "scale": jnp.ones(stages[-1]),
+            "head": _dense(head, stages[-1], classes),
+        }
+
+    def apply(params: PyTree, x: jax.Array) -> jax.Array:
+        x = _convolution(params["stem"], x)
+        for place, stage in enumerate(params["stages"]):
+            for block in stage:
+                x = _residual(block, x)
+            x = x if place == len(stages) - 1 else _pool(x)
+        active = jax.nn.gelu(_normalized(params["scale"], x, sides))
+        return _affine(params["head"], _over_sides(active))
+
+    return Model(init, apply)
+
+
+_CONVOLUTIONAL = {"cnn": _cnn, "resnet": _resnet}
+
+
+def _stage(key: jax.Array, size: int, out: int, depth: int, sides: int) -> list[PyTree]:
+    """The weights of some blocks, of which the first may have more channels out than in."""
+    blocks = []
+    for k, inputs in zip(jax.random.split(key, depth), [size] + [out] * (depth - 1), strict=True):
+        first, second, skip = jax.random.split(k, 3)
+        made = {
+            "first": _dense(first, 3**sides * inputs, out),
+            "second": _dense(second, 3**sides * out, out),
+            "scales": [jnp.ones(inputs), jnp.ones(out)],
+        }
+        blocks.append(made | ({"skip": _dense(skip, inputs, out)} if inputs != out else {}))
+    return blocks
+
+
+def _residual(block: PyTree, x: jax.Array) -> jax.Array:
+    sides, h = x.ndim - 2, x
+    for name, scale in zip(("first", "second"), block["scales"], strict=True):
+        h = _convolution(block[name], jax.nn.gelu(_normalized(scale, h, sides)))
+    return h + (_affine(block["skip"], x) if "skip" in block else x)
 
 
 def _dense(key: jax.Array, size: int, out: int) -> PyTree:
@@ -179,16 +237,29 @@ def _affine(layer: PyTree, x: jax.Array) -> jax.Array:
 
 
 def _convolution(layer: PyTree, x: jax.Array) -> jax.Array:
-    """A 3x3 convolution that keeps the size; its kernel has shape (9 * channels, out)."""
-    height, width = x.shape[1:3]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    """A convolution of length 3 along every side, which stay as long; its kernel has shape
+    (3**sides * channels, out).
+    """
+    sides = x.shape[1:-1]
+    padded = jnp.pad(x, ((0, 0), *[(1, 1)] * len(sides), (0, 0)))
+    shifted = [
+        padded[:, *(slice(i, i + side) for i, side in zip(start, sides, strict=True))]
+        for start in itertools.product(range(3), repeat=len(sides))
+    ]
     return _affine(layer, jnp.concatenate(shifted, axis=-1))
 
 
 def _pool(x: jax.Array) -> jax.Array:
-    """Means over 2x2 patches; an odd last row or column is left away, and a side of one stays."""
-    n, height, width, channels = x.shape
-    high, wide = (2 if height > 1 else 1), (2 if width > 1 else 1)
-    x = x[:, : height // high * high, : width // wide * wide]
-    return jnp.mean(x.reshape(n, height // high, high, width // wide, wide, channels), axis=(2, 4))
+    """Means over two neighbours along every side; an odd last one is left away, and a side of one
+    stays.
+    """
+    n, *sides, channels = x.shape
+    by = [min(2, side) for side in sides]
+    whole = [side // of for side, of in zip(sides, by, strict=True)]
+    x = x[:, *(slice(side * of) for side, of in zip(whole, by, strict=True))]
+    x = x.reshape(n, *itertools.chain(*zip(whole, by, strict=True)), channels)
+    return jnp.mean(x, axis=tuple(range(2, 2 * len(sides) + 1, 2)))
+
+
+def _over_sides(x: jax.Array) -> jax.Array:
+    return jnp.mean(x, axis=tuple(range(1, x.ndim - 1)))

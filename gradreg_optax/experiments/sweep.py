@@ -53,9 +53,10 @@ class Config(common.OnData):
     model: models.Name = "mlp"
     """Network."""
     width: int = 64
-    """Units per hidden layer (mlp), or channels of the first convolution (cnn)."""
+    """Units per hidden layer (mlp), or channels of the first convolution (cnn, resnet)."""
     depth: int = 1
-    """Hidden layers (mlp), or convolutions beyond the first (cnn)."""
+    """Hidden layers (mlp), convolutions beyond the first (cnn), or residual blocks in each of three
+    stages (resnet)."""
     batch_size: int = 32
     """Samples per step."""
     learning_rate: float = 0.2

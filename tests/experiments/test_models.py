@@ -6,7 +6,17 @@ import pytest
 from gradreg_optax.experiments import models
 
 
-@pytest.mark.parametrize(("name", "shape"), [("mlp", (6,)), ("cnn", (1, 5, 3))])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("mlp", (6,)),
+        ("cnn", (1, 5, 3)),
+        ("cnn", (9,)),
+        ("resnet", (5, 4, 3)),
+        ("resnet", (9,)),
+        ("resnet", (4, 3, 5, 2)),
+    ],
+)
 def test_every_network_gives_one_logit_per_class(name, shape):
     model = models.build(name, shape, 4, width=3, depth=2)
     params = jax.jit(model.init)(jax.random.key(0))
@@ -20,23 +30,45 @@ def test_every_network_gives_one_logit_per_class(name, shape):
     )
 
 
-def test_the_convolution_is_the_convolution_of_jax(x64):
+@pytest.mark.parametrize(
+    ("sides", "dimensions"),
+    [((6,), ("NWC", "WIO", "NWC")), ((6, 7), ("NHWC", "HWIO", "NHWC"))],
+)
+def test_the_convolution_is_the_convolution_of_jax(sides, dimensions, x64):
     kernel, bias, x = (
         jax.random.normal(jax.random.key(i), shape)
-        for i, shape in enumerate([(3, 3, 2, 5), (5,), (4, 6, 7, 2)])
+        for i, shape in enumerate([(*[3] * len(sides), 2, 5), (5,), (4, *sides, 2)])
     )
-    dimensions = ("NHWC", "HWIO", "NHWC")
-    expected = (
-        jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dimensions)
-        + bias[None, None, None]
-    )
-    found = models._convolution({"kernel": kernel.reshape(18, 5), "bias": bias}, x)
+    ones = (1,) * len(sides)
+    expected = jax.lax.conv_general_dilated(
+        x, kernel, ones, "SAME", dimension_numbers=dimensions
+    ) + jnp.expand_dims(bias, range(len(sides) + 1))
+    found = models._convolution({"kernel": kernel.reshape(-1, 5), "bias": bias}, x)
     np.testing.assert_allclose(
         found, expected, rtol=1e-12, atol=1e-12
     )  # rounding of sums of 18 products in float64
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_pooling_halves_every_side_that_can_be(x64):
+    x = jax.random.normal(jax.random.key(0), (3, 5, 1, 4, 2))
+    found = models._pool(x)
+    assert found.shape == (3, 2, 1, 2, 2)
+    np.testing.assert_allclose(found[:, 1, 0, 0], jnp.mean(x[:, 2:4, 0, :2], axis=(1, 2)))
+
+
+def test_a_residual_block_adds_to_its_input_what_is_normalized(x64):
+    """With a last convolution of zero it is the identity; else what it adds does not depend on the
+    scale of a sample.
+    """
+    (block,) = models._stage(jax.random.key(0), 3, 3, 1, 2)
+    x = jax.random.normal(jax.random.key(1), (2, 4, 4, 3))
+    nothing = {"kernel": jnp.zeros((27, 3)), "bias": jnp.zeros(3)}
+    np.testing.assert_array_equal(models._residual(block | {"second": nothing}, x), x)
+    added = [models._residual(block, scale * x) - scale * x for scale in (1, 100)]
+    np.testing.assert_allclose(*added, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet"])
 def test_networks_have_no_kinks(name, x64):
     """Along a line, the second difference of a smooth function falls with the square of the step; a
     kink leaves it first order."""
@@ -59,10 +91,6 @@ def test_an_mlp_has_the_sizes_it_says():
     assert [layer["kernel"].shape for layer in params] == [(64, 64), (64, 10)]
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "message"),
-    [("vit", (8, 8, 1), "unknown model 'vit'"), ("cnn", (64,), "cnn needs images")],
-)
-def test_a_wrong_network_is_named(name, shape, message):
-    with pytest.raises(ValueError, match=message):
-        models.build(name, shape, 10)
+def test_a_wrong_network_is_named():
+    with pytest.raises(ValueError, match="unknown model 'vit': choose one of 'mlp', 'cnn', 'res"):
+        models.build("vit", (8, 8, 1), 10)
