@@ -25,10 +25,10 @@ from gradreg_optax.penalty import (
 _CALLER = "relative_gradreg"
 _FIRST_REACH = 0.01  # of the length of the parameters: the first step knows no curvature yet
 _BOUND = 2.0  # times its share is the most that the penalty takes of any single step
-_MEMORY = 0.93  # of the losses, per update that takes the penalty
+_MEMORY = 0.98  # of the losses, per update that takes the penalty
 _NOISE = 4.5  # times the change of the loss from batch to batch: less progress says nothing
-_TOLERATED = 0.06  # the share of the progress that need not carry over
-_GAIN = 10.0  # of the strength, where it is more
+_TOLERATED = 0.04  # the share of the progress that need not carry over
+_GAIN = 12.0  # of the strength, where it is more
 
 
 class Norms(NamedTuple):
@@ -136,15 +136,16 @@ def relative_gradreg(
         S = \min\Big( \frac{\bar L_\text{held out} - \bar L}{L_0 - \bar L},\;
         1 - \frac{\hat L_\text{held out} - \bar L_\text{held out}}{\hat L - \bar L} \Big),
 
-    and the strength is :math:`r = 10 (S - 0.06)`, kept within [0, 1], once the training loss has
+    and the strength is :math:`r = 12 (S - 0.04)`, kept within [0, 1], once the training loss has
     come down by 4.5 times as much as it changes from one batch to the next, and zero before: on a
     plateau, where a training may begin, S is noise, and a penalty would hold it there. Running
-    means are over some fifteen penalised updates. What is memorised is penalised; while a model
-    still learns what holds elsewhere too, or where every sample is seen once, there is no penalty.
-    The held-out samples are evaluated, not differentiated: a few of them per update will do. They
-    should be drawn from where the training samples are: a set that is harder by itself reads as if
-    its difference had been memorised. Where all samples are in every batch there is no noise to
-    tell a plateau by: let the training leave it first, with ``start``.
+    means are over some fifty penalised updates. What is memorised is penalised; while a model still
+    learns what holds elsewhere too, or where every sample is seen once, there is no penalty. The
+    held-out samples are evaluated, not differentiated; take as many of them in an update as a batch
+    has, drawn anew each time: with fewer, S is noise for longer. They should come from where the
+    training samples do: a set that is harder by itself reads as if its difference had been
+    memorised. Where all samples are in every batch there is no noise to tell a plateau by: let the
+    training leave it first, with ``start``.
 
     Cost: as for :func:`fd_gradreg`, and norms. A strength that tunes itself adds two evaluations of
     the loss (one where ``update`` is given ``value=``, or where the compiler shares it with the

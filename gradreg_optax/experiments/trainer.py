@@ -86,19 +86,23 @@ class Method:
       settings: the names of its hyperparameters.
       gradients: gradient evaluations per step, the plain one included; a Hessian-vector product
         counts as two, and shares half of one with the plain gradient.
+      evaluations: of the loss on a batch of held-out samples, in every step that takes the penalty;
+        each is a forward pass, a third of a gradient.
     """
 
     label: str
     make: Callable[..., Transformation] | None
     settings: tuple[str, ...] = ()
     gradients: float = 1
+    evaluations: int = 0
 
     def cost(self, fraction: float = 1.0, interval: float = 1) -> float:
         """Gradients per step, with the penalty on a fraction of the batch and on every
         ``interval``-th step.
         """
         extra = self.gradients - 1
-        return 1 + (extra if fraction == 1 or not extra else self.gradients * fraction) / interval
+        penalty = extra if fraction == 1 or not extra else self.gradients * fraction
+        return 1 + (penalty + self.evaluations / 3) / interval
 
     def call(self, settings: Settings) -> str:
         """How its transformation is made, as code."""
@@ -126,8 +130,7 @@ METHODS = {
         Method("flooding", flooding, ("level",), 1),
     )
 }
-# It asks for held-out samples; one of them costs a forward pass, a third of a gradient.
-SELF_TUNED = Method("self-tuned", functools.partial(relative_gradreg, strength=None), (), 2 + 1 / 3)
+SELF_TUNED = Method("self-tuned", functools.partial(relative_gradreg, strength=None), (), 2, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +153,7 @@ class Recipe:
         schedule that makes an Optax optimizer.
       penalty_fraction: share of the batch that the penalty is taken on.
       held_out: how many of the training samples no step trains on; a method that tunes itself
-        looks at some of these in every step, as many as the penalty is taken on.
+        looks at some of these in every step, as many as a batch has.
       eigenvalue: measure the top Hessian eigenvalue at the end.
       measured: the training loss, its gradient and its curvature are measured on so many training
         samples at most; by default on all, and on 1000.
@@ -482,10 +485,6 @@ class Trainer:
     def _step(self, lane: Settings, state: TrainState, batch: Any, held_out: Any) -> Any:
         return self._train_step(lane).step(state, batch, held_out=held_out)
 
-    def _part(self) -> int:
-        """Number of samples that the penalty is taken on."""
-        return math.ceil(self._recipe.penalty_fraction * self._recipe.batch_size)
-
     def _example(self, lane: Settings) -> tuple[Any, Any, Any]:
         """A state, a batch and held-out samples, of which the shapes matter."""
         init, dataset = self._problem.model.init, self._problem.dataset
@@ -493,8 +492,7 @@ class Trainer:
         arrays = (dataset.train_x, dataset.train_y)
         x, y = (jnp.zeros((self._recipe.batch_size, *a.shape[1:]), jnp.int32) for a in arrays)
         batch = (x if dataset.tokens else x.astype(jnp.float32)), y
-        some = jax.tree.map(lambda a: a[: self._part()], batch)
-        return state, batch, some if self._recipe.held_out else None
+        return state, batch, batch if self._recipe.held_out else None
 
     def _lanes(self, settings: Settings, seeds: Array) -> dict[str, jax.Array]:
         wanted, given = set(self.method.settings), set(settings) - {"interval"}
@@ -539,7 +537,7 @@ class Trainer:
             others = None
             if recipe.held_out:
                 key = jax.random.fold_in(_key(lane["seed"], 3), state.step)
-                drawn = jax.random.randint(key, (self._part(),), task.size, task.drawn)
+                drawn = jax.random.randint(key, (size,), task.size, task.drawn)
                 others = task.batch(pool, split, drawn)
             batch = task.batch(pool, split, rows)
             return self._train_step(lane).step(state, batch, held_out=others)[0]
