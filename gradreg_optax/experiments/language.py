@@ -31,7 +31,7 @@ class Config(common.Common):
     output: Path = Path("results/language")
     seeds: int = 3
     """Number of seeds that are reported; everything is paired by seed."""
-    choose_seeds: int = 1
+    choose_seeds: int = 3
     """Number of seeds before these that learning rate, gamma and rho are searched on."""
     steps: int = 1000
     """Training steps; more, at equal compute, of the longer plain rows."""
@@ -45,9 +45,9 @@ class Config(common.Common):
     """Blocks of the network."""
     learning_rates: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
     """Learning rates to search with plain AdamW; all rows take the best."""
-    gammas: tuple[float, ...] = (0.01, 0.03, 0.1)
+    gammas: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
     """Coefficients of F-GR to search, each with the ascent step of the same length."""
-    rhos: tuple[float, ...] = (0.02, 0.05, 0.1)
+    rhos: tuple[float, ...] = (0.005, 0.01, 0.02, 0.05)
     """Radii of SAM to search."""
     strengths: tuple[float, ...] = (0.1, 0.25, 0.5)
     """Shares of the step; all of them are reported."""
