@@ -145,11 +145,12 @@ def run(config: Config) -> dict[str, Any]:
         found.append(runs.train(dataset, wanted, store, what=f"compare {name}"))
         for label, given in settings.items():
             flops = runs.flops(dataset, ROWS[label], chosen[label], store)
-            costs.append((name, label, 1 + (flops - 1) / given.get("interval", 1)))
+            flops = 1 + (flops - 1) / given.get("interval", 1)
+            costs.append({"dataset": name, "method": label, "flops": flops})
         recipes[name] = chosen["SGD"].describe()
         methods[name] = {label: ROWS[label].call(given) for label, given in settings.items()}
-    columns = dict(zip(("dataset", "method", "flops"), zip(*costs, strict=True), strict=True))
-    return {"recipes": recipes, "methods": methods, "costs": columns, "runs": runs.stack(*found)}
+    table = {"costs": runs.columns(costs), "runs": runs.stack(*found)}
+    return {"recipes": recipes, "methods": methods} | table
 
 
 def seeds_of(config: Any, name: str) -> range:
@@ -202,7 +203,7 @@ def table(results: dict[str, Any]) -> str:
         rows = [_row(row, found, cost(results, name, label)) for label, row in methods(found)]
         title = described(name, results["recipes"][name])
         lines += [f"{title}, {len(set(found['seed']))} seeds", tables.aligned(_HEAD, rows, left=2)]
-        lines += ["", *statistics.pairs(dict(accuracies(found)), PAIRS), ""]
+        lines += ["", *statistics.pairs(dict(methods(found)), PAIRS), ""]
     if len(signed["seed"]):
         rows = [
             [label, f"{step:g}", statistics.percent(found["accuracy"])]
@@ -234,12 +235,7 @@ def described(name: str, recipe: Mapping[str, Any]) -> str:
 
 def methods(rows: runs.Columns) -> list[tuple[str, runs.Columns]]:
     """The rows of each method."""
-    return [(label, found) for (label,), found in runs.groups(rows, "method")]
-
-
-def accuracies(rows: runs.Columns) -> list[tuple[str, Any]]:
-    """The accuracies of each method, over the seeds."""
-    return [(label, found["accuracy"]) for label, found in methods(rows)]
+    return list(runs.by(rows, "method").items())
 
 
 def cost(results: dict[str, Any], name: str, label: str) -> float:
@@ -249,12 +245,9 @@ def cost(results: dict[str, Any], name: str, label: str) -> float:
 
 def _row(rows: runs.Columns, best: runs.Columns, flops: float) -> list[str]:
     label = rows["method"][0]
-    values = {name: rows[name][0] for name in _SYMBOLS if name in rows}
-    setting = [f"{_SYMBOLS[name]}={value:g}" for name, value in values.items() if value == value]
-    gain = statistics.paired(
-        100 * rows["accuracy"], 100 * runs.select(best, method="SGD")["accuracy"]
-    )
-    cells = [label, " ".join(setting), f"{rows['gradients'][0]:.3g}", f"{flops:.2f}"]
+    gain = statistics.points(rows, runs.select(best, method="SGD"))
+    cells = [label, tables.setting(rows, _SYMBOLS)]
+    cells += [f"{rows['gradients'][0]:.3g}", f"{flops:.2f}"]
     cells.append(statistics.percent(rows["accuracy"]))
     cells += ["", ""] if label == "SGD" else [f"{gain:+.1f}", gain.chance]
     cells.append(f"{statistics.estimate(rows['train_loss']).mean:.3f}")
@@ -282,10 +275,8 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
 def _draw_costs(axis: Any, rows: runs.Columns) -> None:
     marks = []
     for label, found in methods(rows):
-        mean, error, _ = statistics.estimate(100 * found["accuracy"])
         place = found["gradients"][0]
-        look: Any = {"fmt": "o", "ms": 6, "color": plots.color(label)}
-        axis.errorbar(place, mean, error, **look)
+        mean = plots.mean(axis, place, 100 * found["accuracy"], label, ms=6)
         marks.append((place, mean, label))
     plain = next((mean for _, mean, label in marks if label == "SGD"), None)
     if plain is not None:
@@ -298,17 +289,13 @@ def _draw_costs(axis: Any, rows: runs.Columns) -> None:
 def _draw_signed(axis: Any, signed: runs.Columns, plain: runs.Columns) -> None:
     steps = []
     for place, ((label, step), rows) in enumerate(runs.groups(signed, "method", "step")):
-        mean, error, _ = statistics.estimate(100 * rows["accuracy"])
-        look: Any = {"color": plots.color(label)}
-        axis.errorbar(place, mean, error, fmt="o", **look)
-        axis.annotate(
-            label, (place, mean), (6, -11), textcoords="offset points", fontsize=9, **look
-        )
+        mean = plots.mean(axis, place, 100 * rows["accuracy"], label)
+        plots.note(axis, label, (place, mean), (6, -11), color=plots.color(label))
         steps.append(f"{step:g}")
     height = statistics.estimate(100 * plain["accuracy"]).mean
-    look = {"color": plots.color("SGD")}
-    axis.axhline(height, ls="--", lw=1, **look)
-    axis.annotate("SGD", (0, height), (0, 3), textcoords="offset points", fontsize=9, **look)
+    color = plots.color("SGD")
+    axis.axhline(height, ls="--", lw=1, color=color)
+    plots.note(axis, "SGD", (0, height), (0, 3), color=color)
     axis.set_xticks(range(len(steps)), steps)
     axis.set_xlim(-0.4, len(steps) - 0.3)
     axis.set(

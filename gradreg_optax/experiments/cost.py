@@ -100,11 +100,9 @@ def family_costs(results: dict[str, Any], family: str) -> dict[str, Any]:
     rounds; "sizes" and "methods" name them.
     """
     programs, times = (runs.select(results[name], family=family) for name in ("programs", "times"))
-    names = ("products", "flops", "memory", "trace", "compile")
-    found: dict[str, Any] = {name: runs.block(programs, name, "size", "method") for name in names}
-    found["seconds"] = runs.block(times, "seconds", "size", "method", "round")
-    found["sizes"] = np.unique(programs["size"])
-    return found | {"methods": list(dict.fromkeys(programs["method"].tolist()))}
+    found = runs.blocks(programs, "size", "method")
+    found |= runs.blocks(times, "size", "method", "round")
+    return found | {"sizes": found["size"], "methods": found["method"].tolist()}
 
 
 def _measure(config: Config, family: str, size: int, progress: Any) -> dict[str, Any]:

@@ -204,12 +204,8 @@ def run(config: Config) -> dict[str, Any]:
 
 def curves(results: dict[str, Any]) -> dict[str, dict[str, Floats]]:
     """The training by variant: what :func:`train` returned for each."""
-    found = {}
-    for (name,), rows in runs.groups(results["training"], "variant"):
-        columns = set(rows) - {"variant", "seed", "time"}
-        found[name] = {column: runs.block(rows, column, "seed", "time") for column in columns}
-        found[name]["time"] = np.unique(rows["time"])
-    return found
+    variants = runs.by(results["training"], "variant")
+    return {name: runs.blocks(rows, "seed", "time") for name, rows in variants.items()}
 
 
 def two_steps(

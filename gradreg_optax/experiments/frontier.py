@@ -39,6 +39,7 @@ _PROBE_SEEDS = 4
 _PROBE_TIMES = 6  # how often along the training
 _PLAIN, _TWICE = Method("plain", None), Method("plain, twice the steps", None)
 _CELL = ("method", "fraction", "interval", "choice", "gamma")
+_SEARCHED = ("fraction", "interval", "gamma")
 _FULL: dict[str, Any] = {"method": "F-GR", "fraction": 1.0, "interval": 1, "choice": "search"}
 _STARTS = (
     "no penalty",
@@ -155,10 +156,7 @@ class _Lab:
                 tags = {"choice": choice, "flops": 1 + (flops - 1) / interval}
                 wanted += self._grid(parts[fraction], one, fraction, self.report, **tags)
         found = {"cells": self._train(wanted, "cells"), "search": search, "probes": probes}
-        return {
-            name: {"optimizer": np.full(len(next(iter(table.values()))), optimizer)} | table
-            for name, table in found.items()
-        }
+        return {name: runs.tagged(table, optimizer=optimizer) for name, table in found.items()}
 
     def _grid(
         self, recipe: Recipe, values: Any, f: float, seeds: Any = None, **tags: Any
@@ -201,11 +199,12 @@ def _recipe(config: Config, optimizer: OptimizerName) -> Recipe:
 
 def _search(tried: Columns) -> Columns:
     """The mean accuracies over seeds, where a diverged run counts as zero."""
-    names = ("fraction", "interval", "gamma")
-    rows = [(*key, np.mean(_score(rows["accuracy"]))) for key, rows in runs.groups(tried, *names)]
-    ordered = sorted(rows, key=lambda row: (-row[0], *row[1:3]))
-    columns = zip(*ordered, strict=True)
-    return dict(zip((*names, "accuracy"), map(np.array, columns), strict=True))
+    found = [
+        dict(zip(_SEARCHED, key, strict=True)) | {"accuracy": np.mean(_score(rows["accuracy"]))}
+        for key, rows in runs.groups(tried, *_SEARCHED)
+    ]
+    found.sort(key=lambda row: (-row["fraction"], row["interval"], row["gamma"]))
+    return runs.columns(found)
 
 
 def _score(accuracy: Array) -> Array:
@@ -242,11 +241,11 @@ def _probe(
                 for i in range(len(seeds))
             ]
             norms, tops = jax.tree.map(lambda *values: np.mean(values, axis=0), *lanes)
-            rows += list(zip(itertools.repeat(step), config.fractions, norms, tops))
-    columns = zip(*rows, strict=True)
-    return dict(
-        zip(("step", "fraction", "norm", "eigenvalue"), map(np.array, columns), strict=True)
-    )
+            rows += [
+                {"step": step, "fraction": fraction, "norm": norm, "eigenvalue": top}
+                for fraction, norm, top in zip(config.fractions, norms, tops, strict=True)
+            ]
+    return runs.columns(rows)
 
 
 def _probe_batches(
@@ -348,7 +347,7 @@ def _row(cell: Columns, full: Columns, plain: Columns) -> list[str]:
     found.append(statistics.percent(cell["accuracy"], ".2f"))
     if (method, fraction, interval, choice) == tuple(_FULL.values()):
         return [*found, "", "", "", ""]
-    difference = statistics.paired(100 * cell["accuracy"], 100 * full["accuracy"])
+    difference = statistics.points(cell, full)
     mark, share = "" if keeps_up(cell, full) else "below", gain_share(cell, full, plain)
     return [
         *found,
@@ -385,10 +384,8 @@ def searched(results: dict[str, Any], optimizer: str) -> tuple[dict[str, Array],
       The values along the three axes, by name ("fraction", "interval", "gamma"), and the mean
       accuracies on the choosing seeds.
     """
-    rows = select(results["search"], optimizer=optimizer)
-    names = ("fraction", "interval", "gamma")
-    axes = {name: np.array(list(dict.fromkeys(rows[name].tolist()))) for name in names}
-    return axes, runs.block(rows, "accuracy", *names)
+    found = runs.blocks(select(results["search"], optimizer=optimizer), *_SEARCHED)
+    return {name: found[name] for name in _SEARCHED}, found["accuracy"]
 
 
 def kicks(results: dict[str, Any], optimizer: str = "sgd") -> Array:
@@ -441,11 +438,11 @@ def _search_lines(results: dict[str, Any], optimizer: str) -> list[str]:
 
 
 def _warmup_lines(warmup: Columns) -> list[str]:
-    reference, rows = select(warmup, method="gamma from the start")["accuracy"], []
-    for (start,), found in runs.groups(warmup, "method"):
-        minus = statistics.paired(100 * found["accuracy"], 100 * reference)
+    found, rows = runs.by(warmup, "method"), []
+    for start, of_start in found.items():
+        minus = statistics.points(of_start, found["gamma from the start"])
         compared = "" if start == "gamma from the start" else str(minus)
-        rows.append([start, statistics.percent(found["accuracy"], ".2f"), compared])
+        rows.append([start, statistics.percent(of_start["accuracy"], ".2f"), compared])
     title = f"adam, learning rate warmed up over {warmup['warmup_steps'][0]:g} steps"
     head = ["start", "test accuracy %", "minus gamma from the start"]
     return [f"{title}, F-GR with gamma {warmup['penalty'][0]:g}", tables.aligned(head, rows), ""]
@@ -488,13 +485,9 @@ def _draw(axis: Any, cell: Columns) -> None:
     if by_rule and fraction == 1:
         return
     color = _color(method, fraction)
-    mean, error, _ = statistics.estimate(100 * cell["accuracy"])
-    look: Any = {"fmt": "o"}
-    if by_rule:
-        look = {"fmt": "D", "alpha": 0.6, "markerfacecolor": "white"}
-    axis.errorbar(cost, mean, error, ms=5, color=color, **look)
+    look: Any = {"fmt": "D", "alpha": 0.6, "markerfacecolor": "white"} if by_rule else {}
+    mean = plots.mean(axis, cost, 100 * cell["accuracy"], method, ms=5, color=color, **look)
     if not by_rule:
         place = ((-4, -22) if fraction < 1 else (-4, 16)) if lazy else (6, -11)
         text: Any = {"fontsize": 7, "color": color, "rotation": 60 if lazy else 0}
-        name = f"k={interval:g}" if lazy else method
-        axis.annotate(name, (cost, mean), place, textcoords="offset points", **text)
+        plots.note(axis, f"k={interval:g}" if lazy else method, (cost, mean), place, **text)

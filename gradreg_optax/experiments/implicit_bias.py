@@ -335,12 +335,7 @@ def _part(
 def case(results: dict[str, Any], name: str) -> dict[str, Floats]:
     """What :func:`measure` returned for a kind of data sets, with "epsilon"."""
     flows, weights = (runs.select(results[part], case=name) for part in ("flows", "weights"))
-    columns = set(flows) - {"case", "flow", "seed"}
-    found = {column: runs.block(flows, column, "seed", "flow") for column in columns}
-    found |= {
-        column: runs.block(weights, column, "flow", "feature")
-        for column in set(weights) & {"reached", "predicted"}
-    }
+    found = runs.blocks(flows, "seed", "flow") | runs.blocks(weights, "flow", "feature")
     return found | {"epsilon": found["epsilon"][0, 1:]}
 
 

@@ -203,8 +203,7 @@ def compute(rows: Columns) -> float:
 
 def reported(results: dict[str, Any]) -> dict[str, Columns]:
     """The reported runs of each row of the table."""
-    report = select(results["runs"], role="report")
-    return {row: found for (row,), found in runs.groups(report, "row")}
+    return runs.by(select(results["runs"], role="report"), "row")
 
 
 def equal(rows: Columns, found: dict[str, Columns]) -> Columns:
@@ -248,13 +247,9 @@ def table(results: dict[str, Any]) -> str:
 
 def _row(name: str, rows: Columns, found: dict[str, Columns]) -> list[str]:
     plain, loss = found["AdamW"], statistics.estimate(rows["test_loss"])
-    setting = [f"{_SYMBOLS[key]}={rows[key][0]:g}" for key in _SYMBOLS if rows[key][0] > 0]
-    cells = [name, " ".join(setting), f"{rows['gradients'][0]:.3g}", f"{rows['steps'][0]}"]
-    cells += [
-        f"{compute(rows) / compute(plain):.3g}",
-        f"{loss:.3f}",
-        f"{loss.mean / np.log(2):.3f}",
-    ]
+    cells = [name, tables.setting(rows, _SYMBOLS), f"{rows['gradients'][0]:.3g}"]
+    cells += [f"{rows['steps'][0]}", f"{compute(rows) / compute(plain):.3g}"]
+    cells += [f"{loss:.3f}", f"{loss.mean / np.log(2):.3f}"]
     cells.append(f"{statistics.estimate(rows['train_loss']).mean:.3f}")
     for other in (plain, equal(rows, found)):
         alone = other["row"][0] == name
@@ -277,10 +272,9 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
     )
     left.plot(*zip(*line, strict=True), color=plots.color("SGD"), lw=1, label="AdamW")
     for place, rows in enumerate(found.values()):
-        color = plots.color(rows["method"][0].removeprefix("late "))
-        look: Any = {"color": color}
-        loss, less = statistics.estimate(rows["test_loss"]), gain(rows, plain)
-        left.errorbar(compute(rows) / compute(plain), loss.mean, loss.error, fmt="o", **look)
+        label, less = rows["method"][0].removeprefix("late "), gain(rows, plain)
+        look: Any = {"color": plots.color(label)}
+        plots.mean(left, compute(rows) / compute(plain), rows["test_loss"], label)
         single = rows["test_loss"] - plain["test_loss"]
         right.plot(single, np.full(len(single), place), ".", alpha=0.35, **look)
         right.errorbar(less.mean, place, xerr=less.error, fmt="|", ms=14, mew=2.5, **look)

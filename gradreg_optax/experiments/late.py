@@ -170,8 +170,7 @@ def _of_ways(found: runs.Columns) -> Iterator[tuple[Any, runs.Columns]]:
 
 def gain(rows: runs.Columns, found: runs.Columns, over: str = PLAIN) -> statistics.Difference:
     """The paired difference of a way's accuracy to another's, in points."""
-    less = runs.select(found, method=over)["accuracy"]
-    return statistics.paired(100 * rows["accuracy"], 100 * less)
+    return statistics.points(rows, runs.select(found, method=over))
 
 
 def _row(label: str, share: float, rows: runs.Columns, found: runs.Columns) -> list[str]:
@@ -192,8 +191,7 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
         always = gain(runs.select(found, method=ALWAYS), found)
         axis.axhline(0, color=plots.color(PLAIN), ls="--", lw=1)
         axis.axhline(always.mean, color="k", lw=1)
-        look: Any = {"textcoords": "offset points", "fontsize": 9}
-        axis.annotate("the penalty in every step, cost 2", (0, always.mean), (0, 3), **look)
+        plots.note(axis, "the penalty in every step, cost 2", (0, always.mean), (0, 3))
         shares = [share for (share,), _ in runs.groups(found, "share") if share == share]
         for i, share in enumerate(shares):
             rows = [runs.select(found, method=label, share=share) for label in labels]

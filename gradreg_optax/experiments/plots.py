@@ -1,6 +1,6 @@
 """What the figures have in common. They are drawn without a display, from results on disk."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,26 @@ def figure(
     return made, axes[0] if rows == 1 else axes
 
 
-def seeds(axis: Any, labels: Sequence[str], accuracies: Sequence[Any]) -> None:
-    """A column of dots, one a seed, with mean and standard error, for each of some methods."""
-    for place, (label, accuracy) in enumerate(zip(labels, accuracies, strict=True)):
-        mean, error, _ = statistics.estimate(100 * accuracy)
-        spread = np.full(len(accuracy), place)
-        axis.plot(spread, 100 * accuracy, ".", color=color(label), alpha=0.35)
-        axis.errorbar(place, mean, error, fmt="_", ms=22, mew=2.5, color=color(label))
-    axis.set_xticks(range(len(labels)), labels, rotation=35)
+def mean(axis: Any, place: float, values: Any, method: str, **look: Any) -> float:
+    """Draws the mean of some values with its standard error, in the color of a method."""
+    height, error, _ = statistics.estimate(values)
+    axis.errorbar(place, height, error, **{"fmt": "o", "color": color(method)} | look)
+    return height
+
+
+def seeds(axis: Any, methods: Mapping[str, Any]) -> None:
+    """A column of dots, one a run, with mean and standard error, for each of some methods."""
+    for place, (label, rows) in enumerate(methods.items()):
+        accuracy = 100 * rows["accuracy"]
+        axis.plot(np.full(len(accuracy), place), accuracy, ".", color=color(label), alpha=0.35)
+        mean(axis, place, accuracy, label, fmt="_", ms=22, mew=2.5)
+    axis.set_xticks(range(len(methods)), methods, rotation=35)
     axis.set(ylabel="test accuracy %")
+
+
+def note(axis: Any, text: str, place: tuple[float, float], away: Any, **look: Any) -> None:
+    """Writes a text some points away from a place."""
+    axis.annotate(text, place, away, textcoords="offset points", **{"fontsize": 9} | look)
 
 
 def label(axis: Any, marks: Sequence[tuple[float, float, str]], apart: float = 0.055) -> None:

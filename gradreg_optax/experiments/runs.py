@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -152,10 +152,10 @@ def train(
         def make(places: list[int], advanced: Callable[[int], Any]) -> Columns:
             return _part(dataset, [runs[place] for place in places], store, advanced, metrics)
 
-        for places, columns in zip(parts, _together(make, parts, bar.update), strict=True):
+        for places, part in zip(parts, _together(make, parts, bar.update), strict=True):
             for i, place in enumerate(places):
-                found[place] = {name: values[i] for name, values in columns.items()}
-    return _columns([_row(run) | metrics for run, metrics in zip(runs, found, strict=True)])
+                found[place] = {name: values[i] for name, values in part.items()}
+    return columns([_row(run) | metrics for run, metrics in zip(runs, found, strict=True)])
 
 
 def flops(dataset: Dataset, method: Method, recipe: Recipe, store: Store | None = None) -> float:
@@ -204,13 +204,31 @@ def groups(columns: Mapping[str, Any], *names: str) -> Iterator[tuple[tuple[Any,
         yield values, select(columns, **dict(zip(names, values, strict=True)))
 
 
+def by(columns: Mapping[str, Any], name: str) -> dict[Any, Columns]:
+    """The rows of each value of a column, in the order of their first rows."""
+    return {value: rows for (value,), rows in groups(columns, name)}
+
+
+def columns(rows: Iterable[Mapping[str, Any]]) -> Columns:
+    """Rows as columns; what one of them lacks is NaN there, or empty."""
+    rows = list(rows)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: _column([row.get(name) for row in rows]) for name in names}
+
+
+def tagged(columns: Mapping[str, Any], **tags: Any) -> Columns:
+    """The rows, with further columns of one value each in front."""
+    rows = len(next(iter(columns.values())))
+    return {name: np.full(rows, value) for name, value in tags.items()} | dict(columns)
+
+
 def stack(*tables: Mapping[str, Any]) -> Columns:
     """Tables one below the other; a column that one of them lacks is NaN there, or empty."""
     rows: list[dict[str, Any]] = []
     for table in tables:
         lists = {name: np.asarray(values).tolist() for name, values in table.items()}
         rows += [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
-    return _columns(rows)
+    return columns(rows)
 
 
 def tidy(axes: Mapping[str, Any], **blocks: Any) -> Columns:
@@ -225,18 +243,20 @@ def tidy(axes: Mapping[str, Any], **blocks: Any) -> Columns:
     return columns | {name: np.asarray(block).ravel() for name, block in blocks.items()}
 
 
-def block(columns: Mapping[str, Any], name: str, *axes: str) -> Array:
-    """A column as an array over the different values of others, each in the order of its first row:
-    the inverse of :func:`tidy`.
+def blocks(columns: Mapping[str, Any], *axes: str) -> dict[str, Array]:
+    """Columns as arrays over the different values of some of them, and these values, each in the
+    order of its first row: the inverse of :func:`tidy`.
     """
-    places, shape = [], []
+    found, places = dict[str, Array](), []
     for axis in axes:
         values = np.asarray(columns[axis]).tolist()
         order = {value: place for place, value in enumerate(dict.fromkeys(values))}
         places.append([order[value] for value in values])
-        shape.append(len(order))
-    found = np.empty(shape, np.asarray(columns[name]).dtype)
-    found[tuple(places)] = columns[name]
+        found[axis] = np.array(list(order))
+    shape = [len(values) for values in found.values()]
+    for name in set(columns) - set(axes):
+        found[name] = np.empty(shape, np.asarray(columns[name]).dtype)
+        found[name][tuple(places)] = columns[name]
     return found
 
 
@@ -335,11 +355,6 @@ def _row(run: Run) -> dict[str, Any]:
     gradients = run.method.cost(run.recipe.penalty_fraction, interval)
     made = {"method": run.method.label, **run.settings, "seed": run.seed, "gradients": gradients}
     return {**made, **run.tags}
-
-
-def _columns(rows: Sequence[Mapping[str, Any]]) -> Columns:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: _column([row.get(name) for row in rows]) for name in names}
 
 
 def _column(values: list[Any]) -> Array:

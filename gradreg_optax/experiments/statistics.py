@@ -65,17 +65,19 @@ def percent(values: Any, spec: str = ".1f") -> str:
     return f"{found:{spec}}" + (f" ({lost} of {np.size(values)} diverged)" if lost else "")
 
 
-def pairs(accuracies: Mapping[str, Any], wanted: Iterable[tuple[str, str]]) -> list[str]:
-    """The paired difference in points of the first minus the second, a line for each pair that is
-    there.
+def points(rows: Mapping[str, Any], over: Mapping[str, Any]) -> Difference:
+    """The paired difference of the accuracies of two methods' runs, in points."""
+    return paired(100 * rows["accuracy"], 100 * over["accuracy"])
+
+
+def pairs(methods: Mapping[str, Any], wanted: Iterable[tuple[str, str]]) -> list[str]:
+    """The paired difference in points of the first method's runs minus the second's, a line for
+    each pair that is there.
     """
-    there = [pair for pair in wanted if set(pair) <= set(accuracies)]
-    titles = [f"{first} minus {second}" for first, second in there]
-    shares = [(100 * accuracies[first], 100 * accuracies[second]) for first, second in there]
-    return [
-        f"{title:<{max(map(len, titles))}}  {paired(*both)!s}, {paired(*both).size} seeds"
-        for title, both in zip(titles, shares, strict=True)
-    ]
+    there = [pair for pair in wanted if set(pair) <= set(methods)]
+    gains = {" minus ".join(pair): points(*(methods[label] for label in pair)) for pair in there}
+    width = max(map(len, gains), default=0)
+    return [f"{pair:<{width}}  {gain!s}, {gain.size} seeds" for pair, gain in gains.items()]
 
 
 def estimate(values: Any) -> Estimate:

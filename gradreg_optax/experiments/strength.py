@@ -149,7 +149,7 @@ def run(config: Config) -> dict[str, Any]:
         dataset = _dataset(task, config)
         for optimizer in task.optimizers:
             lab = _Lab(config, dataset, store, _recipe(task, dataset, optimizer, config), task)
-            found.append(_tagged(lab.race(), task=name, optimizer=optimizer))
+            found.append(runs.tagged(lab.race(), task=name, optimizer=optimizer))
     metrics = {name: TASKS[name].metric for name in config.tasks}
     return {"metrics": metrics, "runs": runs.stack(*found)}
 
@@ -193,7 +193,7 @@ class _Lab:
         wanted += runs.grid(plain, self.recipe, {}, choose, role="plain, search", **none)
         found = [
             self._train(wanted),
-            _tagged(self._watched(plain, self.recipe, 1, report), role="plain", **none),
+            runs.tagged(self._watched(plain, self.recipe, 1, report), role="plain", **none),
         ]
         for part, (fraction, interval) in PARTS.items():
             recipe = dataclasses.replace(self.recipe, penalty_fraction=fraction)
@@ -204,7 +204,7 @@ class _Lab:
             strengths = self.config.strengths
             wanted += grid(METHODS["relative"], "strength", strengths, report, "strength")
             tuned = self._watched(SELF_TUNED, recipe, interval, report)
-            found += [tried, self._train(wanted), _tagged(tuned, role="self-tuned", part=part)]
+            found += [tried, self._train(wanted), runs.tagged(tuned, role="self-tuned", part=part)]
         return runs.stack(*found)
 
     def _grid(
@@ -224,7 +224,7 @@ class _Lab:
         make = functools.partial(self._watch, method, recipe, interval, list(seeds))
         made = self.store.keep(f"along-{method.label}", what, make)
         cost = method.cost(recipe.penalty_fraction, interval)
-        return _tagged(made, method=method.label, gradients=cost)
+        return runs.tagged(made, method=method.label, gradients=cost)
 
     def _watch(self, method: Method, recipe: Recipe, interval: int, seeds: list[int]) -> Columns:
         trainer, task = Trainer(self.dataset, method, recipe), problem(self.dataset, recipe)
@@ -244,11 +244,6 @@ class _Lab:
         if losses:
             found["best_loss"] = np.nanmin(losses, axis=0)
         return found | measure(states.params)
-
-
-def _tagged(columns: Columns, **tags: Any) -> Columns:
-    size = len(columns["seed"])
-    return {name: np.full(size, value) for name, value in tags.items()} | columns
 
 
 def _best(tried: Columns, metric: str) -> float:

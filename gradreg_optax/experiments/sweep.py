@@ -132,12 +132,12 @@ def table(results: dict[str, Any]) -> str:
     choose, report = (runs.select(results["runs"], role=role) for role in ("choose", "report"))
     names = [name for name in ("gamma", "epsilon", "rho", "level", "strength") if name in choose]
     head = ["method", *names, "gradients", "test accuracy %", "diverged"]
-    rows, accuracy = [], {}
-    for (label,), tried in runs.groups(choose, "method"):
+    rows, reports = [], {}
+    for label, tried in runs.by(choose, "method").items():
         found = runs.select(report, method=label)
         shown, values = "every setting diverged", [""] * len(names)
         if len(found["seed"]):
-            accuracy[label] = found["accuracy"]
+            reports[label] = found
             shown = statistics.percent(found["accuracy"], ".2f")
             values = [f"{found[name][0]:g}".replace("nan", "") for name in names]
         lost = f"{np.sum(tried['diverged']):g}/{len(tried['seed'])}"
@@ -145,7 +145,7 @@ def table(results: dict[str, Any]) -> str:
     numbers = [len(set(part["seed"])) for part in (choose, report)]
     title = f"{results['dataset']}: settings chosen on {numbers[0]} seeds, reported on {numbers[1]}"
     lines = [f"{title} others", tables.aligned(head, rows), ""]
-    return "\n".join([*lines, *statistics.pairs(accuracy, PAIRS)])
+    return "\n".join([*lines, *statistics.pairs(reports, PAIRS)])
 
 
 def plot(results: dict[str, Any], output: Path) -> list[Path]:
@@ -155,9 +155,8 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
     made, (left, right) = plots.figure(2, width=6.0, height=4.2)
     _draw_grid(made, left, results)
     report = runs.select(results["runs"], role="report")
-    found = [(label, rows["accuracy"]) for (label,), rows in runs.groups(report, "method")]
-    if found:
-        plots.seeds(right, *zip(*found, strict=True))
+    if len(report["seed"]):
+        plots.seeds(right, runs.by(report, "method"))
     right.set(title=f"chosen setting on {len(set(report['seed']))} other seeds")
     return plots.save(made, output, "sweep")
 

@@ -1,6 +1,7 @@
 """The one writer of the tables that the commands print."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 def aligned(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
@@ -28,3 +29,9 @@ def aligned(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -
         ).rstrip()
         for row in cells
     )
+
+
+def setting(rows: Mapping[str, Any], symbols: Mapping[str, str]) -> str:
+    """The hyperparameters of runs that share them, of those that have a symbol."""
+    values = {symbol: rows[name][0] for name, symbol in symbols.items() if name in rows}
+    return " ".join(f"{symbol}={value:g}" for symbol, value in values.items() if value == value)

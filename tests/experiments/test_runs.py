@@ -201,7 +201,11 @@ def test_columns_and_arrays_are_two_ways_to_write_one_table(shape):
     values = np.arange(np.prod(shape)).reshape(shape)
     axes = {"kind": list("zab")[: shape[0]], "step": np.arange(shape[1])[::-1]}
     columns = runs.tidy(axes, value=values)
-    np.testing.assert_array_equal(runs.block(columns, "value", "kind", "step"), values)
+    blocks = runs.blocks(columns, "kind", "step")
+    np.testing.assert_array_equal(blocks["value"], values)
+    assert {name: blocks[name].tolist() for name in axes} == {
+        name: list(values) for name, values in axes.items()
+    }
     for i, (kind, rows) in enumerate(runs.groups(columns, "kind")):
         assert kind == (axes["kind"][i],)
         np.testing.assert_array_equal(rows["value"], values[i])
