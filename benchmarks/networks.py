@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradreg_optax.experiments.cost import cross_entropy, residual_network
+from gradreg_optax.experiments.cost import residual_network
 from gradreg_optax.experiments.models import Model, build
+from gradreg_optax.experiments.trainer import cross_entropy
 
 VOCABULARY = 64
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -51,7 +52,7 @@ def problem(name: str, seed: int = 0) -> Problem:
         jnp.asarray(rng.normal(size=shape), jnp.float32),
         jnp.asarray(rng.integers(10, size=shape[0])),
     )
-    return Problem(cross_entropy(network), network.init(jax.random.key(seed)), batch)
+    return Problem(cross_entropy(network.apply), network.init(jax.random.key(seed)), batch)
 
 
 def _transformer(width: int, layers: int, heads: int = 4) -> Model:

@@ -9,7 +9,7 @@ process, and given as ratios to plain SGD. Source: Karakida et al., ICML 2023.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from gradreg_optax.experiments import common, plots, runs, tables
 from gradreg_optax.experiments.models import Model, PyTree, build
 from gradreg_optax.experiments.timing import Floats, Program, interleave, ratio
 from gradreg_optax.experiments.timing import build as compile_step
+from gradreg_optax.experiments.trainer import cross_entropy
 
 Batch = tuple[jax.Array, jax.Array]
 CLASSES = 10
@@ -113,24 +114,16 @@ def _measure(config: Config, family: str, size: int, progress: Any) -> dict[str,
     batch = made_up_batch(config.seed, config.batch, shape)
     params = jax.jit(network.init)(jax.random.key(config.seed))
     products = _matrix_product(params, config.batch) if family == "mlp" else math.nan
-    found = _measure_one(cross_entropy(network), params, batch, config.rounds, progress)
-    return {"products": [products] * len(METHODS)} | found
-
-
-def _measure_one(
-    loss_fn: Callable[..., jax.Array], params: PyTree, batch: Batch, rounds: int, progress: Any
-) -> dict[str, Any]:
     programs: dict[str, Program] = {}
     for name, regularizer in METHODS.items():
-        init, step = make_train_step(loss_fn, optax.sgd(0.01), regularizer)
+        init, step = make_train_step(cross_entropy(network.apply), optax.sgd(0.01), regularizer)
         programs[name] = compile_step(step, init(params), batch)
         progress.update()
-    seconds = interleave({name: program.run for name, program in programs.items()}, range(rounds))
-    columns: Any = {
-        key: [getattr(p, key) for p in programs.values()]
-        for key in ("flops", "memory", "trace", "compile")
-    }
-    return {**columns, "seconds": list(seconds.values())}
+    steps = {name: program.run for name, program in programs.items()}
+    found: dict[str, Any] = {"products": [products] * len(METHODS)}
+    for name in ("flops", "memory", "trace", "compile"):
+        found[name] = [getattr(program, name) for program in programs.values()]
+    return found | {"seconds": list(interleave(steps, range(config.rounds)).values())}
 
 
 def made_up_batch(seed: int, size: int, shape: Sequence[int]) -> Batch:
@@ -139,19 +132,6 @@ def made_up_batch(seed: int, size: int, shape: Sequence[int]) -> Batch:
     return jnp.asarray(rng.normal(size=(size, *shape)), jnp.float32), jnp.asarray(
         rng.integers(CLASSES, size=size)
     )
-
-
-def cross_entropy(network: Model) -> Callable[[PyTree, Batch], jax.Array]:
-    """The mean cross entropy of a network, as a function of parameters and batch."""
-
-    def loss_fn(params: PyTree, batch: Batch) -> jax.Array:
-        logits = network.apply(params, batch[0])
-        loss: jax.Array = jnp.mean(
-            optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
-        )
-        return loss
-
-    return loss_fn
 
 
 def residual_network(width: int, channels: int = 3) -> Model:

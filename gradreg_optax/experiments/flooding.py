@@ -32,17 +32,11 @@ import numpy as np
 import numpy.typing as npt
 import optax
 
-from gradreg_optax import (
-    TrainState,
-    TrainStep,
-    curvature,
-    fd_value_and_grad,
-    flooding,
-    make_train_step,
-)
+from gradreg_optax import curvature, fd_value_and_grad, flooding, make_train_step
 from gradreg_optax.experiments import common, data, models, plots, runs, statistics, tables
 from gradreg_optax.experiments.common import CommandError
 from gradreg_optax.experiments.models import PyTree
+from gradreg_optax.experiments.trainer import cross_entropy
 
 Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 Order: TypeAlias = Literal["ascent, descent", "descent, ascent"]
@@ -55,6 +49,7 @@ ORDERS: dict[Order, tuple[tuple[float, float], int]] = {
     "descent, ascent": ((-BEYOND, BEYOND), -1),
 }
 _APPLY = models.build("mlp", (8, 8, 1), classes=10).apply  # whatever the width of the weights
+loss_fn = cross_entropy(_APPLY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,28 +117,25 @@ class Variant(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Training and test samples of one seed, and the initial weights."""
+    """Samples of one seed to train and to test on, inputs and labels, and the initial weights."""
 
-    x: Any
-    y: Any
-    test_x: Any
-    test_y: Any
+    train: Any
+    test: Any
     params: PyTree
 
 
 def variants(config: Config) -> dict[str, Variant]:
     """The ways to train, by name."""
-    n, step = config.train_size, config.learning_rate
+    step, momentum = config.learning_rate, config.momentum
+    flood = Variant(config.level, step, 0.0, config.train_size, 1)
+    small: dict[str, Any] = {"learning_rate": step / config.smaller, "repeat": config.smaller}
+    inert: dict[str, Any] = {"learning_rate": step * (1 - momentum), "momentum": momentum}
     return {
-        "plain descent": Variant(-BEYOND, step, 0.0, n, 1),
-        "flooding": Variant(config.level, step, 0.0, n, 1),
-        "flooding, small steps": Variant(
-            config.level, step / config.smaller, 0.0, n, config.smaller
-        ),
-        "flooding, momentum": Variant(
-            config.level, step * (1 - config.momentum), config.momentum, n, 1
-        ),
-        "flooding, different batches": Variant(config.level, step, 0.0, config.batch_size, 1),
+        "plain descent": flood._replace(level=-BEYOND),
+        "flooding": flood,
+        "flooding, small steps": flood._replace(**small),
+        "flooding, momentum": flood._replace(**inert),
+        "flooding, different batches": flood._replace(batch_size=config.batch_size),
     }
 
 
@@ -152,16 +144,24 @@ def problem(config: Config, seed: int) -> Problem:
     digits = data.load("digits")
     split = data.draw(digits, seed, config.train_size, label_noise=config.label_noise)
     inputs = digits.inputs / np.float32(digits.scale) - np.float32(digits.mean)
-    params = models.build("mlp", digits.shape, digits.classes, width=config.width).init(
-        jax.random.key(seed)
-    )
-    return Problem(
-        inputs[split.train],
-        split.train_labels,
-        inputs[split.test],
-        digits.labels[split.test],
-        params,
-    )
+    network = models.build("mlp", digits.shape, digits.classes, width=config.width)
+    train = inputs[split.train], split.train_labels
+    test = inputs[split.test], digits.labels[split.test]
+    return Problem(train, test, network.init(jax.random.key(seed)))
+
+
+class Deviation(NamedTuple):
+    """How far two steps of flooding are from the prediction.
+
+    Attributes:
+      largest: the largest deviation of a parameter.
+      relative: the norm of the deviation over that of the prediction.
+      drift: the norm of the prediction.
+    """
+
+    largest: Any
+    relative: Any
+    drift: Any
 
 
 def wide(problem: Problem) -> Problem:
@@ -170,12 +170,6 @@ def wide(problem: Problem) -> Problem:
         lambda a: np.asarray(a, np.float64) if np.issubdtype(a.dtype, np.floating) else a, problem
     )
     return made
-
-
-def loss_fn(params: PyTree, batch: tuple[Any, Any]) -> jax.Array:
-    """The mean cross-entropy of the network."""
-    x, y = batch
-    return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(_APPLY(params, x), y))
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -238,20 +232,15 @@ def regularization(params: PyTree, batch: Any, learning_rate: Any, sign: Any) ->
 
 @jax.jit
 def deviation(
-    params: PyTree, batches: Any, levels: Any, learning_rate: Any, momentum: Any, sign: Any
-) -> tuple[jax.Array, ...]:
-    """The largest and the relative deviation of two steps from the prediction, and the prediction's
-    norm.
-    """
+    params: PyTree, batches: Any, levels: Any, learning_rate: Any, *, momentum: Any, sign: Any
+) -> Deviation:
+    """How far two steps are from the prediction."""
     moved = two_steps(params, batches, levels, learning_rate, momentum)
     predicted = regularization(params, batches[0], learning_rate, sign)
     rest = jax.tree.map(jnp.subtract, moved, predicted)
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(rest)]))
-    return (
-        largest,
-        optax.tree.norm(rest) / optax.tree.norm(predicted),
-        optax.tree.norm(predicted),
-    )
+    drift = optax.tree.norm(predicted)
+    return Deviation(largest, optax.tree.norm(rest) / drift, drift)
 
 
 def measure_identity(problem: Problem, batch_size: int, momentum: float) -> runs.Columns:
@@ -259,29 +248,25 @@ def measure_identity(problem: Problem, batch_size: int, momentum: float) -> runs
 
     Returns:
       One row a case ("same batch", "momentum", "different batches"), an order of the steps and a
-      step "eta": "largest", the largest deviation of a parameter; "relative", the norm of the
-      deviation over that of the prediction; and "drift", the norm of the prediction.
+      step "eta", with the fields of :class:`Deviation`.
     """
-    eta = np.logspace(-3, 0, 7)
-    whole = (problem.x, problem.y)
-    halves = tuple(
-        (problem.x[i : i + batch_size], problem.y[i : i + batch_size]) for i in (0, batch_size)
-    )
+    whole = (problem.train, problem.train)
+    starts = (0, batch_size)
+    halves = [tuple(a[start : start + batch_size] for a in problem.train) for start in starts]
     cases = {
-        "same batch": ((whole, whole), 0.0),
-        "momentum": ((whole, whole), momentum),
+        "same batch": (whole, 0.0),
+        "momentum": (whole, momentum),
         "different batches": (halves, 0.0),
     }
     found = []
     for case, (batches, inertia) in cases.items():
         for order, (levels, sign) in ORDERS.items():
-            rows = [
-                deviation(problem.params, batches, jnp.array(levels), step, inertia, sign)
-                for step in eta
-            ]
-            measured = dict(zip(("largest", "relative", "drift"), np.array(rows).T, strict=True))
-            found.append(runs.tidy({"case": [case], "order": [order], "eta": eta}, **measured))
-    return runs.stack(*found)
+            how = {"momentum": inertia, "sign": sign}
+            for eta in np.logspace(-3, 0, 7):
+                measured = deviation(problem.params, batches, jnp.array(levels), eta, **how)
+                row = {"case": case, "order": order, "eta": eta}
+                found.append(row | measured._asdict())
+    return runs.columns(found)
 
 
 def train(config: Config, variant: Variant, problems: Problem) -> dict[str, Any]:
@@ -294,22 +279,18 @@ def train(config: Config, variant: Variant, problems: Problem) -> dict[str, Any]
       ``residual``, and ``accuracy`` on the test samples; ``time``, learning rate times steps, of
       shape (records,).
     """
-    trainer = _trainer(variant.level, variant.learning_rate, variant.momentum)
-    state = jax.vmap(trainer.init)(problems.params)
-    keys = jax.random.split(jax.random.key(config.seed), config.seeds)
+    state = jax.vmap(_trainer(*variant[:3]).init)(problems.params)
+    carry = state, jax.random.split(jax.random.key(config.seed), config.seeds)
     steps = config.steps // config.records
     records = []
     for _ in range(config.records):
         pieces = []
         for _ in range(variant.repeat):
-            state, keys, piece = advance(
-                state, keys, problems, variant[:3], variant.batch_size, steps
-            )
-            pieces.append(np.asarray(piece))
-        records.append(
-            _record(variant.level, *np.concatenate(pieces, axis=2))
-            | measure(state.params, problems, keys)
-        )
+            carry, piece = advance(carry, problems, variant[:3], variant.batch_size, steps)
+            pieces.append(piece)
+        seen = (np.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True))
+        state, keys = carry
+        records.append(_record(variant.level, *seen) | measure(state.params, problems, keys))
     found = {key: np.stack([record[key] for record in records], axis=1) for key in records[0]}
     speed = variant.learning_rate / (1 - variant.momentum)
     return found | {"time": speed * variant.repeat * steps * np.arange(1, config.records + 1)}
@@ -327,43 +308,34 @@ def _record(level: float, losses: Floats, norms: Floats) -> dict[str, Any]:
 
 
 @partial(jax.jit, static_argnames=("batch_size", "steps"))
-def advance(
-    state: TrainState,
-    keys: jax.Array,
-    problems: Problem,
-    settings: tuple[Any, Any, Any],
-    batch_size: int,
-    steps: int,
-) -> tuple[TrainState, jax.Array, jax.Array]:
-    """Takes some steps on every seed; ``settings`` are level, learning rate and momentum.
+def advance(carry: Any, problems: Problem, settings: Any, batch_size: int, steps: int) -> Any:
+    """Takes some steps on every seed.
+
+    Args:
+      carry: states and keys, stacked over seeds.
+      problems: the problems, stacked over seeds.
+      settings: level, learning rate and momentum.
+      batch_size: samples per step.
+      steps: number of steps.
 
     Returns:
-      The states, the keys, and the loss and gradient norm of every step, shape (2, seeds, steps).
+      The states and keys, and the loss and the gradient norm of every step, shape (seeds, steps).
     """
     trainer = _trainer(*settings)
 
-    def one(
-        state: TrainState, key: jax.Array, problem: Problem
-    ) -> tuple[TrainState, jax.Array, jax.Array]:
-        def step(
-            carry: tuple[TrainState, jax.Array], _: None
-        ) -> tuple[tuple[TrainState, jax.Array], jax.Array]:
-            state, key = carry
-            key, draw = jax.random.split(key)
-            whole = batch_size == len(problem.y)
-            chosen = (
-                jnp.arange(batch_size)
-                if whole
-                else jax.random.choice(draw, len(problem.y), (batch_size,), replace=False)
-            )
-            state, info = trainer.step(state, (problem.x[chosen], problem.y[chosen]))
-            return (state, key), jnp.stack([info.loss, info.grad_norm])
+    def step(problem: Problem, carry: Any, _: None) -> Any:
+        state, key = carry
+        key, draw = jax.random.split(key)
+        chosen, size = jnp.arange(batch_size), len(problem.train[1])
+        if batch_size < size:
+            chosen = jax.random.choice(draw, size, (batch_size,), replace=False)
+        state, info = trainer.step(state, tuple(a[chosen] for a in problem.train))
+        return (state, key), (info.loss, info.grad_norm)
 
-        (state, key), seen = jax.lax.scan(step, (state, key), length=steps)
-        return state, key, seen
+    def one(carry: Any, problem: Problem) -> Any:
+        return jax.lax.scan(partial(step, problem), carry, length=steps)
 
-    state, keys, seen = jax.vmap(one)(state, keys, problems)
-    return state, keys, jnp.moveaxis(seen, 2, 0)
+    return jax.vmap(one)(carry, problems)
 
 
 @jax.jit
@@ -374,16 +346,17 @@ def measure(params: PyTree, problems: Problem, keys: jax.Array) -> dict[str, jax
 
     def one(params: PyTree, problem: Problem, key: jax.Array) -> dict[str, jax.Array]:
         eigenvalue, residual = curvature.top_hessian_eigenvalue(
-            lambda params: loss_fn(params, (problem.x, problem.y)), params, key, num_matvecs=15
+            lambda params: loss_fn(params, problem.train), params, key, num_matvecs=15
         )
-        correct = jnp.argmax(_APPLY(params, problem.test_x), axis=-1) == problem.test_y
+        x, labels = problem.test
+        correct = jnp.argmax(_APPLY(params, x), axis=-1) == labels
         return {"eigenvalue": eigenvalue, "residual": residual, "accuracy": jnp.mean(correct)}
 
     found: dict[str, jax.Array] = jax.vmap(one)(params, problems, keys)
     return found
 
 
-def _trainer(level: Any, learning_rate: Any, momentum: Any) -> TrainStep:
+def _trainer(level: Any, learning_rate: Any, momentum: Any) -> Any:
     return make_train_step(
         loss_fn, optax.sgd(learning_rate, momentum=momentum), flooding(level=level), donate=False
     )

@@ -45,9 +45,8 @@ Pool: TypeAlias = tuple[jax.Array, jax.Array]  # all inputs and all labels of th
 Metrics: TypeAlias = Callable[
     ["Problem", PyTree, jax.Array, data.Split, Pool], dict[str, jax.Array]
 ]
-_Score: TypeAlias = Callable[
-    [jax.Array, jax.Array], jax.Array
-]  # (logits, label) of one sample -> number
+# (logits, label) of one sample -> number
+_Score: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 OptimizerName: TypeAlias = Literal["sgd", "momentum", "adam", "adamw"]
 OPTIMIZERS: dict[str, Callable[[Any], Transformation]] = {
     "sgd": optax.sgd,
@@ -56,23 +55,13 @@ OPTIMIZERS: dict[str, Callable[[Any], Transformation]] = {
     "adamw": optax.adamw,
 }
 
-METRICS = (
-    "accuracy",
-    "test_loss",
-    "train_loss",
-    "grad_norm",
-    "eigenvalue",
-    "eigenvalue_residual",
-    "diverged",
-)
 _CHUNK = 100  # steps between two updates of the progress bar
 _EVALUATION_BATCH = 500
 # a run has diverged when its training loss is that many times that of a uniform guess, or not
 # finite
 _BLOWN_UP = 10
-_CURVATURE_SAMPLES = (
-    1000  # gradient norm and eigenvalue are those of the loss on so many training samples at most
-)
+# gradient norm and eigenvalue are those of the loss on so many training samples at most
+_CURVATURE_SAMPLES = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +208,7 @@ class Problem:
       dataset: the data.
       recipe: what the methods have in common.
       model: the network.
+      loss: the mean cross-entropy, ``loss(params, (inputs, labels))``.
       pool: all inputs and labels, on the device.
       drawn: number of samples that are drawn for training.
       size: number of those that are trained on.
@@ -245,6 +235,7 @@ class Problem:
             )
         self.dataset, self.recipe, self.batches = dataset, recipe, self.size // recipe.batch_size
         self.model = _model(dataset, recipe)
+        self.loss = cross_entropy(self.model.apply)
         self.pool = (jnp.asarray(dataset.inputs), jnp.asarray(dataset.labels))
         self._init = jax.jit(lambda seed: self.model.init(_key(seed, 0)))
         self._measure = functools.cache(lambda how: jax.jit(functools.partial(how, self)))
@@ -268,13 +259,6 @@ class Problem:
             lambda *parts: jnp.stack(parts), *[draw(int(seed)) for seed in seeds]
         )
         return split
-
-    def loss(self, params: PyTree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """The mean cross-entropy of a batch ``(inputs, labels)``."""
-        x, labels = batch
-        return jnp.mean(
-            optax.softmax_cross_entropy_with_integer_labels(self.model.apply(params, x), labels)
-        )
 
     def take(self, pool: Pool, rows: jax.Array) -> jax.Array:
         """The inputs at some positions, as the network sees them."""
@@ -595,8 +579,19 @@ def _key(seed: jax.Array, purpose: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
-def _cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, label))
+def cross_entropy(apply: Callable[..., jax.Array]) -> Callable[[PyTree, Any], jax.Array]:
+    """The mean cross-entropy of a network, a function of the parameters and of a batch ``(inputs,
+    labels)``.
+    """
+
+    def loss(params: PyTree, batch: Any) -> jax.Array:
+        return _cross_entropy(apply(params, batch[0]), batch[1])
+
+    return loss
+
+
+def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
 def _correct(logits: jax.Array, label: jax.Array) -> jax.Array:
