@@ -35,6 +35,7 @@ from gradreg_optax.experiments.common import CommandError
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Array: TypeAlias = Any  # of NumPy or of JAX
+Pair: TypeAlias = tuple[Any, Any]
 Method: TypeAlias = Literal["difference", "product"]
 
 # Local error of the integrator per step, absolute and relative, in the setting that is worst: far
@@ -130,18 +131,18 @@ def slope(params: tuple[Array, Array], x: Array, y: Array) -> jax.Array:
     return product
 
 
-def velocity(method: Method, flow: Flow, x: Array, y: Array, gamma: Array, epsilon: Array) -> Flow:
+def velocity(method: Method, flow: Flow, data: Pair, gamma: Array, epsilon: Array) -> Flow:
     """The time derivative of the flow: minus the regularized gradient of the package, and s * s'.
 
     Args:
       method: "difference" for F-GR and, with a negative epsilon, B-GR; "product" for DB, which does
         not look at epsilon.
       flow: the state, for one data set and one setting.
-      x: inputs, shape (N, d).
-      y: targets, shape (N,).
+      data: inputs of shape (N, d), targets of shape (N,).
       gamma: regularization coefficient; zero gives the plain flow.
       epsilon: ascent step.
     """
+    x, y = data
     params = (flow.u, flow.v)
     s = slope(params, x, y)
     if method == "product":
@@ -153,32 +154,23 @@ def velocity(method: Method, flow: Flow, x: Array, y: Array, gamma: Array, epsil
 
 
 @partial(jax.jit, static_argnames="method")
-def integrate(
-    method: Method,
-    flow: Flow,
-    start: float,
-    stop: float,
-    data: tuple[Floats, Floats],
-    settings: tuple[Floats, Floats],
-) -> Flow:
-    """Carries the flow from ``start`` to ``stop``, for all data sets and settings at once, with the
+def integrate(method: Method, flow: Flow, times: Pair, data: Pair, settings: Pair) -> Flow:
+    """Carries the flow from one time to another, for all data sets and settings at once, with the
     steps that the worst of them needs.
 
     Args:
       method: as for :func:`velocity`.
       flow: the states, shape (data sets, settings, d).
-      start: a time.
-      stop: a later time.
+      times: the time of these states, and a later one.
       data: inputs and targets, stacked over data sets.
       settings: gamma and epsilon, stacked over settings.
     """
-    over_settings = jax.vmap(partial(velocity, method), in_axes=(0, None, None, 0, 0))
-    field = jax.vmap(over_settings, in_axes=(0, 0, 0, None, None))
+    over_settings = jax.vmap(partial(velocity, method), in_axes=(0, None, 0, 0))
+    field = jax.vmap(over_settings, in_axes=(0, 0, None, None))
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda t, flow, args: field(flow, *data, *settings)),
+        diffrax.ODETerm(lambda t, flow, args: field(flow, data, *settings)),
         diffrax.Dopri5(),
-        start,
-        stop,
+        *times,
         None,
         flow,
         stepsize_controller=diffrax.PIDController(rtol=TOLERANCE, atol=TOLERANCE, norm=_worst),
@@ -193,20 +185,9 @@ def _worst(error: Flow) -> jax.Array:
     return jnp.max(jnp.sqrt(jnp.stack([jnp.mean(part**2, axis=-1) for part in error])))
 
 
-def hyperbolic_entropy(beta: Floats, scale: Floats) -> Floats:
-    r"""The entropy :math:`\Phi_a(\beta) = \sum_i a_i^2\, q(\beta_i / a_i^2)`,
-    :math:`q(z) = 2 - \sqrt{4 + z^2} + z\,\text{asinh}(z/2)`.
-
-    Args:
-      beta: weights, shape (..., d).
-      scale: the scale a > 0, shape (..., d).
-    """
-    z = beta / scale**2
-    return np.asarray(np.sum(scale**2 * (2 - np.sqrt(4 + z**2) + z * np.arcsinh(z / 2)), axis=-1))
-
-
 def least_entropy(x: Floats, y: Floats, scale: Floats, stages: int = 25) -> Floats:
-    r"""Minimizes the hyperbolic entropy :math:`\Phi_a(\beta)` subject to :math:`X\beta = y`, by its
+    r"""Minimizes the hyperbolic entropy :math:`\Phi_a(\beta) = \sum_i a_i^2\, q(\beta_i / a_i^2)`,
+    :math:`q(z) = 2 - \sqrt{4 + z^2} + z\,\text{asinh}(z/2)`, subject to :math:`X\beta = y`, by its
     convex dual.
 
     The minimizer is :math:`\beta = 2a^2\odot\sinh(X^\top\nu)`, where :math:`\nu` minimizes
@@ -243,6 +224,11 @@ def _newton(x: Floats, y: Floats, scale: Floats, nu: Any) -> Floats:
     """Minimizes the dual from ``nu`` on, until the constraint holds to ``SOLVED`` or rounding stops
     the descent.
     """
+
+    def dual(point: Floats) -> float:
+        with np.errstate(over="ignore", invalid="ignore"):  # a step too far is infinitely bad
+            return float(np.sum(2 * scale**2 * np.cosh(x.T @ point)) - y @ point)
+
     for _ in range(200):
         beta = 2 * scale**2 * np.sinh(x.T @ nu)
         gradient = x @ beta - y
@@ -250,22 +236,17 @@ def _newton(x: Floats, y: Floats, scale: Floats, nu: Any) -> Floats:
             return np.asarray(nu)
         hessian = (x * (2 * scale**2 * np.cosh(x.T @ nu))) @ x.T
         step = -np.linalg.solve(hessian, gradient)
-        nu = nu + _step_length(x, y, scale, nu, step, gradient @ step) * step
+        nu = nu + _step_length(dual, nu, step, gradient @ step) * step
     raise RuntimeError(
         f"least_entropy: Newton's method stopped at a residual of {np.linalg.norm(gradient):.1e}:"
         " take more stages."
     )
 
 
-def _step_length(x: Floats, y: Floats, scale: Floats, nu: Any, step: Any, descent: Any) -> float:
+def _step_length(dual: Callable[[Floats], float], nu: Any, step: Any, descent: Any) -> float:
     """The largest of 1, 1/2, 1/4, ... that brings a fair share of the descent promised by the
     gradient.
     """
-
-    def dual(point: Floats) -> float:
-        with np.errstate(over="ignore", invalid="ignore"):  # a step too far is infinitely bad
-            return float(np.sum(2 * scale**2 * np.cosh(x.T @ point)) - y @ point)
-
     here = dual(nu)
     for length in 0.5 ** np.arange(60.0):
         # Near the minimum the gain drowns in the rounding of the dual itself, and Newton's full
@@ -279,16 +260,10 @@ def draw_data(config: Config, mean: float, samples: int) -> tuple[Floats, Floats
     """Inputs N(mean, 1), targets and the teacher, stacked over data sets: shapes (S, N, d), (S, N),
     (d,).
     """
-    teacher = np.where(
-        np.arange(config.features) < config.support, 3 / np.sqrt(config.support), 0.0
-    )
-    size = (samples, config.features)
-    x = np.stack(
-        [
-            mean + np.random.default_rng(config.seed + i).normal(size=size)
-            for i in range(config.seeds)
-        ]
-    )
+    used = np.arange(config.features) < config.support
+    teacher = np.where(used, 3 / np.sqrt(config.support), 0.0)
+    draws = [np.random.default_rng(config.seed + i) for i in range(config.seeds)]
+    x = np.stack([mean + draw.normal(size=(samples, config.features)) for draw in draws])
     return x, x @ teacher, teacher
 
 
@@ -302,34 +277,20 @@ def run(config: Config) -> dict[str, Any]:
       "feature" in place of the seed, the weights "reached" and "predicted" on the first data set.
     """
     store = runs.Store(config.output, config=common.settings(config))
-    flows, weights = [], []
+    names, flows, weights = labels(config.epsilons), [], []
     parts = len(config.cases()) * len(methods(config)) * PIECES
     with jax.enable_x64(True), common.progress(parts, "flow", "part") as progress:
         for name, (mean, samples) in config.cases().items():
-            x, y, teacher = draw_data(config, mean, samples)
-            make = partial(_part, config, x, y, teacher, mean, progress.update)
+            make = partial(measure, config, mean, samples, progress.update)
             found = store.keep(name, name, make)
             last = {"reached": found.pop("reached"), "predicted": found.pop("predicted")}
-            axes = {"case": [name], "flow": labels(config.epsilons)}
-            seeds = {"case": [name], "seed": config.seed + np.arange(config.seeds)}
-            flows.append(runs.tidy(seeds | {"flow": axes["flow"]}, **found))
-            weights.append(runs.tidy(axes | {"feature": np.arange(config.features)}, **last))
-    table = runs.stack(*flows)
-    epsilons = dict(zip(labels(config.epsilons), (np.nan, *config.epsilons), strict=True))
-    table["epsilon"] = np.array([epsilons[flow] for flow in table["flow"].tolist()])
+            found["epsilon"] = np.broadcast_to([np.nan, *config.epsilons], found["scale"].shape)
+            seeds = config.seed + np.arange(config.seeds)
+            flows.append(runs.tidy({"case": [name], "seed": seeds, "flow": names}, **found))
+            features = np.arange(config.features)
+            weights.append(runs.tidy({"case": [name], "flow": names, "feature": features}, **last))
     chosen = {"gamma": config.gamma, "alpha": config.alpha}
-    return chosen | {"flows": table, "weights": runs.stack(*weights)}
-
-
-def _part(
-    config: Config,
-    x: Floats,
-    y: Floats,
-    teacher: Floats,
-    mean: float,
-    progress: Callable[[], object],
-) -> dict[str, Any]:
-    return measure(config, x, y, teacher, mean, solve_flows(config, x, y, progress))
+    return chosen | {"flows": runs.stack(*flows), "weights": runs.stack(*weights)}
 
 
 def case(results: dict[str, Any], name: str) -> dict[str, Floats]:
@@ -345,29 +306,30 @@ def labels(epsilons: Sequence[float]) -> list[str]:
     return ["gamma = 0"] + [names[int(np.sign(e))].format(abs(e)) for e in epsilons]
 
 
-def methods(config: Config) -> dict[Method, list[tuple[int, float, float]]]:
-    """The settings (place, gamma, epsilon) by method; the plain flow has place 0."""
-    settings = list(enumerate(config.epsilons, start=1))
-    difference = [(0, 0.0, 1.0)] + [
-        (place, config.gamma, epsilon) for place, epsilon in settings if epsilon != 0
-    ]
-    product = [(place, config.gamma, 0.0) for place, epsilon in settings if epsilon == 0]
-    found: dict[Method, list[tuple[int, float, float]]] = {"difference": difference}
-    return found | {"product": product} if product else found
+def settings(config: Config) -> tuple[Floats, Floats]:
+    """Gamma and epsilon of every flow, the plain one first."""
+    epsilons = np.array([1.0, *config.epsilons])
+    return np.where(np.arange(len(epsilons)) > 0, config.gamma, 0.0), epsilons
+
+
+def methods(config: Config) -> dict[Method, Any]:
+    """The places of the flows, by the method that they take."""
+    product = settings(config)[1] == 0
+    places: dict[Method, Any] = {"difference": np.flatnonzero(~product)}
+    return places | ({"product": np.flatnonzero(product)} if product.any() else {})
 
 
 def solve_flows(config: Config, x: Floats, y: Floats, progress: Callable[[], object]) -> Flow:
     """The states at the horizon, shape (data sets, 1 + epsilons, d), the plain flow first."""
     whole = Flow(*np.empty((3, len(x), 1 + len(config.epsilons), config.features)))
     knots = np.linspace(0, config.horizon, PIECES + 1)
-    for method, settings in methods(config).items():
-        places, gammas, epsilons = map(np.array, zip(*settings, strict=True))
+    for method, places in methods(config).items():
+        chosen = tuple(values[places] for values in settings(config))
         start = np.full((len(x), len(places), config.features), config.alpha)
         flow = Flow(start, start, 0 * start)
         for piece in pairwise(knots.tolist()):
-            flow = Flow(
-                *map(np.asarray, integrate(method, flow, *piece, (x, y), (gammas, epsilons)))
-            )
+            made = integrate(method, flow, piece, (x, y), chosen)
+            flow = Flow(*map(np.asarray, made))
             progress()
         for target, part in zip(whole, flow, strict=True):
             target[:, places] = part
@@ -375,9 +337,16 @@ def solve_flows(config: Config, x: Floats, y: Floats, progress: Callable[[], obj
 
 
 def measure(
-    config: Config, x: Floats, y: Floats, teacher: Floats, mean: float, flow: Flow
+    config: Config, mean: float, samples: int, progress: Callable[[], object]
 ) -> dict[str, Any]:
-    """What the flows reached, compared with the minimizers of the entropy.
+    """Integrates the flows of a kind of data sets, and compares what they reach with the minimizers
+    of the entropy.
+
+    Args:
+      config: the settings.
+      mean: of the inputs.
+      samples: number of samples.
+      progress: is called after each piece of a flow.
 
     Returns:
       Arrays of shape (data sets, 1 + epsilons), the plain flow first: ``scale``, the geometric mean
@@ -388,7 +357,8 @@ def measure(
       the reached weights and those predicted for X beta(T), and ``agreement_y``, for y itself. And
       of the first data set the weights, ``reached`` and ``predicted``.
     """
-    gamma = np.array([0.0] + [config.gamma] * len(config.epsilons))[:, None]
+    x, y, teacher = draw_data(config, mean, samples)
+    flow, gamma = solve_flows(config, x, y, progress), settings(config)[0][:, None]
     beta, scale = flow.u**2 - flow.v**2, config.alpha * np.exp(-gamma * flow.decay)
     outputs = beta @ np.swapaxes(x, -1, -2)
     targets = np.broadcast_to(y[:, None], outputs.shape)
@@ -411,12 +381,8 @@ def predict(x: Floats, outputs: Floats, scale: Floats) -> Floats:
     """The weights of least entropy that give ``outputs``, for every data set and setting; shape
     (data sets, settings, d).
     """
-    return np.array(
-        [
-            [least_entropy(x[i], y, a) for y, a in zip(outputs[i], scale[i], strict=True)]
-            for i in range(len(x))
-        ]
-    )
+    every = np.vectorize(least_entropy, signature="(n,d),(n),(d)->(d)")
+    return np.asarray(every(x[:, None], outputs, scale))
 
 
 def _second_moment(beta: Floats, mean: float) -> Floats:

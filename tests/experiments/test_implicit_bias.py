@@ -15,7 +15,6 @@ from gradreg_optax.experiments import implicit_bias, results
 from gradreg_optax.experiments.implicit_bias import (
     Config,
     Flow,
-    hyperbolic_entropy,
     least_entropy,
     loss_fn,
     slope,
@@ -45,7 +44,7 @@ traced_velocity = jax.jit(velocity, static_argnums=0)  # epsilon may be negative
 
 def rates(method, flow, x, y, gamma, epsilon):
     """d log u / dt, d log v / dt and d decay / dt."""
-    rate = traced_velocity(method, flow, x, y, gamma, epsilon)
+    rate = traced_velocity(method, flow, (x, y), gamma, epsilon)
     return np.asarray(rate.u / flow.u), np.asarray(rate.v / flow.v), np.asarray(rate.decay)
 
 
@@ -86,7 +85,7 @@ def test_a_negative_epsilon_is_the_backward_difference(seed, gamma, epsilon):
     _, gradient = fd_value_and_grad(loss_fn, gamma=gamma, epsilon=epsilon, scheme="backward")(
         (flow.u, flow.v), x, y
     )
-    rate = traced_velocity("difference", flow, x, y, gamma, -epsilon)
+    rate = traced_velocity("difference", flow, (x, y), gamma, -epsilon)
     np.testing.assert_allclose(
         rate.u, -gradient[0], rtol=1e-12, atol=1e-12
     )  # the same operations up to signs
@@ -119,6 +118,12 @@ def test_the_dual_solution_is_feasible_and_optimal(seed, log_scale):
     )  # the entropy's gradient, which must lie in the row space of X
     multiplier = np.linalg.lstsq(x.T, slopes)[0]
     np.testing.assert_allclose(x.T @ multiplier, slopes, atol=1e-8 * (1 + np.abs(slopes).max()))
+
+
+def hyperbolic_entropy(beta, scale):
+    """The sum of a ** 2 q(beta / a ** 2), q(z) = 2 - sqrt(4 + z ** 2) + z asinh(z / 2)."""
+    z = beta / scale**2
+    return np.sum(scale**2 * (2 - np.sqrt(4 + z**2) + z * np.arcsinh(z / 2)))
 
 
 @given(seed=seeds, log_scale=st.floats(-2.0, 1.0), length=st.floats(1e-2, 10.0))
