@@ -133,8 +133,9 @@ class _Lab:
         config, recipe = self.config, _recipe(self.config, optimizer)
         parts = {f: dataclasses.replace(recipe, penalty_fraction=f) for f in config.fractions}
         lazy = {"gamma": config.gammas, "epsilon": (config.epsilon,), "interval": config.intervals}
-        tried = self._train([one for f in parts for one in self._grid(parts[f], lazy, f)], "search")
-        search = _search(tried)
+        grid = functools.partial(runs.grid, METHODS["F-GR"])
+        wanted = [one for f in parts for one in grid(parts[f], lazy, self.choose, fraction=f)]
+        search = _search(self._train(wanted, "search"))
         full = _best(search, 1.0, 1)
         probes = self._probes(recipe, full)
         scales = dict(zip(config.fractions, _scales(probes, config.fractions), strict=True))
@@ -153,16 +154,11 @@ class _Lab:
                 by_rule = float(f"{full * scales[fraction]:.2g}")
                 gamma = by_rule if choice == "rule" else _best(search, fraction, interval)
                 one = lazy | {"gamma": (gamma,), "interval": (interval,)}
-                tags = {"choice": choice, "flops": 1 + (flops - 1) / interval}
-                wanted += self._grid(parts[fraction], one, fraction, self.report, **tags)
+                tags = {"fraction": fraction, "choice": choice}
+                tags["flops"] = 1 + (flops - 1) / interval
+                wanted += grid(parts[fraction], one, self.report, **tags)
         found = {"cells": self._train(wanted, "cells"), "search": search, "probes": probes}
         return {name: runs.tagged(table, optimizer=optimizer) for name, table in found.items()}
-
-    def _grid(
-        self, recipe: Recipe, values: Any, f: float, seeds: Any = None, **tags: Any
-    ) -> list[runs.Run]:
-        seeds = self.choose if seeds is None else seeds
-        return runs.grid(METHODS["F-GR"], recipe, values, seeds, fraction=f, **tags)
 
     def _train(self, wanted: list[runs.Run], what: str) -> Columns:
         return runs.train(self.dataset, wanted, self.store, what=what)
@@ -173,8 +169,7 @@ class _Lab:
         what = {"recipe": recipe.describe(), "gamma": gamma, "epsilon": config.epsilon}
         what |= {"seeds": seeds, "fractions": config.fractions}
         what["data"] = runs.fingerprint(self.dataset)
-        make = functools.partial(_probe, self.dataset, recipe, gamma, config, seeds)
-        return self.store.keep("probes", what, make)
+        return self.store.keep("probes", what, lambda: _probe(self, recipe, gamma, seeds))
 
     def warmups(self, gamma: float) -> Columns:
         """Adam with a learning rate that warms up over a tenth of the steps, and a penalty that
@@ -219,28 +214,25 @@ def _best(search: Columns, fraction: float, interval: int) -> float:
 # The rule: squared gradient norms and curvature of batches and their parts along the training.
 
 
-def _probe(
-    dataset: data.Dataset, recipe: Recipe, gamma: float, config: Config, seeds: list[int]
-) -> Columns:
+def _probe(lab: _Lab, recipe: Recipe, gamma: float, seeds: list[int]) -> Columns:
     """Averages over batches and seeds along the training with the full penalty.
 
     Returns:
       "step" and "fraction"; "norm", the mean squared gradient norm of fB samples, and "eigenvalue",
       the mean top Hessian eigenvalue of their loss.
     """
-    task, trainer = problem(dataset, recipe), Trainer(dataset, METHODS["F-GR"], recipe)
+    config, task = lab.config, problem(lab.dataset, recipe)
+    trainer = Trainer(lab.dataset, METHODS["F-GR"], recipe)
     stride = max(1, config.steps // _PROBE_TIMES // 100) * 100
     split, rows = task.draw(seeds), []
-    probe = jax.jit(lambda params, split: _probe_batches(task, params, split, config.fractions))
+    probe = jax.jit(
+        lambda lanes: jax.lax.map(functools.partial(_probe_batches, task, config), lanes)
+    )
     settings = {"gamma": gamma, "epsilon": config.epsilon, "interval": 1}
     for states in trainer.states(settings, seeds):
         step = int(states.step[0])
         if step % stride == 0:
-            lanes = [
-                probe(*jax.tree.map(lambda x, i=i: x[i], (states.params, split)))
-                for i in range(len(seeds))
-            ]
-            norms, tops = jax.tree.map(lambda *values: np.mean(values, axis=0), *lanes)
+            norms, tops = (np.mean(found, axis=0) for found in probe((states.params, split)))
             rows += [
                 {"step": step, "fraction": fraction, "norm": norm, "eigenvalue": top}
                 for fraction, norm, top in zip(config.fractions, norms, tops, strict=True)
@@ -249,15 +241,15 @@ def _probe(
 
 
 def _probe_batches(
-    task: Problem, params: PyTree, split: data.Split, fractions: tuple[float, ...]
+    task: Problem, config: Config, lane: tuple[PyTree, data.Split]
 ) -> tuple[jax.Array, jax.Array]:
-    size = task.recipe.batch_size
+    size, (params, split) = task.recipe.batch_size, lane
 
     def one(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows = jax.random.choice(key, split.train.shape[0], (size,), replace=False)
-        batch = task.take(task.pool, split.train[rows]), split.train_labels[rows]
+        batch = task.batch(task.pool, split, rows)
         norms, eigenvalues = [], []
-        for fraction in fractions:
+        for fraction in config.fractions:
             part = tuple(x[: round(fraction * size)] for x in batch)
             value_fn = functools.partial(_value, task, part)
             scale = curvature.penalty_scale(task.loss, params, batch, penalty_fraction=fraction)
@@ -349,13 +341,8 @@ def _row(cell: Columns, full: Columns, plain: Columns) -> list[str]:
         return [*found, "", "", "", ""]
     difference = statistics.points(cell, full)
     mark, share = "" if keeps_up(cell, full) else "below", gain_share(cell, full, plain)
-    return [
-        *found,
-        f"{difference:+.2f}",
-        difference.chance,
-        mark,
-        "" if np.isnan(share) else f"{share:.0%}",
-    ]
+    found += [f"{difference:+.2f}", difference.chance, mark]
+    return [*found, "" if np.isnan(share) else f"{share:.0%}"]
 
 
 def keeps_up(cell: Columns, full: Columns) -> bool:
@@ -457,15 +444,12 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
     for axis, ((name,), cells) in zip(axes, found, strict=True):
         for _, cell in runs.groups(cells, *_CELL):
             _draw(axis, cell)
-        for (fraction,), line in runs.groups(
-            select(cells, method="F-GR", choice="search"), "fraction"
-        ):
-            points = [
-                (gradients, 100 * statistics.estimate(rows["accuracy"]).mean)
-                for (gradients,), rows in runs.groups(line, "gradients")
-            ]
+        searched = select(cells, method="F-GR", choice="search")
+        for fraction, line in runs.by(searched, "fraction").items():
+            costs = runs.by(line, "gradients")
+            means = [100 * statistics.estimate(rows["accuracy"]).mean for rows in costs.values()]
             look: Any = {"color": _color("F-GR", fraction), "label": f"F-GR, f = {fraction:g}"}
-            axis.plot(*zip(*points, strict=True), "-", lw=1, zorder=0, **look)
+            axis.plot(list(costs), means, "-", lw=1, zorder=0, **look)
         axis.set(xlabel="cost of a step (gradient evaluations)", title=name, xlim=(0.8, 3.3))
         axis.margins(y=0.15)
         rule: Any = {"mec": "0.4", "mfc": "white", "label": "its γ by rule, not by search"}

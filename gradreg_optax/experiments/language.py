@@ -84,16 +84,14 @@ def run(config: Config) -> dict[str, Any]:
     train = functools.partial(runs.train, dataset, store=store, lanes=1, what="language")
     base = _recipe(config, dataset)
     search = functools.partial(_runs, seeds=choose, role="search")
-    wanted, chosen = [], {}
-    for rate in config.learning_rates:
-        wanted += search("AdamW", PLAIN, dataclasses.replace(base, learning_rate=rate), {})
-    found = [train(wanted)]
+    rates = [dataclasses.replace(base, learning_rate=rate) for rate in config.learning_rates]
+    found = [train([one for recipe in rates for one in search("AdamW", PLAIN, recipe, {})])]
     recipe = dataclasses.replace(base, learning_rate=best(found[0], "learning_rate"))
+    chosen = {}
     for label, (name, field) in _SEARCHED.items():
-        wanted = []
-        for value in getattr(config, field):
-            wanted += search(label, METHODS[label], recipe, _settings(label, value))
-        found.append(train(wanted))
+        values = [_settings(label, value) for value in getattr(config, field)]
+        of = functools.partial(search, label, METHODS[label], recipe)
+        found.append(train([one for setting in values for one in of(setting)]))
         chosen[label] = best(found[-1], name)
     for seed in report:  # seed by seed, so that an early end has whole ones
         found.append(train(rows_of(config, recipe, chosen, [seed])))
@@ -114,14 +112,13 @@ def _recipe(config: Config, dataset: data.Dataset) -> Recipe:
             f"steps must be at most {most}, got {config.steps}: the text is seen only once."
         )
     network = {"width": config.width, "depth": config.depth}
+    sizes = {name: getattr(config, name) for name in ("test_size", "batch_size", "steps")}
     return Recipe(
         model=models.transformer(dataset.classes, *dataset.shape, **network),
         **network,
+        **sizes,
         train_size=size,
-        test_size=config.test_size,
         label_noise=0.0,
-        batch_size=config.batch_size,
-        steps=config.steps,
         warmup_steps=int(_WARM_UP * config.steps),
         optimizer="adamw",
         held_out=held_out,
@@ -164,30 +161,19 @@ def _settings(label: str, value: float) -> dict[str, float]:
 
 
 def _runs(
-    row: str,
-    method: Method,
-    recipe: Recipe,
-    settings: dict[str, float],
-    *,
-    seeds: Any,
-    role: str,
-    share: float = 1.0,
+    row: str, method: Method, recipe: Recipe, settings: Any, *, share: float = 1.0, **how: Any
 ) -> list[runs.Run]:
-    """A row's runs; ``share`` of the steps can take the penalty."""
+    """A row's runs on "seeds" with a "role"; ``share`` of the steps can take the penalty."""
     cost = method.cost(recipe.penalty_fraction, settings.get("interval", 1))
     values = {name: (value,) for name, value in settings.items()}
-    tags = {"role": role, "row": row, "steps": recipe.steps, "gradients": 1 + share * (cost - 1)}
-    tags["learning_rate"] = recipe.learning_rate
-    return runs.grid(method, recipe, values, seeds, **tags)
+    how |= {"row": row, "steps": recipe.steps, "gradients": 1 + share * (cost - 1)}
+    return runs.grid(method, recipe, values, **how, learning_rate=recipe.learning_rate)
 
 
 def best(tried: Columns, name: str) -> float:
     """The value with the lowest mean loss on the held-out files; a diverged run is the worst."""
-    means = {
-        value: np.mean(np.nan_to_num(rows["test_loss"], nan=np.inf))
-        for (value,), rows in runs.groups(tried, name)
-    }
-    return float(min(means, key=lambda value: means[value]))
+    losses = {value: rows["test_loss"] for value, rows in runs.by(tried, name).items()}
+    return float(min(losses, key=lambda value: np.mean(np.nan_to_num(losses[value], nan=np.inf))))
 
 
 # Table and figure.
@@ -229,12 +215,10 @@ def table(results: dict[str, Any]) -> str:
         tables.aligned(_HEAD, [_row(*row, found) for row in found.items()], left=2),
         "",
     ]
-    for (row,), tried in runs.groups(search, "row"):
+    for row, tried in runs.by(search, "row").items():
         name = _SEARCHED[row][0] if row in _SEARCHED else "learning_rate"
-        values = [
-            f"{value:g}: {np.mean(some['test_loss']):.3f}"
-            for (value,), some in runs.groups(tried, name)
-        ]
+        losses = {value: np.mean(some["test_loss"]) for value, some in runs.by(tried, name).items()}
+        values = [f"{value:g}: {loss:.3f}" for value, loss in losses.items()]
         lines.append(f"searched {row}, {_SYMBOLS.get(name, 'learning rate')}  {', '.join(values)}")
     lines.append(
         f"\nmeans over {len(set(found['AdamW']['seed']))} seeds ± standard error, settings searched"

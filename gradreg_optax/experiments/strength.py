@@ -191,28 +191,20 @@ class _Lab:
         plain, none = METHODS["SGD"], {"part": ""}
         wanted = runs.grid(plain, everything, {}, report, role="plain, all", **none)
         wanted += runs.grid(plain, self.recipe, {}, choose, role="plain, search", **none)
-        found = [
-            self._train(wanted),
-            runs.tagged(self._watched(plain, self.recipe, 1, report), role="plain", **none),
-        ]
+        watched = self._watched(plain, self.recipe, 1, report)
+        found = [self._train(wanted), runs.tagged(watched, role="plain", **none)]
         for part, (fraction, interval) in PARTS.items():
             recipe = dataclasses.replace(self.recipe, penalty_fraction=fraction)
-            grid = functools.partial(self._grid, recipe, interval, part)
-            tried = self._train(grid(_SEARCHED, "gamma", self.config.gammas, choose, "search"))
-            best = (_best(tried, self.task.metric),)
-            wanted = grid(_SEARCHED, "gamma", best, report, "searched")
-            strengths = self.config.strengths
-            wanted += grid(METHODS["relative"], "strength", strengths, report, "strength")
+            grid = functools.partial(runs.grid, recipe=recipe, part=part)
+            values: dict[str, Any] = {"strength": config.strengths, "interval": (interval,)}
+            values["gamma"] = config.gammas
+            tried = self._train(grid(_SEARCHED, values=values, seeds=choose, role="search"))
+            values["gamma"] = (_best(tried, self.task.metric),)
+            wanted = grid(_SEARCHED, values=values, seeds=report, role="searched")
+            wanted += grid(METHODS["relative"], values=values, seeds=report, role="strength")
             tuned = self._watched(SELF_TUNED, recipe, interval, report)
             found += [tried, self._train(wanted), runs.tagged(tuned, role="self-tuned", part=part)]
         return runs.stack(*found)
-
-    def _grid(
-        self, recipe: Recipe, interval: int, part: str, method: Method, *named: Any
-    ) -> list[runs.Run]:
-        name, values, seeds, role = named
-        settings = {name: values, "interval": (interval,)}
-        return runs.grid(method, recipe, settings, seeds, part=part, role=role)
 
     def _train(self, wanted: list[runs.Run]) -> Columns:
         return runs.train(self.dataset, wanted, self.store, what="strength")
@@ -248,8 +240,8 @@ class _Lab:
 
 def _best(tried: Columns, metric: str) -> float:
     """The coefficient with the best mean; a diverged run is the worst of all."""
-    means = {gamma: np.mean(_score(rows, metric)) for (gamma,), rows in runs.groups(tried, "gamma")}
-    return float(max(means, key=lambda gamma: means[gamma]))
+    found = runs.by(tried, "gamma")
+    return float(max(found, key=lambda gamma: np.mean(_score(found[gamma], metric))))
 
 
 def _score(rows: Columns, metric: str) -> Array:
@@ -307,13 +299,12 @@ def cells(results: dict[str, Any]) -> Iterator[Cell]:
     for (task, optimizer, part), rows in runs.groups(table, *_CELL):
         if part:
             plain = select(table, task=task, optimizer=optimizer, part="")
-            constant = runs.groups(select(rows, role="strength"), "strength")
             yield Cell(
                 (task, optimizer, part),
                 results["metrics"][task],
                 plain=select(plain, role="plain"),
                 everything=select(plain, role="plain, all"),
-                constant={strength: found for (strength,), found in constant},
+                constant=runs.by(select(rows, role="strength"), "strength"),
                 searched=select(rows, role="searched"),
                 tuned=select(rows, role="self-tuned"),
             )
@@ -334,12 +325,10 @@ def table(results: dict[str, Any]) -> str:
             head += ["self-tuned", "p", "kept", "r early, late", "minus plain on all"]
             lines += [title, tables.aligned(head, map(_row, of_kind), left=3), ""]
     lines += [*_stopping(found), *_verdicts(found)]
-    seeds = [
-        " or ".join(map(str, sorted({len(set(rows["seed"])) for _, rows in of_role})))
-        for of_role in (
-            runs.groups(select(results["runs"], role=role), "task") for role in ("plain", "search")
-        )
-    ]
+    seeds = []
+    for role in ("plain", "search"):
+        tasks = runs.by(select(results["runs"], role=role), "task").values()
+        seeds.append(" or ".join(map(str, sorted({len(set(rows["seed"])) for rows in tasks}))))
     cost = {cell.key[2]: cell.tuned["gradients"][0] for cell in found}
     lines.append(
         f"means over {seeds[0]} seeds ± standard error; gamma (= epsilon) searched on {seeds[1]}"
@@ -379,28 +368,21 @@ def _stopping(found: list[Cell]) -> list[str]:
 def _verdicts(found: list[Cell]) -> list[str]:
     """Where the claims do not hold."""
 
-    def below(rows: Callable[[Cell], Columns | None]) -> list[str]:
-        names = []
-        for cell in found:
-            runs_of = rows(cell)
-            gain = None if runs_of is None else cell.gain(runs_of)
-            if gain is not None and gain.mean < -gain.error:
-                names.append(", ".join(cell.key))
-        return names
+    def below(cell: Cell, rows: Columns | None) -> bool:
+        gain = None if rows is None else cell.gain(rows)
+        return gain is not None and gain.mean < -gain.error
 
-    claims = {
-        "self-tuned below plain by more than a standard error": below(lambda cell: cell.tuned),
-        "r = 0.5 below plain by more than a standard error": below(
-            lambda cell: cell.constant.get(0.5)
-        ),
-        "self-tuned keeps less than 80% of the best r's gain": [
-            ", ".join(cell.key) for cell in found if cell.kept < 0.8
-        ],
+    below_plain = "below plain by more than a standard error"
+    claims: dict[str, Callable[[Cell], bool]] = {
+        f"self-tuned {below_plain}": lambda cell: below(cell, cell.tuned),
+        f"r = 0.5 {below_plain}": lambda cell: below(cell, cell.constant.get(0.5)),
+        "self-tuned keeps less than 80% of the best r's gain": lambda cell: cell.kept < 0.8,
     }
-    lines = [
-        f"{claim}: {len(names)} of {len(found)} cells" + "".join(f"\n  {name}" for name in names)
-        for claim, names in claims.items()
-    ]
+    lines = []
+    for claim, holds in claims.items():
+        names = [", ".join(cell.key) for cell in found if holds(cell)]
+        lines.append(f"{claim}: {len(names)} of {len(found)} cells")
+        lines += [f"  {name}" for name in names]
     return [*lines, ""]
 
 
@@ -422,9 +404,9 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
         drawn.add(task)
         where = {"task": task, "optimizer": optimizer}
         plain = select(table, role="plain, search", **where)
-        tried = runs.groups(select(table, role="search", part=part, **where), "gamma")
-        curve = [(gamma, _points(plain, rows)) for (gamma,), rows in tried]
-        right.plot(*zip(*curve, strict=True), marker=".", **look)
+        tried = runs.by(select(table, role="search", part=part, **where), "gamma")
+        gains = [_points(plain, rows) for rows in tried.values()]
+        right.plot(list(tried), gains, marker=".", **look)
     for axis in (left, right):
         axis.axhline(0, color="k", lw=0.6)
     left.set(xlabel="strength $r$ of relative_gradreg", ylabel="gain in test accuracy, points")
