@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from gradreg_optax.experiments import (
+    common,
     compare,
     cost,
     flatness,
@@ -26,18 +27,10 @@ from gradreg_optax.experiments import (
 )
 from gradreg_optax.experiments.common import CommandError
 
-COMMANDS: dict[str, ModuleType] = {
-    "compare": compare,
-    "sweep": sweep,
-    "cost": cost,
-    "implicit-bias": implicit_bias,
-    "flooding": flooding,
-    "frontier": frontier,
-    "strength": strength,
-    "late": late,
-    "flatness": flatness,
-    "language": language,
-}
+_MODULES: tuple[ModuleType, ...] = (compare, sweep, cost, implicit_bias, flooding)
+_MODULES += (frontier, strength, late, flatness, language)
+# each by the name of its module
+COMMANDS = {common.option(module.__name__.rpartition(".")[2]): module for module in _MODULES}
 
 
 def run(arguments: list[str] | None = None) -> None:
@@ -69,13 +62,11 @@ def run(arguments: list[str] | None = None) -> None:
 
 def parse(arguments: list[str]) -> tuple[str, ModuleType, Any]:
     """The command, its module and its configuration."""
-    choices: list[Any] = [
-        Annotated[
-            module.Config,
-            tyro.conf.subcommand(name, description=_summary(module)),
-        ]
-        for name, module in COMMANDS.items()
-    ]
+    choices: list[Any] = []
+    for name, module in COMMANDS.items():
+        summary = " ".join((module.__doc__ or "").split("\n\n")[0].split())
+        choice = tyro.conf.subcommand(name, description=summary)
+        choices.append(Annotated[module.Config, choice])
     config = tyro.cli(
         functools.reduce(operator.or_, choices),
         prog="gradreg",
@@ -88,10 +79,6 @@ def parse(arguments: list[str]) -> tuple[str, ModuleType, Any]:
     )
     command = next(name for name, made in COMMANDS.items() if type(config) is made.Config)
     return command, COMMANDS[command], config
-
-
-def _summary(module: ModuleType) -> str:
-    return " ".join((module.__doc__ or "").split("\n\n")[0].split())
 
 
 def _run(command: str, module: ModuleType, config: Any) -> None:

@@ -54,18 +54,15 @@ class Training(Common):
 
     def sizes(self, dataset: str) -> dict[str, Any]:
         """Sizes, share of wrong labels and steps, for :class:`trainer.Recipe`."""
-        default = _SIZES.get(dataset, (None, None, 0.0))
-        found = zip(
-            _SIZED, (self.train_size, self.test_size, self.label_noise), default, strict=True
-        )
-        chosen = {name: usual if value is None else value for name, value, usual in found}
-        return chosen | {"steps": self.steps}
+        usual = {"train_size": None, "test_size": None, "label_noise": 0.0}
+        usual |= _SIZES.get(dataset, {}) | {"steps": self.steps}
+        given = {name: getattr(self, name) for name in usual}
+        return usual | {name: value for name, value in given.items() if value is not None}
 
 
-_SIZED = ("train_size", "test_size", "label_noise")
-_SIZES: dict[str, tuple[int | None, int | None, float]] = {
-    "digits": (300, 1000, 0.3),
-    "fashion-mnist": (1000, None, 0.0),
+_SIZES: dict[str, dict[str, Any]] = {
+    "digits": {"train_size": 300, "test_size": 1000, "label_noise": 0.3},
+    "fashion-mnist": {"train_size": 1000},
 }
 
 
@@ -107,6 +104,19 @@ def above_zero(config: Any, *names: str) -> None:
     for name in names:
         if not np.all(getattr(config, name)):
             raise CommandError(f"{name} must be above 0, got 0: use DB for the limit of zero.")
+
+
+def some_of(name: str, values: Iterable[str], known: Iterable[str], remedy: str = "") -> None:
+    """Checks names.
+
+    Raises:
+      CommandError: none, or one that is not known.
+    """
+    known, values = list(known), list(values)
+    unknown = [value for value in values if value not in known]
+    if unknown or not values:
+        got = ", ".join(unknown) or "none"
+        raise CommandError(f"{name} must be some of {', '.join(known)}, got {got}{remedy}.")
 
 
 def settings(config: Any) -> dict[str, Any]:

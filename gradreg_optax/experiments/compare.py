@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from gradreg_optax.experiments import common, data, plots, runs, statistics, tables
-from gradreg_optax.experiments.common import CommandError
 from gradreg_optax.experiments.trainer import METHODS, SELF_TUNED, Recipe
 
 # Two rows that the sweep does not have: one needs a part of the batch, one held-out samples.
@@ -111,12 +110,7 @@ def known(datasets: tuple[str, ...]) -> None:
     Raises:
       CommandError: none, or one that no settings were chosen for.
     """
-    unknown = [name for name in datasets if name not in TASKS]
-    if unknown or not datasets:
-        raise CommandError(
-            f"datasets must be some of {', '.join(TASKS)}, got {', '.join(unknown) or 'none'}:"
-            " gradreg sweep takes any."
-        )
+    common.some_of("datasets", datasets, TASKS, ": gradreg sweep takes any")
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -233,16 +233,14 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
 def _draw(axes: Any, label: str, rows: runs.Columns, place: int) -> None:
     look: Any = {"color": plots.color(label), "label": label}
 
-    def points(*names: str) -> tuple[list[float], list[float]]:
-        found = [statistics.estimate(100 * rows[name]) for name in names]
-        return [one.mean for one in found], [one.error for one in found]
+    def points(*names: str) -> list[statistics.Estimate]:
+        return [statistics.estimate(100 * rows[name]) for name in names]
 
     for name, filled in (("calibration_error_noisy", "none"), ("calibration_error", "full")):
-        mean, error = points(name)
-        axes[0].errorbar(place, mean, error, fmt="o", fillstyle=filled, **look)
-    mean, error = points("accuracy", *(f"accuracy_{bits}_bits" for bits in BITS))
-    axes[1].errorbar(range(len(mean)), mean, error, fmt="o-", **look)
-    mean, error = points("accuracy", *(f"accuracy_noise_{size:g}" for size in NOISES))
-    axes[2].errorbar((0, *NOISES), mean, error, fmt="o-", **look)
-    (x, y), (x_error, y_error) = points("accuracy_second", "accuracy_after")
-    axes[3].errorbar(x, y, y_error, x_error, fmt="o", **look)
+        plots.errors(axes[0], [place], points(name), fillstyle=filled, **look)
+    bits = points("accuracy", *(f"accuracy_{bits}_bits" for bits in BITS))
+    plots.errors(axes[1], range(len(bits)), bits, fmt="o-", **look)
+    noises = points("accuracy", *(f"accuracy_noise_{size:g}" for size in NOISES))
+    plots.errors(axes[2], (0, *NOISES), noises, fmt="o-", **look)
+    x, y = points("accuracy_second", "accuracy_after")
+    axes[3].errorbar(x.mean, y.mean, y.error, x.error, fmt="o", **look)

@@ -195,11 +195,9 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
         shares = [share for (share,), _ in runs.groups(found, "share") if share == share]
         for i, share in enumerate(shares):
             rows = [runs.select(found, method=label, share=share) for label in labels]
-            gains = [gain(one, found) for one in rows]
             places = [place + 0.16 * (i - (len(shares) - 1) / 2) for place in range(len(labels))]
-            errors = [one.error for one in gains]
             price = f"cost {1 + 1 / share:.4g}"
-            axis.errorbar(places, [one.mean for one in gains], errors, fmt="o", label=price)
+            plots.errors(axis, places, [gain(one, found) for one in rows], label=price)
         axis.set_xticks(range(len(labels)), labels, rotation=35, ha="right")
         axis.set_title(_title(results, name), fontsize=11)
     axes[0].set_ylabel("gain in test accuracy, points")

@@ -1,6 +1,6 @@
 """What the figures have in common. They are drawn without a display, from results on disk."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,15 @@ def figure(
 
 def mean(axis: Any, place: float, values: Any, method: str, **look: Any) -> float:
     """Draws the mean of some values with its standard error, in the color of a method."""
-    height, error, _ = statistics.estimate(values)
-    axis.errorbar(place, height, error, **{"fmt": "o", "color": color(method)} | look)
-    return height
+    found = statistics.estimate(values)
+    errors(axis, [place], [found], **{"color": color(method)} | look)
+    return found.mean
+
+
+def errors(axis: Any, places: Any, found: Iterable[Any], **look: Any) -> None:
+    """Draws means, or mean differences, with their standard errors."""
+    means, spread = zip(*((one.mean, one.error) for one in found), strict=True)
+    axis.errorbar(places, means, spread, **{"fmt": "o"} | look)
 
 
 def seeds(axis: Any, methods: Mapping[str, Any]) -> None:

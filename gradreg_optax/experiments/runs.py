@@ -21,7 +21,7 @@ import numpy as np
 
 from gradreg_optax.experiments import common, results
 from gradreg_optax.experiments.data import Dataset
-from gradreg_optax.experiments.trainer import METHODS, Array, Method, Metrics, Recipe, Trainer
+from gradreg_optax.experiments.trainer import METHODS, Array, Method, Metrics, Recipe, Told, Trainer
 
 Columns: TypeAlias = dict[str, Array]
 
@@ -149,7 +149,7 @@ def train(
     total = sum(len(places) * runs[places[0]].recipe.steps for places in parts)
     with common.progress(total, what, "step") as bar:
 
-        def make(places: list[int], advanced: Callable[[int], Any]) -> Columns:
+        def make(places: list[int], advanced: Told) -> Columns:
             return _part(dataset, [runs[place] for place in places], store, advanced, metrics)
 
         for places, part in zip(parts, _together(make, parts, bar.update), strict=True):
@@ -160,18 +160,16 @@ def train(
 
 def flops(dataset: Dataset, method: Method, recipe: Recipe, store: Store | None = None) -> float:
     """Floating-point operations of a step, every penalty taken, over those of the plain one."""
-    store, counts = store or Store(None), []
+    store = store or Store(None)
+
+    def count(method: Method, recipe: Recipe) -> float:
+        trainer = _trainer(dataset, method, recipe)
+        what = {"recipe": recipe.describe(), "program": trainer.digest(method.settings)}
+        made = store.keep(f"flops-{method.label}", what, lambda: {"flops": trainer.flops()})
+        return float(made["flops"])
+
     plain = dataclasses.replace(recipe, penalty_fraction=1.0, held_out=0)
-    for chosen, how in ((method, recipe), (METHODS["SGD"], plain)):
-        trainer = _trainer(dataset, chosen, how)
-        what = {"recipe": how.describe(), "program": trainer.digest(chosen.settings)}
-        count = store.keep(f"flops-{chosen.label}", what, functools.partial(_flops, trainer))
-        counts.append(count["flops"])
-    return float(counts[0] / counts[1])
-
-
-def _flops(trainer: Trainer) -> dict[str, float]:
-    return {"flops": trainer.flops()}
+    return count(method, recipe) / count(METHODS["SGD"], plain)
 
 
 @functools.lru_cache(maxsize=4)
@@ -188,7 +186,7 @@ def fingerprint(dataset: Dataset) -> str:
 def select(columns: Mapping[str, Any], **where: Any) -> Columns:
     """The rows whose columns have the given values; NaN is found by NaN."""
     table = {name: np.asarray(values) for name, values in columns.items()}
-    keep = np.ones(len(next(iter(table.values()))), bool)
+    keep = np.ones(_size(table), bool)
     for name, value in where.items():
         keep &= _equal(table[name], value)
     return {name: values[keep] for name, values in table.items()}
@@ -196,7 +194,7 @@ def select(columns: Mapping[str, Any], **where: Any) -> Columns:
 
 def groups(columns: Mapping[str, Any], *names: str) -> Iterator[tuple[tuple[Any, ...], Columns]]:
     """The different values of some columns, in the order of their first rows, with their rows."""
-    rows = len(next(iter(columns.values())))
+    rows = _size(columns)
     lists = [np.asarray(columns[name]).tolist() for name in names]
     keys = zip(*lists, strict=True) if names else [()] * rows
     seen = {repr(values): values for values in keys}  # NaN equals NaN here
@@ -218,7 +216,7 @@ def columns(rows: Iterable[Mapping[str, Any]]) -> Columns:
 
 def tagged(columns: Mapping[str, Any], **tags: Any) -> Columns:
     """The rows, with further columns of one value each in front."""
-    rows = len(next(iter(columns.values())))
+    rows = _size(columns)
     return {name: np.full(rows, value) for name, value in tags.items()} | dict(columns)
 
 
@@ -294,9 +292,7 @@ def _parts(runs: Sequence[Run], lanes: int) -> Iterator[list[int]]:
 
 
 def _together(
-    make: Callable[[list[int], Callable[[int], Any]], Columns],
-    parts: Sequence[list[int]],
-    advanced: Callable[[int], Any],
+    make: Callable[[list[int], Told], Columns], parts: Sequence[list[int]], advanced: Told
 ) -> Iterator[Columns]:
     """What ``make`` makes of each part, in their order; two are under way at once, so that one is
     compiled while another trains.
@@ -320,11 +316,7 @@ class _GivenUpError(Exception):
 
 
 def _part(
-    dataset: Dataset,
-    runs: list[Run],
-    store: Store,
-    advanced: Callable[[int], Any],
-    metrics: Metrics | None,
+    dataset: Dataset, runs: list[Run], store: Store, advanced: Told, metrics: Metrics | None
 ) -> Columns:
     """The metrics of runs of one method and recipe that train side by side."""
     method, recipe, names = runs[0].method, runs[0].recipe, sorted(runs[0].settings)
@@ -348,6 +340,11 @@ def _part(
 @functools.lru_cache(maxsize=16)
 def _trainer(dataset: Dataset, method: Method, recipe: Recipe) -> Trainer:
     return Trainer(dataset, method, recipe)
+
+
+def _size(columns: Mapping[str, Any]) -> int:
+    """The number of rows."""
+    return len(next(iter(columns.values())))
 
 
 def _row(run: Run) -> dict[str, Any]:

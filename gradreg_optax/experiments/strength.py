@@ -18,7 +18,6 @@ import optax
 
 from gradreg_optax import fd_gradreg
 from gradreg_optax.experiments import common, data, models, plots, runs, statistics, tables
-from gradreg_optax.experiments.common import CommandError
 from gradreg_optax.experiments.runs import Columns, select
 from gradreg_optax.experiments.trainer import (
     METHODS,
@@ -120,12 +119,7 @@ class Config(common.Common):
         common.at_least(self, 2, "seeds")
         common.at_least(self, 1, "choose_seeds", "steps")
         common.above_zero(self, "strengths", "gammas")
-        unknown = [name for name in self.tasks if name not in TASKS]
-        if unknown or not self.tasks:
-            raise CommandError(
-                f"tasks must be some of {', '.join(map(repr, TASKS))}, got"
-                f" {', '.join(map(repr, unknown)) or 'none'}."
-            )
+        common.some_of("tasks", map(repr, self.tasks), map(repr, TASKS))
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -80,11 +80,7 @@ class Config(common.OnData):
             raise CommandError(
                 f"penalty_fraction must not exceed 1, got {self.penalty_fraction:g}."
             )
-        unknown = [label for label in self.methods if label not in METHODS]
-        if unknown or not self.methods:
-            raise CommandError(
-                f"methods must be some of {', '.join(METHODS)}, got {', '.join(unknown) or 'none'}."
-            )
+        common.some_of("methods", self.methods, METHODS)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -174,39 +170,33 @@ def _recipe(config: Config) -> Recipe:
     return Recipe(**chosen, **config.sizes(config.dataset), eigenvalue=False)
 
 
-def _columns(choose: runs.Columns) -> tuple[list[float], list[tuple[str, dict[float, float]]]]:
-    """The gammas, and a column of mean accuracies by gamma for each method and ascent step, in the
-    order of the signed step.
+def _columns(choose: runs.Columns) -> dict[str, runs.Columns]:
+    """The runs of each method with a gamma and of each ascent step, in the order of the signed
+    step.
     """
-    columns: dict[tuple[float, str], dict[float, float]] = {}
-    side = {"B-GR": -1.0, "DB": 0.0, "F-GR": 1.0}
-    for (label, gamma, step), rows in runs.groups(choose, "method", "gamma", "epsilon"):
+    found, side = {}, {"B-GR": -1.0, "DB": 0.0, "F-GR": 1.0}
+    for (label, step), rows in runs.groups(choose, "method", "epsilon"):
         if label in side:
-            mean = np.nan if np.any(rows["diverged"]) else float(np.mean(rows["accuracy"]))
-            place = (side[label] * (step if step == step else 0.0), label)
-            columns.setdefault(place, {})[gamma] = mean
-    names = [
-        (f"{label} {abs(step):g}" if step else label, columns[step, label])
-        for step, label in sorted(columns)
-    ]
-    return sorted({gamma for _, column in names for gamma in column}), names
+            found[side[label] * np.nan_to_num(step), label] = rows
+    ordered = sorted(found.items(), key=lambda one: one[0])
+    return {f"{label} {abs(step):g}" if step else label: rows for (step, label), rows in ordered}
 
 
 def _draw_grid(made: Any, axis: Any, results: dict[str, Any]) -> None:
     choose = runs.select(results["runs"], role="choose")
-    gammas, columns = _columns(choose) if {"gamma", "epsilon"} <= set(choose) else ([], [])
+    columns = _columns(choose) if {"gamma", "epsilon"} <= set(choose) else {}
     if not columns:  # no method with a gamma
         axis.set_axis_off()
         return
-    values = np.array(
-        [[100 * column.get(gamma, np.nan) for _, column in columns] for gamma in gammas]
-    )
+    gammas = np.unique(np.concatenate([rows["gamma"] for rows in columns.values()]))
+    cells = [[runs.select(rows, gamma=gamma) for rows in columns.values()] for gamma in gammas]
+    values = np.array([[100 * np.mean(rows["accuracy"]) for rows in line] for line in cells])
     plain = 100 * statistics.estimate(runs.select(choose, method="SGD")["accuracy"]).mean
     look: Any = {"origin": "lower", "aspect": "auto", "cmap": "viridis"}
     shown = np.ma.masked_invalid(values)
     image = axis.imshow(shown, vmin=None if np.isnan(plain) else plain, **look)
     axis.set_facecolor("0.85")
-    axis.set_xticks(range(len(columns)), [name for name, _ in columns], rotation=45, ha="right")
+    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
     axis.set_yticks(range(len(gammas)), [f"{gamma:g}" for gamma in gammas])
     axis.set(
         xlabel="method and ascent step $\\epsilon$",

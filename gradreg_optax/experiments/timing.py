@@ -66,10 +66,9 @@ def build(step: Any, state: Any, *args: Any) -> Program:
     # The step itself is called, not its compiled form: it is what users call, and it dispatches
     # faster.
     run()
-    memory = compiled.memory_analysis().temp_size_in_bytes
-    return Program(
-        run, traced - start, done - traced, float(compiled.cost_analysis()["flops"]), int(memory)
-    )
+    flops = float(compiled.cost_analysis()["flops"])
+    memory = int(compiled.memory_analysis().temp_size_in_bytes)
+    return Program(run, traced - start, done - traced, flops, memory)
 
 
 def interleave(
@@ -127,10 +126,8 @@ def ratio(seconds: Floats, reference: Floats) -> Ratio:
     """The ratio of two rows of times that were measured in the same rounds."""
     values = np.sort(np.asarray(seconds) / np.asarray(reference))
     lower, median, upper = np.quantile(values, [0.25, 0.5, 0.75])
-    half = 0.98 * math.sqrt(
-        len(values)
-    )  # 1.96 standard deviations of a binomial count around n / 2
+    # 1.96 standard deviations of a binomial count around n / 2
+    half = 0.98 * math.sqrt(len(values))
     low = max(math.floor(len(values) / 2 - half), 0)
-    return Ratio(
-        float(median), float(lower), float(upper), float(values[-1 - low] - values[low]) / 2
-    )
+    noise = (values[-1 - low] - values[low]) / 2
+    return Ratio(*map(float, (median, lower, upper, noise)))

@@ -47,6 +47,8 @@ Metrics: TypeAlias = Callable[
 ]
 # (logits, label) of one sample -> number
 _Score: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
+Seeds: TypeAlias = Sequence[int] | Array
+Told: TypeAlias = Callable[[int], Any]  # is told how many steps have been taken
 OptimizerName: TypeAlias = Literal["sgd", "momentum", "adam", "adamw"]
 OPTIMIZERS: dict[str, Callable[[Any], Transformation]] = {
     "sgd": optax.sgd,
@@ -279,12 +281,10 @@ class Problem:
         """
         measure = self._measure(metrics or Problem.metrics)
 
-        def lane(tree: PyTree, i: int) -> PyTree:
-            return jax.tree.map(lambda x: x[i], tree)
-
-        lanes = [
-            measure(lane(params, i), seeds[i], lane(split, i), self.pool) for i in range(len(seeds))
-        ]
+        lanes = []
+        for i in range(len(seeds)):
+            lane = jax.tree.map(lambda x, i=i: x[i], (params, seeds, split))
+            lanes.append(measure(*lane, self.pool))
         found = {name: np.array([metrics[name] for metrics in lanes]) for name in lanes[0]}
         diverged = found["diverged"]
         return {
@@ -376,16 +376,16 @@ class Trainer:
           CommandError: a batch larger than the training set, or more samples than there are.
         """
         self.method, self.traces = method, 0
-        self._digests: dict[tuple[str, ...], str] = {}
         self._problem, self._recipe = problem(dataset, recipe), recipe
         self._begin = jax.jit(jax.vmap(self._start))
         self._advance = jax.jit(self._steps, donate_argnums=0)
+        self._text = functools.cache(self._program)
 
     def __call__(
         self,
         settings: Settings,
-        seeds: Sequence[int] | Array,
-        advanced: Callable[[int], Any] = _unheard,
+        seeds: Seeds,
+        advanced: Told = _unheard,
         metrics: Metrics | None = None,
     ) -> dict[str, Array]:
         """Trains one run per lane.
@@ -412,10 +412,7 @@ class Trainer:
         )
 
     def states(
-        self,
-        settings: Settings,
-        seeds: Sequence[int] | Array,
-        advanced: Callable[[int], Any] = _unheard,
+        self, settings: Settings, seeds: Seeds, advanced: Told = _unheard
     ) -> Iterator[TrainState]:
         """The states of all lanes along the training: the initial one, one after every 100 steps,
         and the last one.
@@ -455,16 +452,13 @@ class Trainer:
           settings: names of the hyperparameters that the runs give.
           metrics: as for a call.
         """
-        if metrics is not None:
-            both = self.digest(settings) + self._problem.program(metrics)
-            return hashlib.sha256(both.encode()).hexdigest()
-        if settings not in self._digests:
-            lane = {name: _setting(name, 1) for name in settings}
-            step = jax.jit(self._step)
-            init = jax.jit(self._problem.model.init).lower(jax.random.key(0))
-            text = init.as_text() + step.lower(lane, *self._example(lane)).as_text()
-            self._digests[settings] = hashlib.sha256(text.encode()).hexdigest()
-        return self._digests[settings]
+        text = self._text(settings) + ("" if metrics is None else self._problem.program(metrics))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _program(self, settings: tuple[str, ...]) -> str:
+        lane = {name: _setting(name, 1) for name in settings}
+        step = jax.jit(self._step).lower(lane, *self._example(lane))
+        return jax.jit(self._problem.model.init).lower(jax.random.key(0)).as_text() + step.as_text()
 
     def _step(self, lane: Settings, state: TrainState, batch: Any, held_out: Any) -> Any:
         return self._train_step(lane).step(state, batch, held_out=held_out)
