@@ -130,6 +130,6 @@ def option(name: str) -> str:
     return name.replace("_", "-")
 
 
-def progress(total: int, what: str, unit: str, steps: Iterable[Any] | None = None) -> "tqdm[Any]":
+def progress(total: int, what: str, unit: str) -> "tqdm[Any]":
     """A progress bar on a terminal, and nothing in a log."""
-    return tqdm(steps, total=total, desc=what, unit=unit, disable=None, leave=False)
+    return tqdm(total=total, desc=what, unit=unit, disable=None, leave=False)

@@ -166,14 +166,13 @@ def recipe(config: common.Training, name: str, label: str = "SGD") -> Recipe:
 
 def wanted_runs(config: common.Training, name: str, label: str, seeds: Any) -> list[runs.Run]:
     """A row's runs on a data set."""
-    values = {setting: (value,) for setting, value in TASKS[name].settings[label].items()}
-    chosen = recipe(config, name, label)
+    chosen, settings = recipe(config, name, label), TASKS[name].settings[label]
     tags: dict[str, Any] = {"role": "best", "dataset": name}
     if chosen.penalty_fraction < 1:
         tags["fraction"] = chosen.penalty_fraction
     if chosen.held_out:
         tags["held_out"] = chosen.held_out
-    return runs.grid(ROWS[label], chosen, values, seeds, **tags)
+    return runs.grid(ROWS[label], chosen, settings, seeds, **tags)
 
 
 def _signed(chosen: Recipe, seeds: Any) -> list[runs.Run]:
@@ -181,7 +180,7 @@ def _signed(chosen: Recipe, seeds: Any) -> list[runs.Run]:
     wanted = []
     for step in SIGNED_EPSILON:
         method = METHODS["DB" if step == 0 else "F-GR" if step > 0 else "B-GR"]
-        values = {"gamma": (COMMON_GAMMA,), "epsilon": (abs(step),)}
+        values = {"gamma": COMMON_GAMMA, "epsilon": abs(step)}
         tags = {"role": "signed", "dataset": SIGNED_ON, "step": step}
         wanted += runs.grid(method, chosen, values, seeds, **tags)
     return wanted

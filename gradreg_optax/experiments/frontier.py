@@ -10,6 +10,7 @@ the gamma of the full penalty times :func:`gradreg_optax.curvature.penalty_scale
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,6 @@ _PLAIN, _TWICE = Method("plain", None), Method("plain, twice the steps", None)
 _CELL = ("method", "fraction", "interval", "choice", "gamma")
 _SEARCHED = ("fraction", "interval", "gamma")
 _FULL: dict[str, Any] = {"method": "F-GR", "fraction": 1.0, "interval": 1, "choice": "search"}
-_STARTS = (
-    "no penalty",
-    "gamma from the start",
-    "gamma rises",
-    "gamma switched on",
-    "epsilon rises",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +126,8 @@ class _Lab:
         """The tables of one optimizer."""
         config, recipe = self.config, _recipe(self.config, optimizer)
         parts = {f: dataclasses.replace(recipe, penalty_fraction=f) for f in config.fractions}
-        lazy = {"gamma": config.gammas, "epsilon": (config.epsilon,), "interval": config.intervals}
+        lazy: dict[str, Any] = {"gamma": config.gammas, "epsilon": config.epsilon}
+        lazy["interval"] = config.intervals
         grid = functools.partial(runs.grid, METHODS["F-GR"])
         wanted = [one for f in parts for one in grid(parts[f], lazy, self.choose, fraction=f)]
         search = _search(self._train(wanted, "search"))
@@ -147,13 +142,13 @@ class _Lab:
         wanted += runs.grid(_TWICE, twice, {}, self.report, flops=2.0, gradients=2.0)
         flops = runs.flops(self.dataset, METHODS["DB"], recipe, self.store)
         tags = {"choice": "search", "flops": flops}
-        wanted += runs.grid(METHODS["DB"], recipe, {"gamma": (gamma,)}, self.report, **tags)
+        wanted += runs.grid(METHODS["DB"], recipe, {"gamma": gamma}, self.report, **tags)
         for fraction, choice in itertools.product(config.fractions, ("search", "rule")):
             flops = runs.flops(self.dataset, METHODS["F-GR"], parts[fraction], self.store)
             for interval in config.intervals:
                 by_rule = float(f"{full * scales[fraction]:.2g}")
                 gamma = by_rule if choice == "rule" else _best(search, fraction, interval)
-                one = lazy | {"gamma": (gamma,), "interval": (interval,)}
+                one = lazy | {"gamma": gamma, "interval": interval}
                 tags = {"fraction": fraction, "choice": choice}
                 tags["flops"] = 1 + (flops - 1) / interval
                 wanted += grid(parts[fraction], one, self.report, **tags)
@@ -177,13 +172,10 @@ class _Lab:
         """
         steps = self.config.steps // 10
         recipe = dataclasses.replace(_recipe(self.config, "adam"), warmup_steps=steps)
-        values = {"gamma": (gamma,), "epsilon": (self.config.epsilon,)}
-        tags = {"warmup_steps": steps, "penalty": gamma}
-        wanted = [
-            one
-            for start in _STARTS
-            for one in runs.grid(starting(start, steps), recipe, values, self.report, **tags)
-        ]
+        values = {"gamma": gamma, "epsilon": self.config.epsilon}
+        tags, wanted = {"warmup_steps": steps, "penalty": gamma}, []
+        for way in starts(steps):
+            wanted += runs.grid(way, recipe, values, self.report, **tags)
         return self._train(wanted, "warmup")
 
 
@@ -279,25 +271,27 @@ def _scales(probes: Columns, fractions: Any) -> Array:
     return np.asarray(norm[0] / norm)
 
 
-def starting(start: str, steps: int) -> Method:
-    """F-GR whose gamma or epsilon comes to its value in the first ``steps`` steps."""
-    if start == "no penalty":
-        return Method(start, None)
+def starts(steps: int) -> list[Method]:
+    """Ways to start F-GR while ``steps`` steps warm up, by which its gamma or epsilon has come to
+    its value.
+    """
 
-    def make(gamma: Any, epsilon: Any) -> Any:
-        def rises(value: Any) -> Any:
-            return lambda step: value * jnp.minimum((step + 1) / steps, 1)
+    def rises(value: Any) -> Any:
+        return lambda step: value * jnp.minimum((step + 1) / steps, 1)
 
-        schedules = {
-            "gamma from the start": (gamma, epsilon),
-            "gamma rises": (rises(gamma), epsilon),
-            "gamma switched on": (lambda step: jnp.where(step < steps, 0.0, gamma), epsilon),
-            "epsilon rises": (gamma, rises(epsilon)),
-        }
-        chosen = schedules[start]
-        return fd_gradreg(gamma=chosen[0], epsilon=chosen[1])
+    def switched_on(value: Any) -> Any:
+        return lambda step: jnp.where(step < steps, 0.0, value)
 
-    return Method(start, make, ("gamma", "epsilon"), 2)
+    ways: dict[str, Callable[..., Any]] = {
+        "gamma from the start": fd_gradreg,
+        "gamma rises": lambda gamma, epsilon: fd_gradreg(gamma=rises(gamma), epsilon=epsilon),
+        "gamma switched on": lambda gamma, epsilon: fd_gradreg(
+            gamma=switched_on(gamma), epsilon=epsilon
+        ),
+        "epsilon rises": lambda gamma, epsilon: fd_gradreg(gamma=gamma, epsilon=rises(epsilon)),
+    }
+    made = [Method(name, make, ("gamma", "epsilon"), 2) for name, make in ways.items()]
+    return [Method("no penalty", None), *made]
 
 
 # Table and figure.

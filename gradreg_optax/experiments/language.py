@@ -20,7 +20,7 @@ PART, INTERVAL = 1 / 4, 4  # of the lazy rows
 LATE = 3 / 4  # of the steps, before a late penalty begins
 _LAZY_STRENGTH = 0.25
 _WARM_UP = 1 / 10  # of the steps
-_SEARCHED = {"F-GR": ("gamma", "gammas"), "SAM": ("rho", "rhos")}
+_SEARCHED = {"F-GR": "gamma", "SAM": "rho"}  # the values are those of the option in plural
 _SYMBOLS = {"gamma": "γ=ε", "rho": "ρ", "strength": "r"}
 
 
@@ -88,8 +88,8 @@ def run(config: Config) -> dict[str, Any]:
     found = [train([one for recipe in rates for one in search("AdamW", PLAIN, recipe, {})])]
     recipe = dataclasses.replace(base, learning_rate=best(found[0], "learning_rate"))
     chosen = {}
-    for label, (name, field) in _SEARCHED.items():
-        values = [_settings(label, value) for value in getattr(config, field)]
+    for label, name in _SEARCHED.items():
+        values = [_settings(label, value) for value in getattr(config, f"{name}s")]
         of = functools.partial(search, label, METHODS[label], recipe)
         found.append(train([one for setting in values for one in of(setting)]))
         chosen[label] = best(found[-1], name)
@@ -165,9 +165,8 @@ def _runs(
 ) -> list[runs.Run]:
     """A row's runs on "seeds" with a "role"; ``share`` of the steps can take the penalty."""
     cost = method.cost(recipe.penalty_fraction, settings.get("interval", 1))
-    values = {name: (value,) for name, value in settings.items()}
     how |= {"row": row, "steps": recipe.steps, "gradients": 1 + share * (cost - 1)}
-    return runs.grid(method, recipe, values, **how, learning_rate=recipe.learning_rate)
+    return runs.grid(method, recipe, settings, **how, learning_rate=recipe.learning_rate)
 
 
 def best(tried: Columns, name: str) -> float:
@@ -216,7 +215,7 @@ def table(results: dict[str, Any]) -> str:
         "",
     ]
     for row, tried in runs.by(search, "row").items():
-        name = _SEARCHED[row][0] if row in _SEARCHED else "learning_rate"
+        name = _SEARCHED.get(row, "learning_rate")
         losses = {value: np.mean(some["test_loss"]) for value, some in runs.by(tried, name).items()}
         values = [f"{value:g}: {loss:.3f}" for value, loss in losses.items()]
         lines.append(f"searched {row}, {_SYMBOLS.get(name, 'learning rate')}  {', '.join(values)}")

@@ -77,14 +77,14 @@ def run(config: Config) -> dict[str, Any]:
         train = functools.partial(runs.train, dataset, store=store, what=f"late {name}")
         for way in _ways(recipe, config.shares):
             tags = way.tags(recipe) | {"dataset": name}
-            values: dict[str, Any] = {"strength": config.strengths, "interval": (way.interval,)}
+            values: dict[str, Any] = {"strength": config.strengths, "interval": way.interval}
             grid = functools.partial(runs.grid, way.method, way.recipe)
             if way.method.settings:
                 tried = train(grid(values, choose, role="choose", **tags))
                 best = runs.best(tried, "strength")
                 if best is None:
                     raise CommandError(f"{way.method.label} diverged on {name}: lower --strengths.")
-                values["strength"] = (best["strength"],)
+                values |= best
                 found.append(tried)
             found.append(train(grid(values, report, role="report", **tags)))
         recipes[name] = recipe.describe()
@@ -142,8 +142,9 @@ def table(results: dict[str, Any]) -> str:
     """The ways as text: cost, the chosen strength, accuracy, and paired differences."""
     lines = []
     head = ["penalty", "k", "cost", "r", "test accuracy %", "minus SGD", "p", "minus every step"]
-    for (name,), found in _reported(results):
-        rows = [_row(label, share, rows, found) for (label, share), rows in _of_ways(found)]
+    for name, found in _reported(results).items():
+        ways = runs.groups(found, "method", "share")
+        rows = [_row(label, share, rows, found) for (label, share), rows in ways]
         title = f"{_title(results, name)}, {len(set(found['seed']))} seeds"
         lines += [title, tables.aligned(head, rows), ""]
     lines.append(
@@ -160,12 +161,8 @@ def _title(results: dict[str, Any], name: str) -> str:
     return compare.described(name, recipe) + ", one learning rate" * constant
 
 
-def _reported(results: dict[str, Any]) -> Iterator[tuple[Any, runs.Columns]]:
-    return runs.groups(runs.select(results["runs"], role="report"), "dataset")
-
-
-def _of_ways(found: runs.Columns) -> Iterator[tuple[Any, runs.Columns]]:
-    return runs.groups(found, "method", "share")
+def _reported(results: dict[str, Any]) -> dict[str, runs.Columns]:
+    return runs.by(runs.select(results["runs"], role="report"), "dataset")
 
 
 def gain(rows: runs.Columns, found: runs.Columns, over: str = PLAIN) -> statistics.Difference:
@@ -184,15 +181,15 @@ def _row(label: str, share: float, rows: runs.Columns, found: runs.Columns) -> l
 
 def plot(results: dict[str, Any], output: Path) -> list[Path]:
     """Draws late.png: what each way gains over plain steps, at each price."""
-    tasks = list(_reported(results))
+    tasks = _reported(results)
     made, axes = plots.figure(len(tasks), width=5.0)
     labels = [LONGER, *WAYS]
-    for axis, ((name,), found) in zip(axes, tasks, strict=True):
+    for axis, (name, found) in zip(axes, tasks.items(), strict=True):
         always = gain(runs.select(found, method=ALWAYS), found)
         axis.axhline(0, color=plots.color(PLAIN), ls="--", lw=1)
         axis.axhline(always.mean, color="k", lw=1)
         plots.note(axis, "the penalty in every step, cost 2", (0, always.mean), (0, 3))
-        shares = [share for (share,), _ in runs.groups(found, "share") if share == share]
+        shares = [share for share in runs.by(found, "share") if share == share]
         for i, share in enumerate(shares):
             rows = [runs.select(found, method=label, share=share) for label in labels]
             places = [place + 0.16 * (i - (len(shares) - 1) / 2) for place in range(len(labels))]

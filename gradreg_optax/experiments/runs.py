@@ -48,7 +48,7 @@ class Run:
 def grid(
     method: Method,
     recipe: Recipe,
-    values: Mapping[str, Sequence[float]],
+    values: Mapping[str, float | Sequence[float]],
     seeds: Sequence[int],
     **tags: Any,
 ) -> list[Run]:
@@ -57,13 +57,13 @@ def grid(
     Args:
       method: the method.
       recipe: the recipe.
-      values: for each of the method's settings, and for "interval" if wanted, the values to take;
-        what other methods need may be among them.
+      values: for each of the method's settings, and for "interval" if wanted, the value or the
+        values to take; what other methods need may be among them.
       seeds: the seeds.
       **tags: further columns of their rows.
     """
     names = [name for name in (*method.settings, "interval") if name in values]
-    combined = itertools.product(*(values[name] for name in names))
+    combined = itertools.product(*(np.atleast_1d(values[name]).tolist() for name in names))
     settings = [dict(zip(names, chosen, strict=True)) for chosen in combined]
     return [Run(method, recipe, one, int(seed), tags) for one in settings for seed in seeds]
 

@@ -190,10 +190,10 @@ class _Lab:
         for part, (fraction, interval) in PARTS.items():
             recipe = dataclasses.replace(self.recipe, penalty_fraction=fraction)
             grid = functools.partial(runs.grid, recipe=recipe, part=part)
-            values: dict[str, Any] = {"strength": config.strengths, "interval": (interval,)}
-            values["gamma"] = config.gammas
+            values: dict[str, Any] = {"strength": config.strengths, "gamma": config.gammas}
+            values["interval"] = interval
             tried = self._train(grid(_SEARCHED, values=values, seeds=choose, role="search"))
-            values["gamma"] = (_best(tried, self.task.metric),)
+            values["gamma"] = _best(tried, self.task.metric)
             wanted = grid(_SEARCHED, values=values, seeds=report, role="searched")
             wanted += grid(METHODS["relative"], values=values, seeds=report, role="strength")
             tuned = self._watched(SELF_TUNED, recipe, interval, report)

@@ -107,9 +107,8 @@ def run(config: Config) -> dict[str, Any]:
     for label in config.methods:
         names = METHODS[label].settings
         setting = runs.best(runs.select(found, method=label), *names)
-        values = grids | {name: (value,) for name, value in (setting or {}).items()}
         if setting is not None:
-            report += runs.grid(METHODS[label], recipe, values, fresh, role="report")
+            report += runs.grid(METHODS[label], recipe, grids | setting, fresh, role="report")
     again = runs.train(dataset, report, store, lanes=config.lanes, what="reporting")
     table = runs.stack(found, again)
     return {"dataset": dataset.name, "recipe": recipe.describe(), "runs": table}
@@ -157,11 +156,11 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
     return plots.save(made, output, "sweep")
 
 
-def _grids(config: Config) -> dict[str, tuple[float, ...]]:
+def _grids(config: Config) -> dict[str, Any]:
     """The values of each setting, from the option of its name in plural."""
     names = {name for method in METHODS.values() for name in method.settings}
     values = {name: getattr(config, f"{name}s") for name in names}
-    return values | ({"interval": (config.interval,)} if config.interval > 1 else {})
+    return values | ({"interval": config.interval} if config.interval > 1 else {})
 
 
 def _recipe(config: Config) -> Recipe:

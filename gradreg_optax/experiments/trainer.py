@@ -560,11 +560,10 @@ def _model(dataset: data.Dataset, recipe: Recipe) -> Model:
 
 
 def _optimizer(recipe: Recipe) -> Transformation:
-    rate = optax.cosine_decay_schedule(recipe.learning_rate, recipe.steps - recipe.warmup_steps)
-    if recipe.warmup_steps:
-        rising = optax.linear_schedule(0.0, recipe.learning_rate, recipe.warmup_steps)
-        rate = optax.join_schedules([rising, rate], [recipe.warmup_steps])
-    chosen = recipe.optimizer
+    chosen, warmup = recipe.optimizer, recipe.warmup_steps
+    rate = optax.cosine_decay_schedule(recipe.learning_rate, recipe.steps)
+    if warmup:
+        rate = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, warmup, recipe.steps)
     return chosen(rate) if callable(chosen) else OPTIMIZERS[chosen](rate)
 
 

@@ -210,7 +210,8 @@ def test_the_share_of_the_gain_is_one_for_the_full_penalty_and_zero_for_the_plai
 )
 def test_each_start_reaches_the_full_penalty_after_the_warm_up(start, first, middle, last):
     # On a quadratic the difference is exact for every epsilon, so that the update shows gamma.
-    tx = frontier.starting(start, 10).make(gamma=3.0, epsilon=2.0)
+    (way,) = (way for way in frontier.starts(10) if way.label == start)
+    tx = way.make(gamma=3.0, epsilon=2.0)
     params = jnp.array([1.0, 2.0])
     state, seen = tx.init(params), []
     for _ in range(12):
