@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from tqdm import tqdm
@@ -28,9 +28,17 @@ class Common:
     redraw: bool = False
     """Print the table and draw the figures from the results on disk, without a run."""
 
+    from_zero: ClassVar[tuple[str, ...]] = ("seed",)
+    """The whole numbers that may be zero; all others count something."""
+
     def __post_init__(self) -> None:
-        """Checks the seed, which NumPy takes from zero on."""
-        at_least(self, 0, "seed")
+        """Checks the whole numbers."""
+        whole = [field.name for field in dataclasses.fields(self) if field.type in _WHOLE]
+        at_least(self, 0, *self.from_zero)
+        at_least(self, 1, *(name for name in whole if name not in self.from_zero))
+
+
+_WHOLE = (int, int | None, tuple[int, ...])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +54,6 @@ class Training(Common):
     others."""
     steps: int = 3000
     """Training steps."""
-
-    def __post_init__(self) -> None:
-        """Checks the sizes."""
-        super().__post_init__()
-        at_least(self, 1, "train_size", "test_size", "steps")
 
     def sizes(self, dataset: str) -> dict[str, Any]:
         """Sizes, share of wrong labels and steps, for :class:`trainer.Recipe`."""

@@ -98,9 +98,8 @@ class Config(common.Training):
     """Number of seeds, of mnist1d half as many; the methods are paired by seed."""
 
     def __post_init__(self) -> None:
-        """Checks the number of seeds and the names."""
+        """Checks the names as well."""
         super().__post_init__()
-        common.at_least(self, 1, "seeds")
         known(self.datasets)
 
 

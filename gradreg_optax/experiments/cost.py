@@ -62,11 +62,6 @@ class Config(common.Common):
     rounds: int = 20
     """Rounds in which every method takes one step."""
 
-    def __post_init__(self) -> None:
-        """Checks the sizes."""
-        super().__post_init__()
-        common.at_least(self, 1, "depths", "hidden", "widths", "image", "batch", "rounds")
-
 
 def run(config: Config) -> dict[str, Any]:
     """Measures every method on every network.
@@ -129,9 +124,8 @@ def _measure(config: Config, family: str, size: int, progress: Any) -> dict[str,
 def made_up_batch(seed: int, size: int, shape: Sequence[int]) -> Batch:
     """Normal inputs and random labels, on the device."""
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.normal(size=(size, *shape)), jnp.float32), jnp.asarray(
-        rng.integers(CLASSES, size=size)
-    )
+    x = jnp.asarray(rng.normal(size=(size, *shape)), jnp.float32)
+    return x, jnp.asarray(rng.integers(CLASSES, size=size))
 
 
 def residual_network(width: int, channels: int = 3) -> Model:
@@ -162,9 +156,8 @@ def residual_network(width: int, channels: int = 3) -> Model:
         for i, block in enumerate(params["blocks"]):
             stride = 1 if i == 0 else 2
             hidden = _convolve(jax.nn.gelu(x), block["first"], stride)
-            x = _convolve(x, block["skip"], stride) + _convolve(
-                jax.nn.gelu(hidden), block["second"], 1
-            )
+            hidden = _convolve(jax.nn.gelu(hidden), block["second"], 1)
+            x = _convolve(x, block["skip"], stride) + hidden
         logits: jax.Array = jnp.mean(jax.nn.gelu(x), axis=(1, 2)) @ params["head"]
         return logits
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradreg_optax.experiments import common, compare, data, plots, runs, statistics, tables
+from gradreg_optax.experiments import compare, data, plots, runs, statistics, tables
 from gradreg_optax.experiments.models import PyTree
 from gradreg_optax.experiments.trainer import Array, Pool, Problem
 
@@ -30,11 +30,7 @@ class Config(compare.Config):
     output: Path = Path("results/flatness")
     second_steps: int = 300
     """Steps of plain SGD on the second task: the same inputs with their entries permuted."""
-
-    def __post_init__(self) -> None:
-        """Checks the number of steps."""
-        super().__post_init__()
-        common.at_least(self, 0, "second_steps")
+    from_zero = (*compare.Config.from_zero, "second_steps")
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -29,16 +29,14 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 import optax
 
 from gradreg_optax import curvature, fd_value_and_grad, flooding, make_train_step
 from gradreg_optax.experiments import common, data, models, plots, runs, statistics, tables
 from gradreg_optax.experiments.common import CommandError
 from gradreg_optax.experiments.models import PyTree
-from gradreg_optax.experiments.trainer import cross_entropy
+from gradreg_optax.experiments.trainer import Array, cross_entropy
 
-Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 Order: TypeAlias = Literal["ascent, descent", "descent, ascent"]
 
 BEYOND = 1e30  # a level that no loss reaches
@@ -85,7 +83,6 @@ class Config(common.Common):
     def __post_init__(self) -> None:
         """Checks that the records and the batches fit."""
         super().__post_init__()
-        common.at_least(self, 1, "seeds", "records", "steps", "width", "smaller", "batch_size")
         if self.records > self.steps:
             raise CommandError(
                 f"records must be at most steps = {self.steps}, got {self.records}: take more"
@@ -196,7 +193,7 @@ def run(config: Config) -> dict[str, Any]:
     return chosen | {"identity": identity, "training": runs.stack(*training)}
 
 
-def curves(results: dict[str, Any]) -> dict[str, dict[str, Floats]]:
+def curves(results: dict[str, Any]) -> dict[str, dict[str, Array]]:
     """The training by variant: what :func:`train` returned for each."""
     variants = runs.by(results["training"], "variant")
     return {name: runs.blocks(rows, "seed", "time") for name, rows in variants.items()}
@@ -293,7 +290,7 @@ def train(config: Config, variant: Variant, problems: Problem) -> dict[str, Any]
     return found | {"time": speed * variant.repeat * steps * np.arange(1, config.records + 1)}
 
 
-def _record(level: float, losses: Floats, norms: Floats) -> dict[str, Any]:
+def _record(level: float, losses: Array, norms: Array) -> dict[str, Any]:
     sign = np.sign(losses - level)
     alternation = np.mean(sign[:, 1:] != sign[:, :-1], axis=1)
     return {
@@ -398,7 +395,7 @@ def _training_table(results: dict[str, Any]) -> str:
     return f"{title}: means over the last quarter\n" + tables.aligned(["", *columns.values()], rows)
 
 
-def late(values: Floats) -> Floats:
+def late(values: Array) -> Array:
     """The mean over the last quarter of the records; shape (seeds,)."""
     return np.asarray(values[:, -max(1, values.shape[1] // 4) :].mean(axis=1))
 

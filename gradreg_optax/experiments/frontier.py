@@ -69,10 +69,9 @@ class Config(common.OnData):
 
     def __post_init__(self) -> None:
         """Checks what the cells need."""
-        super().__post_init__()
         common.at_least(self, 2, "report_seeds", "choose_seeds")  # a standard error needs two
+        super().__post_init__()
         common.at_least(self, 0, "gammas")
-        common.at_least(self, 1, "intervals")
         common.above_zero(self, "epsilon", "fractions")
         if not self.optimizers or max(self.fractions) > 1:
             raise CommandError("optimizers must not be empty, and fractions must not exceed 1.")

@@ -84,7 +84,6 @@ class Config(common.Common):
     def __post_init__(self) -> None:
         """Checks the sizes and the order of the ascent steps."""
         super().__post_init__()
-        common.at_least(self, 1, "seeds", "samples", "few", "features", "support")
         common.at_least(self, 0, "gamma", "horizon")
         if max(self.samples, self.few, self.support) > self.features or self.alpha <= 0:
             raise CommandError("alpha must be above 0, and samples, few, support at most features.")

@@ -56,9 +56,8 @@ class Config(common.Common):
 
     def __post_init__(self) -> None:
         """Checks the numbers."""
-        super().__post_init__()
         common.at_least(self, 2, "seeds", "steps", "length")
-        common.at_least(self, 1, "choose_seeds", "batch_size", "width", "depth", "test_size")
+        super().__post_init__()
         common.above_zero(self, "learning_rates", "gammas", "rhos", "strengths")
         if self.width % 4:
             raise CommandError(f"width must be a multiple of 4, got {self.width}.")

@@ -43,9 +43,8 @@ class Config(common.Training):
 
     def __post_init__(self) -> None:
         """Checks the numbers and the names."""
-        super().__post_init__()
         common.at_least(self, 2, "seeds", "shares")
-        common.at_least(self, 1, "choose_seeds")
+        super().__post_init__()
         common.above_zero(self, "strengths")
         compare.known(self.datasets)
         for share in self.shares:

@@ -2,13 +2,10 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from scipy import stats
-
-Array: TypeAlias = npt.NDArray[Any]
 
 
 class Estimate(NamedTuple):

@@ -115,9 +115,8 @@ class Config(common.Common):
 
     def __post_init__(self) -> None:
         """Checks the numbers and the names."""
-        super().__post_init__()
         common.at_least(self, 2, "seeds")
-        common.at_least(self, 1, "choose_seeds", "steps")
+        super().__post_init__()
         common.above_zero(self, "strengths", "gammas")
         common.some_of("tasks", map(repr, self.tasks), map(repr, TASKS))
 

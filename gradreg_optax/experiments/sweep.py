@@ -73,7 +73,6 @@ class Config(common.OnData):
     def __post_init__(self) -> None:
         """Checks the numbers of runs and every value of the grids."""
         super().__post_init__()
-        common.at_least(self, 1, "seeds", "report_seeds", "lanes", "interval")
         common.at_least(self, 0, "gammas", "levels", "strengths")
         common.above_zero(self, "epsilons", "rhos", "penalty_fraction")
         if self.penalty_fraction > 1:
