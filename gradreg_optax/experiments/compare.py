@@ -100,16 +100,7 @@ class Config(common.Training):
     def __post_init__(self) -> None:
         """Checks the names as well."""
         super().__post_init__()
-        known(self.datasets)
-
-
-def known(datasets: tuple[str, ...]) -> None:
-    """Checks names of data sets.
-
-    Raises:
-      CommandError: none, or one that no settings were chosen for.
-    """
-    common.some_of("datasets", datasets, TASKS, ": gradreg sweep takes any")
+        common.some_of("datasets", self.datasets, TASKS, ": gradreg sweep takes any")
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -290,7 +281,5 @@ def _draw_signed(axis: Any, signed: runs.Columns, plain: runs.Columns) -> None:
     plots.note(axis, "SGD", (0, height), (0, 3), color=color)
     axis.set_xticks(range(len(steps)), steps)
     axis.set_xlim(-0.4, len(steps) - 0.3)
-    axis.set(
-        xlabel="signed ascent step $\\epsilon$",
-        title=f"the same digits at one $\\gamma$ = {COMMON_GAMMA:g}",
-    )
+    axis.set_xlabel("signed ascent step $\\epsilon$")
+    axis.set_title(f"the same digits at one $\\gamma$ = {COMMON_GAMMA:g}")

@@ -51,11 +51,11 @@ def run(config: Config) -> dict[str, Any]:
     """
     store, recipes, found = runs.Store(config.output), {}, []
     metrics = functools.partial(measure, steps=config.second_steps)
+    train = functools.partial(runs.train, store=store, metrics=metrics)
     for name in config.datasets:
         of = functools.partial(compare.wanted_runs, config, name)
         wanted = [one for label in LABELS for one in of(label, compare.seeds_of(config, name))]
-        how: dict[str, Any] = {"what": f"flatness {name}", "metrics": metrics}
-        found.append(runs.train(data.load(name), wanted, store, **how))
+        found.append(train(data.load(name), wanted, what=f"flatness {name}"))
         recipes[name] = compare.recipe(config, name).describe()
     return {"recipes": recipes, "runs": runs.stack(*found)}
 

@@ -282,23 +282,16 @@ def train(config: Config, variant: Variant, problems: Problem) -> dict[str, Any]
         for _ in range(variant.repeat):
             carry, piece = advance(carry, problems, variant[:3], variant.batch_size, steps)
             pieces.append(piece)
-        seen = (np.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True))
+        loss, norm = (np.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True))
+        sign = np.sign(loss - variant.level)
+        seen = {"loss": loss, "grad_norm": norm, "sign": sign}
+        seen["alternation"] = sign[:, 1:] != sign[:, :-1]
+        means = {name: values.mean(axis=1) for name, values in seen.items()}
         state, keys = carry
-        records.append(_record(variant.level, *seen) | measure(state.params, problems, keys))
+        records.append(means | measure(state.params, problems, keys))
     found = {key: np.stack([record[key] for record in records], axis=1) for key in records[0]}
     speed = variant.learning_rate / (1 - variant.momentum)
     return found | {"time": speed * variant.repeat * steps * np.arange(1, config.records + 1)}
-
-
-def _record(level: float, losses: Array, norms: Array) -> dict[str, Any]:
-    sign = np.sign(losses - level)
-    alternation = np.mean(sign[:, 1:] != sign[:, :-1], axis=1)
-    return {
-        "loss": losses.mean(axis=1),
-        "grad_norm": norms.mean(axis=1),
-        "sign": sign.mean(axis=1),
-        "alternation": alternation,
-    }
 
 
 @partial(jax.jit, static_argnames=("batch_size", "steps"))

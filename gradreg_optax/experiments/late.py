@@ -24,12 +24,10 @@ WAYS = ("early", "late", "lazy", "part", "lazy on a part")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.Training):
+class Config(compare.Config):
     """Settings of ``gradreg late``."""
 
     output: Path = Path("results/late")
-    datasets: tuple[str, ...] = tuple(compare.TASKS)
-    """Data sets: digits, with 30% wrong labels by default, and mnist1d, clean by default."""
     seeds: int = 10
     """Number of seeds that are reported, of mnist1d half as many; everything is paired by seed."""
     choose_seeds: int = 4
@@ -46,7 +44,6 @@ class Config(common.Training):
         common.at_least(self, 2, "seeds", "shares")
         super().__post_init__()
         common.above_zero(self, "strengths")
-        compare.known(self.datasets)
         for share in self.shares:
             if share % 2:
                 raise CommandError(f"shares must be even, got {share}: every k/2-th step is a way.")

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -207,9 +207,8 @@ def by(columns: Mapping[str, Any], name: str) -> dict[Any, Columns]:
     return {value: rows for (value,), rows in groups(columns, name)}
 
 
-def columns(rows: Iterable[Mapping[str, Any]]) -> Columns:
+def columns(rows: Sequence[Mapping[str, Any]]) -> Columns:
     """Rows as columns; what one of them lacks is NaN there, or empty."""
-    rows = list(rows)
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: _column([row.get(name) for row in rows]) for name in names}
 

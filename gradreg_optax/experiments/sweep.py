@@ -196,10 +196,7 @@ def _draw_grid(made: Any, axis: Any, results: dict[str, Any]) -> None:
     axis.set_facecolor("0.85")
     axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
     axis.set_yticks(range(len(gammas)), [f"{gamma:g}" for gamma in gammas])
-    axis.set(
-        xlabel="method and ascent step $\\epsilon$",
-        ylabel="$\\gamma$",
-        title=f"{results['dataset']}: test accuracy %",
-    )
+    axis.set(xlabel="method and ascent step $\\epsilon$", ylabel="$\\gamma$")
+    axis.set_title(f"{results['dataset']}: test accuracy %")
     label = "darkest: not above SGD; grey: a run diverged"
     made.colorbar(image, ax=axis, extend="min", label=label)

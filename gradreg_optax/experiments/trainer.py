@@ -306,15 +306,13 @@ class Problem:
         train, test = (split.train[:size], split.train_labels[:size]), split.test
         loss = self._mean(params, pool, *train, _cross_entropy)
         batch = self.batch(pool, split, jnp.arange(min(size, _CURVATURE_SAMPLES)))
+        finite, most = jnp.isfinite(optax.tree.norm(params)), math.log(self.dataset.classes)
         found = {
             "accuracy": self._mean(params, pool, test, pool[1][test], _correct),
             "test_loss": self._mean(params, pool, test, pool[1][test], _cross_entropy),
             "train_loss": loss,
             "grad_norm": curvature.gradient_norm(lambda p: self.loss(p, batch), params),
-            "diverged": ~(
-                jnp.isfinite(optax.tree.norm(params))
-                & (loss < _BLOWN_UP * math.log(self.dataset.classes))
-            ),
+            "diverged": ~(finite & (loss < _BLOWN_UP * most)),
         }
         if self.recipe.eigenvalue:
             top = curvature.top_hessian_eigenvalue(
@@ -332,9 +330,8 @@ class Problem:
             row, label = sample
             return score(self.model.apply(params, self.take(pool, row[None]))[0], label)
 
-        return jnp.mean(
-            jax.lax.map(one, (rows, labels), batch_size=min(_EVALUATION_BATCH, rows.shape[0]))
-        )
+        size = min(_EVALUATION_BATCH, rows.shape[0])
+        return jnp.mean(jax.lax.map(one, (rows, labels), batch_size=size))
 
 
 def problem(dataset: data.Dataset, recipe: Recipe) -> Problem:
