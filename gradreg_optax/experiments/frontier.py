@@ -134,8 +134,8 @@ class _Lab:
         probes = self._probes(recipe, full)
         scales = dict(zip(config.fractions, _scales(probes, config.fractions), strict=True))
         exact = self._train(runs.grid(METHODS["DB"], recipe, lazy, self.choose), "search")
-        gammas = [np.mean(_score(rows["accuracy"])) for _, rows in runs.groups(exact, "gamma")]
-        gamma = config.gammas[int(np.argmax(gammas))]
+        gammas = runs.by(exact, "gamma")
+        gamma = max(gammas, key=lambda gamma: _score(gammas[gamma]))
         twice = dataclasses.replace(recipe, steps=2 * config.steps)
         wanted = runs.grid(_PLAIN, recipe, {}, self.report, flops=1.0)
         wanted += runs.grid(_TWICE, twice, {}, self.report, flops=2.0, gradients=2.0)
@@ -186,15 +186,15 @@ def _recipe(config: Config, optimizer: OptimizerName) -> Recipe:
 def _search(tried: Columns) -> Columns:
     """The mean accuracies over seeds, where a diverged run counts as zero."""
     found = [
-        dict(zip(_SEARCHED, key, strict=True)) | {"accuracy": np.mean(_score(rows["accuracy"]))}
+        dict(zip(_SEARCHED, key, strict=True)) | {"accuracy": _score(rows)}
         for key, rows in runs.groups(tried, *_SEARCHED)
     ]
     found.sort(key=lambda row: (-row["fraction"], row["interval"], row["gamma"]))
     return runs.columns(found)
 
 
-def _score(accuracy: Array) -> Array:
-    return np.asarray(np.nan_to_num(accuracy))
+def _score(rows: Columns) -> float:
+    return float(np.mean(np.nan_to_num(rows["accuracy"])))
 
 
 def _best(search: Columns, fraction: float, interval: int) -> float:
@@ -352,8 +352,7 @@ def gain_share(cell: Columns, full: Columns, plain: Columns) -> float:
     """A cell's gain in accuracy over the plain optimizer, divided by the full penalty's gain; NaN
     where that is zero.
     """
-    shares = (float(np.mean(_score(one["accuracy"]))) for one in (cell, full, plain))
-    accuracy, most, least = shares
+    accuracy, most, least = map(_score, (cell, full, plain))
     return (accuracy - least) / (most - least) if most != least else float("nan")
 
 

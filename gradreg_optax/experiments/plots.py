@@ -60,7 +60,7 @@ def seeds(axis: Any, methods: Mapping[str, Any]) -> None:
         accuracy = 100 * rows["accuracy"]
         axis.plot(np.full(len(accuracy), place), accuracy, ".", color=color(label), alpha=0.35)
         mean(axis, place, accuracy, label, fmt="_", ms=22, mew=2.5)
-    axis.set_xticks(range(len(methods)), methods, rotation=35)
+    axis.set_xticks(range(len(methods)), list(methods), rotation=35)
     axis.set(ylabel="test accuracy %")
 
 

@@ -351,8 +351,7 @@ def _stopping(found: list[Cell]) -> list[str]:
     lines = []
     for cell in found:
         if "best_loss" in cell.plain and cell.metric == "test_loss":
-            best = cell.plain["best_loss"] - cell.tuned["test_loss"]
-            gain = statistics.paired(best, np.zeros_like(best))
+            gain = statistics.paired(cell.plain["best_loss"], cell.tuned["test_loss"])
             name = ", ".join((cell.key[0], cell.key[2]))
             lines.append(f"{name}: self-tuned ends {gain:+.3f} nats better than plain at its best")
     return [*lines, ""] if lines else []

@@ -194,7 +194,7 @@ def _draw_grid(made: Any, axis: Any, results: dict[str, Any]) -> None:
     shown = np.ma.masked_invalid(values)
     image = axis.imshow(shown, vmin=None if np.isnan(plain) else plain, **look)
     axis.set_facecolor("0.85")
-    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+    axis.set_xticks(range(len(columns)), list(columns), rotation=45, ha="right")
     axis.set_yticks(range(len(gammas)), [f"{gamma:g}" for gamma in gammas])
     axis.set(xlabel="method and ascent step $\\epsilon$", ylabel="$\\gamma$")
     axis.set_title(f"{results['dataset']}: test accuracy %")

@@ -12,6 +12,7 @@ import pytest
 
 from gradreg_optax.experiments import cli, results
 from gradreg_optax.experiments.cli import COMMANDS
+from gradreg_optax.experiments.common import CommandError
 
 COMMITTED = Path(__file__).parents[2] / "notebooks" / "results"
 
@@ -43,6 +44,18 @@ def test_every_command_keeps_the_contract(command):
     assert {"output", "seed", "redraw"} <= set(fields)
     assert (fields["seed"], fields["redraw"]) == (0, False)
     assert all(callable(getattr(module, name)) for name in ("run", "table", "plot"))
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_what_counts_something_is_no_zero_and_nothing_is_negative(command):
+    config = COMMANDS[command].Config()
+    for field in dataclasses.fields(config):
+        several = field.type == tuple[int, ...]
+        if not several and field.type not in (int, int | None):
+            continue
+        wrong = -1 if field.name in config.from_zero else 0
+        with pytest.raises(CommandError, match=rf"^{field.name} must be at least [012], got"):
+            dataclasses.replace(config, **{field.name: (wrong,) if several else wrong})
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,22 @@ def test_columns_and_arrays_are_two_ways_to_write_one_table(shape):
         np.testing.assert_array_equal(rows["value"], values[i])
 
 
+def test_tags_come_in_front_and_a_value_finds_its_rows():
+    table = runs.tagged(runs.columns([{"seed": 1}, {"seed": 2, "gamma": 0.5}]), method="F-GR")
+    assert list(table) == ["method", "seed", "gamma"]
+    assert {seed: rows["gamma"].tolist() for seed, rows in runs.by(table, "seed").items()} == {
+        1: [pytest.approx(np.nan, nan_ok=True)],
+        2: [0.5],
+    }
+
+
+def test_a_single_value_is_a_grid_of_one():
+    one, several = ({"gamma": gamma, "epsilon": 0.5} for gamma in (1.0, (1.0,)))
+    assert runs.grid(METHODS["F-GR"], RECIPE, one, [0]) == runs.grid(
+        METHODS["F-GR"], RECIPE, several, [0]
+    )
+
+
 def test_stacked_tables_have_the_columns_of_both_and_nan_is_found_by_nan():
     table = runs.stack({"method": ["SGD"], "seed": [1]}, {"seed": [2, 3], "gamma": [0.5, 0.7]})
     assert table["method"].tolist() == ["SGD", "", ""]

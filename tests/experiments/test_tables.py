@@ -14,3 +14,8 @@ def test_every_column_has_one_edge_whatever_is_in_it(rows):
         assert line.split() == row
         assert line.index(row[0]) == 0
         assert len(line) == sum(widths) + 4
+
+
+def test_a_setting_shows_what_a_row_has_and_nothing_else():
+    rows = {"gamma": [0.5], "rho": [float("nan")], "seed": [3]}
+    assert tables.setting(rows, {"gamma": "γ", "rho": "ρ", "interval": "k"}) == "γ=0.5"
