@@ -13,7 +13,15 @@ from gradreg_optax.experiments import data, language, models, results, runs
 from gradreg_optax.experiments.trainer import Problem, Trainer
 
 SEARCH = {"learning_rates": (0.01, 0.1), "gammas": (0.1, 3.0), "rhos": (0.1,), "strengths": (0.5,)}
-TINY = {"seeds": 2, "steps": 20, "batch_size": 4, "length": 8, "test_size": 40, **SEARCH}
+TINY = {
+    "seeds": 2,
+    "choose_seeds": 1,
+    "steps": 20,
+    "batch_size": 4,
+    "length": 8,
+    "test_size": 40,
+    **SEARCH,
+}
 
 
 def pairs_of_bytes(tokens, length, *, width, depth):
