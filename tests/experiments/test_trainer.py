@@ -92,6 +92,20 @@ def test_a_lane_is_the_loop_that_one_would_write_by_hand(forward):
     )  # one sample may lie on the boundary
 
 
+def test_lanes_of_a_convolutional_network_are_runs_of_their_own():
+    """On signals, which no convolution in two dimensions has seen."""
+    x = np.random.default_rng(0).normal(size=(60, 12)).astype(np.float32)
+    parts = x[:40], np.arange(40) % 3, x[40:], np.arange(20) % 3
+    signals = data.from_arrays("signals", *parts)
+    sizes = {"train_size": None, "test_size": None, "batch_size": 16, "steps": 6, "width": 2}
+    recipe = training.Recipe(model="resnet", label_noise=0.0, eigenvalue=False, **sizes)
+    trainer = training.Trainer(signals, training.METHODS["F-GR"], recipe)
+    both = trainer({"gamma": np.array([1.0, 0.1]), "epsilon": 0.5}, [0, 1])
+    twice = trainer({"gamma": 0.1, "epsilon": 0.5}, [1, 1])["train_loss"]
+    np.testing.assert_allclose(twice, both["train_loss"][1], rtol=1e-5)
+    assert abs(twice[0] - both["train_loss"][0]) > 1e-3
+
+
 def test_a_run_that_blows_up_is_named_and_its_neighbour_is_not(forward):
     found = forward[0]({"gamma": np.array([1e6, 1.0]), "epsilon": 0.5}, [0, 1])
     np.testing.assert_array_equal(found["diverged"], [True, False])
