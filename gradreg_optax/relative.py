@@ -1,5 +1,6 @@
 """The penalty relative to the gradient: one number to choose, or none."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -27,7 +28,8 @@ _FIRST_REACH = 0.01  # of the length of the parameters: the first step knows no 
 _BOUND = 2.0  # times its share is the most that the penalty takes of any single step
 _MEMORY = 0.98  # of the losses, per update that takes the penalty
 _NOISE = 4.5  # times the change of the loss from batch to batch: less progress says nothing
-_TOLERATED = 0.04  # the share of the progress that need not carry over
+_ERRORS = 2.0  # standard errors by which a gap has to be more than noise
+_TOLERATED = 0.01  # the share of the progress that need not carry over
 _GAIN = 12.0  # of the strength, where it is more
 
 
@@ -53,8 +55,8 @@ class Losses(NamedTuple):
       taken: number of updates that took the penalty; shape ().
       past: means over these updates of the training and the held-out loss; shape (2,).
       recent: running means of both; shape (2,).
-      last: the last training loss; shape ().
-      change: running mean of how much it changes from one such update to the next; shape ().
+      last: the last losses; shape (2,).
+      change: running means of how much they change from one such update to the next; shape (2,).
     """
 
     start: jax.Array
@@ -133,19 +135,21 @@ def relative_gradreg(
 
     .. math::
 
-        S = \min\Big( \frac{\bar L_\text{held out} - \bar L}{L_0 - \bar L},\;
+        S = \min\Big( \frac{\bar L_\text{held out} - \bar L - 2\sigma}{L_0 - \bar L},\;
         1 - \frac{\hat L_\text{held out} - \bar L_\text{held out}}{\hat L - \bar L} \Big),
 
-    and the strength is :math:`r = 12 (S - 0.04)`, kept within [0, 1], once the training loss has
-    come down by 4.5 times as much as it changes from one batch to the next, and zero before: on a
-    plateau, where a training may begin, S is noise, and a penalty would hold it there. Running
-    means are over some fifty penalised updates. What is memorised is penalised; while a model still
-    learns what holds elsewhere too, or where every sample is seen once, there is no penalty. The
-    held-out samples are evaluated, not differentiated; take as many of them in an update as a batch
-    has, drawn anew each time: with fewer, S is noise for longer. They should come from where the
-    training samples do: a set that is harder by itself reads as if its difference had been
-    memorised. Where all samples are in every batch there is no noise to tell a plateau by: let the
-    training leave it first, with ``start``.
+    with :math:`\sigma` the standard error of the gap between the two, known from how much the
+    losses change from one update to the next. The strength is :math:`r = 12 (S - 0.01)`, kept
+    within [0, 1], once the training loss has come down by 4.5 times as much as it changes from one
+    batch to the next, and zero before: on a plateau, where a training may begin, S is noise, and a
+    penalty would hold it there. Running means are over some fifty penalised updates. What is
+    memorised is penalised; while a model still learns what holds elsewhere too, or where every
+    sample is seen once, there is no penalty. The held-out samples are evaluated, not
+    differentiated; take as many of them in an update as a batch has, drawn anew each time: with
+    fewer, the gap is noise for longer. They should come from where the training samples do: a set
+    that is harder by itself reads as if its difference had been memorised. Where all samples are in
+    every batch there is no noise to tell a plateau by: let the training leave it first, with
+    ``start``.
 
     Cost: as for :func:`fd_gradreg`, and norms. A strength that tunes itself adds two evaluations of
     the loss (one where ``update`` is given ``value=``, or where the compiler shares it with the
@@ -315,7 +319,7 @@ def _self_tuned(bind: LateLoss) -> _Strength:
 
 def _no_losses(zero: jax.Array) -> Losses:
     pair = jnp.zeros(2, zero.dtype)
-    return Losses(start=zero, taken=zero, past=pair, recent=pair, last=zero, change=zero)
+    return Losses(start=zero, taken=zero, past=pair, recent=pair, last=pair, change=pair)
 
 
 def _learnt(state: RelativeState, training: jax.Array, held_out: jax.Array) -> RelativeState:
@@ -327,29 +331,35 @@ def _learnt(state: RelativeState, training: jax.Array, held_out: jax.Array) -> R
     old: Any = state.losses
     now, taken = jnp.stack([training, held_out]), old.taken + 1
     step = (1 - _MEMORY) / (1 - _MEMORY**taken)
+    change = jnp.where(old.taken > 0, jnp.abs(now - old.last), 0)
     losses = Losses(
         start=jnp.where(old.taken > 0, old.start, training),
         taken=taken,
         past=old.past + (now - old.past) / taken,
         recent=old.recent + (now - old.recent) * step,
-        last=training,
-        change=old.change + (_change(old, training) - old.change) * step,
+        last=now,
+        change=old.change + (change - old.change) * step,
     )
     progress = losses.start - losses.recent[0]
     asked = jnp.clip(_GAIN * (_lost(losses, progress) - _TOLERATED), 0, 1)
-    strength = jnp.where(_ratio(progress, losses.change) > _NOISE, asked, 0)
+    strength = jnp.where(_ratio(progress, losses.change[0]) > _NOISE, asked, 0)
     finite = jnp.isfinite(training) & jnp.isfinite(held_out)
     kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), losses, old)
     return state._replace(strength=jnp.where(finite, strength, state.strength), losses=kept)
 
 
-def _change(losses: Losses, training: jax.Array) -> jax.Array:
-    """How far a training loss is from the last one; the first is not at all."""
-    return jnp.where(losses.taken > 0, jnp.abs(training - losses.last), 0)
-
-
 def _lost(losses: Losses, progress: jax.Array) -> jax.Array:
     """The share of the progress on the training loss, of all and of late, that is memory."""
-    since_start = _ratio(losses.recent[1] - losses.recent[0], progress)
+    gap = losses.recent[1] - losses.recent[0] - _ERRORS * _error(losses)
     fallen = losses.past - losses.recent
-    return jnp.minimum(since_start, _ratio(fallen[0] - fallen[1], fallen[0]))
+    return jnp.minimum(_ratio(gap, progress), _ratio(fallen[0] - fallen[1], fallen[0]))
+
+
+def _error(losses: Losses) -> jax.Array:
+    """The standard error of the difference of the two running means.
+
+    Noise of deviation s changes by 2s / sqrt(pi) on average, if it is normal.
+    """
+    left = _MEMORY**losses.taken  # of the weight of what was before the first
+    fewer = (1 - _MEMORY) * (1 + left) / ((1 + _MEMORY) * (1 - left))
+    return jnp.sqrt(fewer * math.pi / 4 * jnp.sum(losses.change**2))
