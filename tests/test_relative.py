@@ -306,12 +306,12 @@ def test_a_plateau_that_is_left_is_no_hindrance() -> None:
 
 
 def test_the_strength_answers_within_the_memory_of_the_losses() -> None:
-    learnt = [2.3 - 1.3 * min(i / 100, 1) for i in range(400)]  # carries over, and then no more
-    memory = [x - 0.9 * max(0, min((i - 200) / 40, 1)) for i, x in enumerate(learnt)]
-    noise = np.random.default_rng(0).normal(size=(2, 400)) / 20
-    found = _tuned(list(memory + noise[0]), list(learnt + noise[1]))
-    assert found[200] < 0.1
-    assert found[260] == 1
+    learnt = [2.3 - 1.3 * min(i / 100, 1) for i in range(1000)]  # carries over, and then no more
+    memory = [x - 0.9 * max(0, min((i - 800) / 40, 1)) for i, x in enumerate(learnt)]
+    noise = np.random.default_rng(0).normal(size=(2, 1000)) / 20
+    found = _tuned(memory + noise[0], learnt + noise[1])
+    assert found[800] < 0.1
+    assert found[860] == 1
 
 
 def test_a_gap_before_anything_is_learnt_counts_for_nothing() -> None:
