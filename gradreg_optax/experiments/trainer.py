@@ -303,13 +303,14 @@ class Problem:
     ) -> dict[str, jax.Array]:
         """The metrics of one lane, see :class:`Trainer`."""
         size = min(self.size, self.recipe.measured or self.size)
-        train, test = (split.train[:size], split.train_labels[:size]), split.test
-        loss = self._mean(params, pool, *train, _cross_entropy)
+        train = split.train[:size], split.train_labels[:size]
+        test = split.test, pool[1][split.test]
+        loss = self._mean(params, pool, train, _cross_entropy)
         batch = self.batch(pool, split, jnp.arange(min(size, _CURVATURE_SAMPLES)))
         finite, most = jnp.isfinite(optax.tree.norm(params)), math.log(self.dataset.classes)
         found = {
-            "accuracy": self._mean(params, pool, test, pool[1][test], _correct),
-            "test_loss": self._mean(params, pool, test, pool[1][test], _cross_entropy),
+            "accuracy": self._mean(params, pool, test, _correct),
+            "test_loss": self._mean(params, pool, test, _cross_entropy),
             "train_loss": loss,
             "grad_norm": curvature.gradient_norm(lambda p: self.loss(p, batch), params),
             "diverged": ~(finite & (loss < _BLOWN_UP * most)),
@@ -322,16 +323,16 @@ class Problem:
         return found
 
     def _mean(
-        self, params: PyTree, pool: Pool, rows: jax.Array, labels: jax.Array, score: _Score
+        self, params: PyTree, pool: Pool, samples: tuple[jax.Array, jax.Array], score: _Score
     ) -> jax.Array:
-        """The mean score over samples, a few hundred at a time."""
+        """The mean score over samples, given by position and label, a few hundred at a time."""
 
         def one(sample: tuple[jax.Array, jax.Array]) -> jax.Array:
             row, label = sample
             return score(self.model.apply(params, self.take(pool, row[None]))[0], label)
 
-        size = min(_EVALUATION_BATCH, rows.shape[0])
-        return jnp.mean(jax.lax.map(one, (rows, labels), batch_size=size))
+        size = min(_EVALUATION_BATCH, len(samples[0]))
+        return jnp.mean(jax.lax.map(one, samples, batch_size=size))
 
 
 def problem(dataset: data.Dataset, recipe: Recipe) -> Problem:
@@ -429,7 +430,7 @@ class Trainer:
         states, steps = self._begin(lanes, self._problem.init(lanes["seed"])), self._recipe.steps
         yield states
         for first in range(0, steps, _CHUNK):
-            states = self._advance(states, lanes, split, self._problem.pool, first)
+            states = self._advance(states, lanes, (split, self._problem.pool), first)
             states.step.block_until_ready()
             advanced(len(seeds) * min(_CHUNK, steps - first))
             yield states
@@ -497,10 +498,15 @@ class Trainer:
         return self._train_step(lane).init(params)
 
     def _steps(
-        self, states: TrainState, lanes: Settings, split: data.Split, pool: Pool, first: jax.Array
+        self,
+        states: TrainState,
+        lanes: Settings,
+        samples: tuple[data.Split, Pool],
+        first: jax.Array,
     ) -> TrainState:
         """Up to ``_CHUNK`` steps of all lanes, from step ``first`` on."""
         self.traces += 1
+        splits, pool = samples
         task, recipe = self._problem, self._recipe
         size, batches = recipe.batch_size, task.batches
         epochs = first // batches + jnp.arange(_CHUNK // batches + 2)
@@ -520,7 +526,7 @@ class Trainer:
         def advance(step: jax.Array, states: TrainState) -> TrainState:
             order = orders[:, step // batches - first // batches]
             rows = jax.lax.dynamic_slice_in_dim(order, step % batches * size, size, axis=1)
-            return jax.vmap(one)(states, lanes, split, rows)
+            return jax.vmap(one)(states, lanes, splits, rows)
 
         last: TrainState = jax.lax.fori_loop(
             first, jnp.minimum(first + _CHUNK, self._recipe.steps), advance, states
