@@ -1,16 +1,15 @@
 """Gradient regularization for JAX and Optax."""
 
 from gradreg_optax import curvature
+from gradreg_optax._estimators import adaptive, masked, normalized
+from gradreg_optax._flax import make_nnx_train_step, nnx_regularized_loss
+from gradreg_optax._gradients import dbp_value_and_grad, fd_value_and_grad
 from gradreg_optax._guard import GradientMismatch, checking
-from gradreg_optax._typing import Weighted
-from gradreg_optax.gradients import dbp_value_and_grad, fd_value_and_grad
-from gradreg_optax.losses import regularized_loss
-from gradreg_optax.microbatching import microbatched
-from gradreg_optax.nnx import make_nnx_train_step, nnx_regularized_loss
-from gradreg_optax.penalty import adaptive, masked, normalized
-from gradreg_optax.relative import RelativeState, relative_gradreg
-from gradreg_optax.training import StepInfo, TrainState, TrainStep, make_train_step
-from gradreg_optax.transforms import (
+from gradreg_optax._microbatching import microbatched
+from gradreg_optax._regularized_loss import regularized_loss
+from gradreg_optax._relative import RelativeState, relative_gradreg
+from gradreg_optax._train_step import StepInfo, TrainState, TrainStep, make_train_step
+from gradreg_optax._transforms import (
     GradregState,
     asam,
     dbp_gradreg,
@@ -19,6 +18,7 @@ from gradreg_optax.transforms import (
     gradient_norm_penalty,
     sam,
 )
+from gradreg_optax._types import Weighted
 
 __version__ = "0.2.0"
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from gradreg_optax._typing import PyTree
+from gradreg_optax._types import PyTree
 
 
 def scaled(factor: Any, gradient: list[jax.Array]) -> list[jax.Array]:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradreg_optax._typing import GradFn, PyTree
-from gradreg_optax.penalty import global_norm
+from gradreg_optax._estimators import global_norm
+from gradreg_optax._types import GradFn, PyTree
 
 _WATCHES: list[list[str]] = []  # the findings of every guard that is on, innermost last
 

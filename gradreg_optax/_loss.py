@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradreg_optax._checks import check_arrays, check_params, flag
-from gradreg_optax._dtypes import default_float, wide
-from gradreg_optax._typing import LateLoss, LossFn, PyTree, ValueFn, Weighted
+from gradreg_optax._numerics import default_float, wide
+from gradreg_optax._types import LateLoss, LossFn, PyTree, ValueFn, Weighted
+from gradreg_optax._validation import check_arrays, check_params, flag
 
 _MADE_OF = "_gradreg_made_of"  # attribute of a loss of ours: (itself, what it is made of)
 # Names that Optax's update, or its line searches, keep for themselves: a loss cannot receive them

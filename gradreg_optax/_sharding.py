@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from gradreg_optax._typing import PyTree
+from gradreg_optax._types import PyTree
 
 
 def axes_of(tree: PyTree) -> frozenset[str]:

@@ -14,26 +14,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from gradreg_optax._batch import split_batch
-from gradreg_optax._checks import (
-    check_inexact,
-    check_key,
-    check_like,
-    constant,
-    fraction,
-    whole_number,
-)
+from gradreg_optax._batching import split_batch
 from gradreg_optax._convolutions import canonical_convolutions
-from gradreg_optax._dtypes import cast, conjugate, widen
-from gradreg_optax._loss import mean_of, with_aux, with_weight
-from gradreg_optax._typing import LossFn, PyTree, Scalar, Scheme, ValueFn
-from gradreg_optax.penalty import (
+from gradreg_optax._estimators import (
     Point,
     difference,
     global_norm,
     normalized,
     product,
     shift,
+)
+from gradreg_optax._loss import mean_of, with_aux, with_weight
+from gradreg_optax._numerics import cast, conjugate, widen
+from gradreg_optax._types import LossFn, PyTree, Scalar, Scheme, ValueFn
+from gradreg_optax._validation import (
+    check_inexact,
+    check_key,
+    check_like,
+    constant,
+    fraction,
+    whole_number,
 )
 
 

@@ -11,9 +11,9 @@ import pytest
 
 import gradreg_optax as gr
 from gradreg_optax import curvature
-from gradreg_optax._batch import first_fraction
-from gradreg_optax._checks import fraction
+from gradreg_optax._batching import first_fraction
 from gradreg_optax._sharding import leading_devices
+from gradreg_optax._validation import fraction
 
 P = jnp.asarray([1.0, 2.0])
 BATCH = jnp.asarray([[1.0, 2.0], [0.5, -1.0], [2.0, 0.0], [-1.0, 1.0]])

@@ -21,7 +21,7 @@ from gradreg_optax import (
     normalized,
     sam,
 )
-from gradreg_optax.penalty import Point, add_penalty, difference, global_norm
+from gradreg_optax._estimators import Point, add_penalty, difference, global_norm
 
 SCHEMES = ("forward", "backward", "central")
 MODES = ("forward_over_reverse", "reverse_over_reverse")

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradreg_optax._estimators import global_norm
 from gradreg_optax.curvature import penalty_scale
-from gradreg_optax.penalty import global_norm
 
 
 def linear_loss(params, batch):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradreg_optax import adaptive, make_train_step, masked, normalized, relative, relative_gradreg
+from gradreg_optax import adaptive, make_train_step, masked, normalized, relative_gradreg
 
 KEY = jax.random.key(0)
 
@@ -260,9 +260,9 @@ def test_a_gap_is_known_as_well_as_its_standard_error_says() -> None:
     @jax.vmap
     def along(losses: Any) -> Any:
         def step(state: Any, pair: Any) -> Any:
-            state = relative._learnt(state, *pair)
+            state = _relative._learnt(state, *pair)
             gap = state.losses.recent[1] - state.losses.recent[0]
-            return state, (gap, relative._error(state.losses))
+            return state, (gap, _relative._error(state.losses))
 
         state = relative_gradreg(strength=None).init(jnp.zeros(1))
         return jax.lax.scan(step, state, losses)[1]

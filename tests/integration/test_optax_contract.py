@@ -95,7 +95,7 @@ ContribTest = contract_suite().ContribTest  # pytest collects it here
 
 
 def public_transformations():
-    home = "gradreg_optax.transforms"
+    home = "gradreg_optax._transforms"
     return {
         name
         for name in gr.__all__

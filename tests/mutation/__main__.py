@@ -37,7 +37,7 @@ PYTEST = ["-m", "pytest", "-o", "addopts=", "--doctest-modules", "--import-mode=
 PYTEST += ["-p", "no:cacheprovider"]
 # What runs in processes of its own is not seen by coverage.
 SHARDING = "tests/integration/test_sharding.py"
-ELSEWHERE = {"_batch": [SHARDING], "_sharding": [SHARDING]}
+ELSEWHERE = {"_batching": [SHARDING], "_sharding": [SHARDING]}
 FOUND = Path(tempfile.gettempdir()) / "gradreg-mutation"
 
 

@@ -7,17 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradreg_optax._batch import first_fraction, split_batch
-from gradreg_optax._checks import (
-    check_inexact,
-    check_state,
-    check_transformation,
-    flag,
-    fraction,
-    is_inexact,
-    whole_number,
-)
-from gradreg_optax._dtypes import cast, widen
+from gradreg_optax._batching import first_fraction, split_batch
+from gradreg_optax._estimators import global_norm
 from gradreg_optax._loss import (
     check_own_keyword,
     made_of,
@@ -26,10 +17,19 @@ from gradreg_optax._loss import (
     unreserved,
     with_array_aux,
 )
-from gradreg_optax._typing import LossFn, PyTree, Weighted
-from gradreg_optax.penalty import global_norm
-from gradreg_optax.relative import RelativeState
-from gradreg_optax.transforms import GradregState
+from gradreg_optax._numerics import cast, widen
+from gradreg_optax._relative import RelativeState
+from gradreg_optax._transforms import GradregState
+from gradreg_optax._types import LossFn, PyTree, Weighted
+from gradreg_optax._validation import (
+    check_inexact,
+    check_state,
+    check_transformation,
+    flag,
+    fraction,
+    is_inexact,
+    whole_number,
+)
 
 _OURS = GradregState, RelativeState
 

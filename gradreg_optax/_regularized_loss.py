@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradreg_optax._checks import check_params, check_transformation, is_inexact, whole_number
 from gradreg_optax._cotangents import scaled, with_aux_cotangent
 from gradreg_optax._leaves import apart
 from gradreg_optax._loss import (
@@ -19,8 +18,9 @@ from gradreg_optax._loss import (
     with_weight,
 )
 from gradreg_optax._sharding import axes_of_value, varying
-from gradreg_optax._typing import LossFn, PyTree, Weighted
-from gradreg_optax.training import Call, Pass, counting, regularized_pass
+from gradreg_optax._train_step import Call, Pass, counting, regularized_pass
+from gradreg_optax._types import LossFn, PyTree, Weighted
+from gradreg_optax._validation import check_params, check_transformation, is_inexact, whole_number
 
 
 def regularized_loss(

@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradreg_optax._checks import (
+from gradreg_optax._convolutions import canonical_convolutions
+from gradreg_optax._estimators import Point
+from gradreg_optax._guard import compare
+from gradreg_optax._types import AtStep, GradFn, LateLoss, PyTree
+from gradreg_optax._validation import (
     check_like,
     check_params,
     check_state,
@@ -16,10 +20,6 @@ from gradreg_optax._checks import (
     flag,
     whole_number,
 )
-from gradreg_optax._convolutions import canonical_convolutions
-from gradreg_optax._guard import compare
-from gradreg_optax._typing import AtStep, GradFn, LateLoss, PyTree
-from gradreg_optax.penalty import Point
 
 
 class Timing(NamedTuple):

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradreg_optax._dtypes import default_float
-from gradreg_optax._typing import AtStep, PyTree
+from gradreg_optax._numerics import default_float
+from gradreg_optax._types import AtStep, PyTree
 
 
 class Rule(NamedTuple):

@@ -9,12 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from gradreg_optax._checks import check_choice, hyperparameter, scalar
-from gradreg_optax._dtypes import default_float
-from gradreg_optax._frame import Penalty, penalized, timing
-from gradreg_optax._loss import late_loss, with_aux
-from gradreg_optax._typing import Ascent, AtStep, LateLoss, LossFn, PyTree, ScalarOrSchedule, Scheme
-from gradreg_optax.penalty import (
+from gradreg_optax._estimators import (
     Direction,
     Point,
     add_penalty,
@@ -22,6 +17,11 @@ from gradreg_optax.penalty import (
     difference,
     global_norm,
 )
+from gradreg_optax._loss import late_loss, with_aux
+from gradreg_optax._numerics import default_float
+from gradreg_optax._penalized import Penalty, penalized, timing
+from gradreg_optax._types import Ascent, AtStep, LateLoss, LossFn, PyTree, ScalarOrSchedule, Scheme
+from gradreg_optax._validation import check_choice, hyperparameter, scalar
 
 _CALLER = "relative_gradreg"
 _FIRST_REACH = 0.01  # of the length of the parameters: the first step knows no curvature yet

@@ -13,21 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from gradreg_optax._checks import check_inexact, check_state, hyperparameter, scalar
-from gradreg_optax._dtypes import cast, scale, widen
-from gradreg_optax._frame import Penalty, Timing, advanced, penalized, timing
-from gradreg_optax._loss import late_loss
-from gradreg_optax._typing import (
-    Ascent,
-    AscentFn,
-    AtStep,
-    LossFn,
-    Mode,
-    PyTree,
-    ScalarOrSchedule,
-    Scheme,
-)
-from gradreg_optax.penalty import (
+from gradreg_optax._estimators import (
     Estimator,
     Point,
     adaptive,
@@ -38,6 +24,20 @@ from gradreg_optax.penalty import (
     product,
     shift,
 )
+from gradreg_optax._loss import late_loss
+from gradreg_optax._numerics import cast, scale, widen
+from gradreg_optax._penalized import Penalty, Timing, advanced, penalized, timing
+from gradreg_optax._types import (
+    Ascent,
+    AscentFn,
+    AtStep,
+    LossFn,
+    Mode,
+    PyTree,
+    ScalarOrSchedule,
+    Scheme,
+)
+from gradreg_optax._validation import check_inexact, check_state, hyperparameter, scalar
 
 
 class GradregState(NamedTuple):

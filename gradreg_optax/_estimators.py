@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradreg_optax._checks import check_choice, check_inexact, check_like, is_inexact
-from gradreg_optax._dtypes import cast, conjugate, scale, widen, within
-from gradreg_optax._typing import Ascent, AscentFn, AtStep, GradFn, Mode, PyTree, Scheme
+from gradreg_optax._numerics import cast, conjugate, scale, widen, within
+from gradreg_optax._types import Ascent, AscentFn, AtStep, GradFn, Mode, PyTree, Scheme
+from gradreg_optax._validation import check_choice, check_inexact, check_like, is_inexact
 
 
 class Point(NamedTuple):

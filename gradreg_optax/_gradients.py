@@ -5,10 +5,7 @@ from typing import Any
 
 import jax
 
-from gradreg_optax._checks import check_inexact, constant
-from gradreg_optax._loss import arguments_at, keeps_signature, with_aux
-from gradreg_optax._typing import Ascent, AtStep, LossFn, Mode, PyTree, Scalar, Scheme
-from gradreg_optax.penalty import (
+from gradreg_optax._estimators import (
     Estimator,
     Point,
     add_penalty,
@@ -16,6 +13,9 @@ from gradreg_optax.penalty import (
     product,
     without_state,
 )
+from gradreg_optax._loss import arguments_at, keeps_signature, with_aux
+from gradreg_optax._types import Ascent, AtStep, LossFn, Mode, PyTree, Scalar, Scheme
+from gradreg_optax._validation import check_inexact, constant
 
 
 def fd_value_and_grad(

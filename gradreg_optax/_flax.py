@@ -9,13 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradreg_optax._checks import check_arrays, check_transformation, fraction, is_inexact
+from gradreg_optax._estimators import global_norm
 from gradreg_optax._loss import check_own_keyword, keeps_signature, with_weight
-from gradreg_optax._typing import LossFn, PyTree, Weighted
-from gradreg_optax.losses import regularized_loss
-from gradreg_optax.microbatching import microbatched, pieces_of
-from gradreg_optax.penalty import global_norm
-from gradreg_optax.training import (
+from gradreg_optax._microbatching import microbatched, pieces_of
+from gradreg_optax._regularized_loss import regularized_loss
+from gradreg_optax._train_step import (
     Call,
     StepInfo,
     check_once,
@@ -24,6 +22,8 @@ from gradreg_optax.training import (
     penalty_arguments,
     regularized_pass,
 )
+from gradreg_optax._types import LossFn, PyTree, Weighted
+from gradreg_optax._validation import check_arrays, check_transformation, fraction, is_inexact
 
 
 def make_nnx_train_step(
