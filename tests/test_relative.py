@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradreg_optax import adaptive, make_train_step, masked, normalized, relative_gradreg
+from gradreg_optax import (
+    _relative,
+    adaptive,
+    make_train_step,
+    masked,
+    normalized,
+    relative_gradreg,
+)
 
 KEY = jax.random.key(0)
 
