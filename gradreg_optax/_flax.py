@@ -1,18 +1,21 @@
 """Flax NNX: a train step for modules and the stock ``nnx.Optimizer``, and a regularized loss."""
 
 import contextlib
+import functools
 import importlib
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from gradreg_optax._estimators import global_norm
-from gradreg_optax._loss import check_own_keyword, keeps_signature, with_weight
+from gradreg_optax._loss import check_own_keyword, keeps_signature, signature_of, with_weight
 from gradreg_optax._microbatching import microbatched, pieces_of
-from gradreg_optax._regularized_loss import regularized_loss
+from gradreg_optax._regularized_loss import _counts, regularized_loss
 from gradreg_optax._train_step import (
     Call,
     StepInfo,
@@ -23,7 +26,16 @@ from gradreg_optax._train_step import (
     regularized_pass,
 )
 from gradreg_optax._types import LossFn, PyTree, Weighted
-from gradreg_optax._validation import check_arrays, check_transformation, fraction, is_inexact
+from gradreg_optax._validation import (
+    check_arrays,
+    check_params,
+    check_transformation,
+    fraction,
+    is_inexact,
+    whole_number,
+)
+
+_Loss = TypeVar("_Loss", bound=LossFn)
 
 
 def make_nnx_train_step(
@@ -32,38 +44,46 @@ def make_nnx_train_step(
     *,
     has_aux: bool = False,
     penalty_fraction: float = 1.0,
+    static_argnames: str | Sequence[str] = (),
 ) -> Callable[..., StepInfo]:
-    r"""Builds a train step for Flax NNX modules and the stock ``nnx.Optimizer``.
+    r"""Build a train step for Flax NNX modules and the stock ``nnx.Optimizer``.
 
-    The regularizer stands in the optimizer's chain, first, or is given here. The clean pass updates
-    the module (BatchNorm's statistics, dropout's counters) once; the passes of the regularizer run
-    on copies of the state *before* it, so that they see the same function.
+    The regularizer is the first transformation of the optimizer's chain, or is passed here. Each
+    step makes one clean pass, which updates the model and every other NNX object among the
+    arguments (BatchNorm statistics, dropout counters, ``nnx.Rngs``, metrics, a teacher) once, in
+    place. The passes of the regularizer run on copies of the state before the step, so that they
+    evaluate the same function.
 
-    Cost: as for :func:`make_train_step`. The bookkeeping of ``nnx.jit`` makes a step on a small
-    module several times slower than a functional step; where that matters, split the module once
-    and use :func:`make_train_step`, which also has ``ascent_groups``: here each group would leave
-    statistics of its own.
+    Cost: as for :func:`make_train_step`. On a small module the bookkeeping of ``nnx.jit`` makes a
+    step several times slower than a functional step. Where that matters, split the module once and
+    use :func:`make_train_step`. That function also has ``ascent_groups``, which this one has not:
+    each group would leave its own statistics.
 
     Args:
-      loss_fn: ``loss_fn(model, *args, **kwargs)``, a real scalar, or ``(scalar, aux)`` with
-        ``has_aux``.
-      regularizer: a transformation of this package, or a chain of them; its step counter is the
-        optimizer's. One that keeps more state goes into the optimizer's chain instead.
+      loss_fn: ``loss_fn(model, *args, **kwargs)``, which returns a real scalar, or ``(scalar,
+        aux)`` with ``has_aux``. Any argument may be, or contain, an NNX object.
+      regularizer: a transformation of this package, or a chain of them. Its step counter is the
+        optimizer's. A regularizer with further state belongs in the optimizer's chain.
       has_aux: whether ``loss_fn`` returns ``(value, aux)``.
-      penalty_fraction: as for :func:`make_train_step`; the batch is the first argument after the
-        model. With the regularizer in the optimizer's chain a line search there sees the part too.
+      penalty_fraction: as for :func:`make_train_step`. The batch is the first argument after the
+        model, passed by position or by name. With the regularizer in the optimizer's chain, a line
+        search in the chain evaluates the part of the batch as well.
+      static_argnames: as for :func:`make_train_step`.
 
     Returns:
       ``step(model, optimizer, *args, **kwargs) -> StepInfo``, which updates model and optimizer in
-      place; ``optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)``. A keyword ``held_out=batch``
-      is not for ``loss_fn``, but for a regularizer that finds its strength on held-out samples.
+      place; ``optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)``. The keyword ``held_out=batch``
+      is not passed to ``loss_fn``: it is for a regularizer that tunes its strength on held-out
+      samples.
 
     Raises:
       ImportError: flax is not installed.
-      TypeError: the regularizer is no Optax transformation.
-      ValueError: penalty_fraction outside (0, 1]; at the first step a regularizer in the chain and
-        here, or in neither, an optimizer here, or a regularizer here that keeps more state than a
-        step counter.
+      TypeError: the regularizer is not an Optax transformation; the loss has an argument
+        ``held_out``.
+      ValueError: penalty_fraction outside (0, 1]; a static argument that the loss does not have; at
+        the first step a regularizer in both places or in neither, an optimizer in place of the
+        regularizer, a regularizer here that has more state than a step counter, or a loss that
+        changes the structure of an object.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -78,71 +98,75 @@ def make_nnx_train_step(
     """
     caller = "make_nnx_train_step"
     nnx, kept = _flax(caller), fraction(caller, "penalty_fraction", penalty_fraction)
-    # A regularizer in the optimizer's chain is told of the part there, one here is told here.
+    # A regularizer in the optimizer's chain is given the part there, one in the step here.
     here = regularized_pass(caller, regularizer, 1.0 if regularizer is None else kept)
-    loss_of = _loss_of_split(caller, nnx, loss_fn, has_aux)
+    loss, signature = _split_loss(caller, loss_fn, has_aux), _signature(loss_fn)
+    static = _static(caller, static_argnames, signature)
     check_own_keyword(caller, "held_out", loss_fn)
 
     def step(
         model: Any, optimizer: Any, *args: Any, held_out: PyTree = None, **kwargs: Any
     ) -> StepInfo:
-        if not isinstance(optimizer, nnx.Optimizer):
-            raise TypeError(
-                f"{caller}: step(model, optimizer, ...) takes an nnx.Optimizer(model, tx,"
-                f" wrt=nnx.Param) in the second place, got {type(optimizer).__name__}."
-            )
-        split = _Split.of(nnx, model, optimizer.wrt)
+        _check_optimizer(caller, nnx, optimizer)
+        split = _Split.of(nnx, optimizer.wrt, signature.bind(model, *args, **kwargs))
+        _check_batch(caller, split.values, kept < 1 or held_out is not None)
         state = here.init(split.params)
         check_once(caller, loss_fn, split.params, state, optimizer.opt_state)
         _check_place(caller, regularizer is not None, state, optimizer.opt_state)
-        call = Call(loss_of(split), args, kwargs, held_out=held_out)
+        call = Call(functools.partial(loss, split), split.values, {}, held_out=held_out)
         with _explained(caller, lambda: call.value_fn(split.params)):
             outcome = here.run(call, split.params, counting(caller, state, optimizer.step[...]))
-        aux, rest = outcome.aux
+        aux, changes = outcome.aux
         check_arrays(caller, "aux", aux)
-        split.put_back(nnx, model, rest)
+        split.put_back(changes)
         extra = {"value_fn": call.value_fn}
         if regularizer is None:
             extra = penalty_arguments(caller, call, kept)
-        updates = split.as_variables(outcome.updates)
+        updates = _refilled(nnx.state(model, optimizer.wrt), outcome.updates)
         with _explained(caller, lambda: call.value_fn(split.params)):
             optimizer.update(model, updates, value=outcome.value, grad=outcome.gradient, **extra)
         return StepInfo(outcome.value, global_norm(outcome.gradient), aux)
 
-    jitted: Callable[..., StepInfo] = nnx.jit(step)
+    jitted: Callable[..., StepInfo] = nnx.jit(step, **static)
     return jitted
 
 
 def nnx_regularized_loss(
-    loss_fn: LossFn,
+    loss_fn: _Loss,
     regularizer: optax.GradientTransformation,
     *,
     wrt: Any = None,
     has_aux: bool = False,
-) -> LossFn:
-    r"""The same loss of an NNX module with the regularized gradient, for ``nnx.value_and_grad``.
+) -> _Loss:
+    r"""Return the loss of an NNX module with the regularized gradient, for ``nnx.value_and_grad``.
 
-    As :func:`regularized_loss`: value and aux are those of ``loss_fn``, and ``nnx.grad`` of it is
-    what ``regularizer`` makes of the gradient, for any trainer that differentiates a loss of a
-    module. Statistics and counters (BatchNorm, dropout) are those of the clean pass, handed back to
-    the model once; the regularizer's passes start from those before it.
+    As in :func:`regularized_loss`, value and aux are those of ``loss_fn``, and ``nnx.grad`` returns
+    what ``regularizer`` makes of the gradient. Any argument may be, or contain, an NNX object
+    (``nnx.Rngs``, a metric, a teacher, a cache). A call leaves each object as one call of
+    ``loss_fn`` leaves it; the passes of the regularizer start from the state before the call. A
+    loss in micro-batches (:func:`microbatched`) averages what its micro-batches leave.
 
     Cost: of an evaluation, that of the loss; of a gradient, that of the transformation.
 
     Args:
-      loss_fn: ``loss_fn(model, *args, **kwargs)``, a real scalar, or ``(scalar, aux)`` with
-        ``has_aux``.
-      regularizer: as for :func:`regularized_loss`.
+      loss_fn: ``loss_fn(model, *args, **kwargs)``, which returns a real scalar, or ``(scalar,
+        aux)`` with ``has_aux``.
+      regularizer: as for :func:`regularized_loss`. One with more state than a step counter, such as
+        :func:`relative_gradreg`, belongs in the optimizer's chain, with
+        :func:`make_nnx_train_step`.
       wrt: a filter for the parameters that are penalised, ``nnx.Param`` by default; the same as in
         ``nnx.value_and_grad(..., argnums=nnx.DiffState(0, wrt))``.
       has_aux: whether ``loss_fn`` returns ``(value, aux)``.
 
     Returns:
-      A loss with the signature of ``loss_fn`` and a further keyword ``step``.
+      A loss with the signature of ``loss_fn`` and a further argument ``step``, if ``loss_fn`` has
+      none. An argument ``step`` of ``loss_fn`` is passed to it, and the regularizer counts by it
+      too if it is a whole number.
 
     Raises:
       ImportError: flax is not installed.
-      ValueError, TypeError: as for :func:`regularized_loss`.
+      ValueError: as for :func:`regularized_loss`; a loss that changes the structure of an object.
+      TypeError: as for :func:`regularized_loss`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -157,97 +181,231 @@ def nnx_regularized_loss(
        [1.5]]
     """
     caller = "nnx_regularized_loss"
-    nnx = _flax(caller)
+    nnx, signature = _flax(caller), _signature(loss_fn)
     check_transformation(caller, "regularizer", regularizer)
-    loss_of, penalised = _loss_of_split(caller, nnx, loss_fn, has_aux), wrt or nnx.Param
+    init = optax.with_extra_args_support(regularizer).init
+    loss, takes_step = _split_loss(caller, loss_fn, has_aux), _takes(signature, "step")
+    if not takes_step:
+        signature = _with_step(signature)
 
-    def wrapped(model: Any, *args: Any, step: Any = None, **kwargs: Any) -> Any:
-        split = _Split.of(nnx, model, penalised)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        step = _step(caller, bound, takes_step)
+        split = _Split.of(nnx, wrt or nnx.Param, bound)
+        check_params(caller, split.params)
+        counting(caller, jax.eval_shape(init, split.params), step)
 
-        def of_states(params: PyTree, rest: PyTree, args: Any, kwargs: Any) -> tuple[Any, Any]:
-            mean, aux = loss_of(split._replace(rest=rest))(params, *args, **kwargs)
-            return (mean.total if mean.weight is None else mean), aux
+        def of_arrays(params: PyTree, rest: PyTree, values: Any) -> tuple[Any, Any]:
+            return loss(split._replace(rest=rest), params, *values)
 
-        loss = regularized_loss(of_states, regularizer, has_aux=True)
-        with _explained(caller, lambda: loss_of(split)(split.params, *args, **kwargs)):
-            value, (aux, rest) = loss(split.params, split.rest, args, kwargs, step=step)
-        split.put_back(nnx, model, rest)
+        arrays = split.params, split.rest, split.values
+        with _explained(caller, lambda: of_arrays(*arrays)):
+            pure = regularized_loss(of_arrays, regularizer, has_aux=True)
+            value, (aux, changes) = pure(*arrays, step=step)
+        split.put_back(changes)
         return (value, aux) if has_aux else value
 
-    return keeps_signature(wrapped, loss_fn, regularizer=regularizer)
+    wrapped = keeps_signature(wrapped, loss_fn, regularizer=regularizer)
+    wrapped.__signature__ = signature  # type: ignore[attr-defined]  # of the function
+    return wrapped  # type: ignore[return-value]  # called like loss_fn
 
 
 class _Split(NamedTuple):
-    """A module taken apart into pure arrays: its parameters, and everything else that it keeps.
+    """The arguments of a loss, split into the state of their NNX objects and everything else.
 
     Attributes:
-      graphdef: its static part.
-      params: what is differentiated.
-      rest: statistics, counters and keys, as they were before the step.
-      structures: of both, the structures with NNX's variables in them.
-      wrt: the filter that tells them apart.
+      nnx: the module ``flax.nnx``.
+      objects: ``(model, *values)``, of each argument the NNX objects alone.
+      graphdef: the static part of the objects.
+      selected: the structure of the selected parameters, with NNX's variables.
+      params: their arrays, by their path in the model.
+      rest: the other state of the objects before the call, and what the model contains apart from
+        objects.
+      values: the arguments after the model without their objects, the batch first.
+      names: the keywords of the last of them.
     """
 
+    nnx: Any
+    objects: tuple[Any, ...]
     graphdef: Any
+    selected: Any
     params: PyTree
-    rest: PyTree
-    structures: tuple[Any, Any]
-    wrt: Any
+    rest: tuple[PyTree, PyTree]
+    values: tuple[Any, ...]
+    names: tuple[str, ...]
 
     @classmethod
-    def of(cls, nnx: Any, model: Any, wrt: Any) -> "_Split":
-        """Takes a module apart."""
-        graphdef, params, rest = nnx.split(model, wrt, ...)
-        structures = jax.tree.structure(params), jax.tree.structure(rest)
-        return cls(graphdef, _pure(nnx, params), _pure(nnx, rest), structures, wrt)
+    def of(cls, nnx: Any, wrt: Any, bound: inspect.BoundArguments) -> "_Split":
+        """Split the arguments of a call; ``wrt`` selects the parameters of the model."""
+        arguments, is_object = (*bound.args, *bound.kwargs.values()), _is_object(nnx)
+        objects = tuple(_objects_of(argument, is_object) for argument in arguments)
+        model, *values = jax.tree.map(
+            lambda x: None if is_object(x) else x, arguments, is_leaf=is_object
+        )
+        selects = nnx.filterlib.to_predicate(wrt)
+        graphdef, params, state = nnx.split(
+            objects, lambda path, leaf: path[0] == 0 and selects(path[1:], leaf), ...
+        )
+        pure = (getattr(nnx, "as_pure", None) or nnx.pure)(params)  # older than 0.12.8: pure
+        snapshot = jax.tree.map(lambda x: x, state)  # nnx.split returns the variables themselves
+        fixed = (nnx, objects, graphdef, jax.tree.structure(params))
+        params, rest = pure.get(0, nnx.State({})), (snapshot, model)
+        return cls(*fixed, params, rest, tuple(values), tuple(bound.kwargs))
 
-    def as_variables(self, params: PyTree) -> Any:
-        """Updates as nnx.Optimizer wants them."""
-        return jax.tree.unflatten(self.structures[0], jax.tree.leaves(params))
+    def merged(self, params: PyTree) -> tuple[Any, ...]:
+        """Return copies of the objects with these parameters."""
+        variables = jax.tree.unflatten(self.selected, jax.tree.leaves(params))
+        objects: tuple[Any, ...]
+        objects = self.nnx.merge(self.graphdef, variables, self.rest[0], copy=True)
+        return objects
 
-    def put_back(self, nnx: Any, model: Any, rest: PyTree) -> None:
-        """Hands the statistics and counters of a pass back to the module."""
-        nnx.update(model, jax.tree.unflatten(self.structures[1], jax.tree.leaves(rest)))
+    def called(self, loss_fn: LossFn, objects: tuple[Any, ...], values: Sequence[Any]) -> Any:
+        """Call a loss with these objects among the arguments."""
+        is_object, arguments = _is_object(self.nnx), [self.rest[1], *values]
+        arguments = jax.tree.map(
+            lambda o, x: x if o is None else o,
+            list(objects),
+            arguments,
+            is_leaf=lambda x: x is None or is_object(x),
+        )
+        positional = len(arguments) - len(self.names)
+        keywords = dict(zip(self.names, arguments[positional:], strict=True))
+        return loss_fn(*arguments[:positional], **keywords)
+
+    def variables(self, objects: tuple[Any, ...]) -> list[tuple[Any, Any]]:
+        """Return the pairs (path, variable or array) of the state of these objects."""
+        return list(self.nnx.to_flat_state(self.nnx.state(objects)))
+
+    def put_back(self, changes: Mapping[int, list[Any]]) -> None:
+        """Write the changes of a call, by the number of the variable, into the objects."""
+        variables = self.variables(self.objects)
+        changed = [(variables[i][0], _refilled(variables[i][1], new)) for i, new in changes.items()]
+        self.nnx.update(self.objects, self.nnx.from_flat_state(changed))
 
 
-def _loss_of_split(
-    caller: str, nnx: Any, loss_fn: LossFn, has_aux: bool
-) -> Callable[[_Split], Callable[..., tuple[Weighted, Any]]]:
-    """The loss of a split module's parameters; its aux is (aux, the rest after the pass)."""
+def _split_loss(caller: str, loss_fn: LossFn, has_aux: bool) -> Callable[..., tuple[Weighted, Any]]:
+    """Return the loss of ``(split, params, *values)``; its aux is (aux, changes of the state)."""
     one, count = pieces_of(loss_fn)
     whole = with_weight(caller, one, has_aux)
 
-    def loss_of(split: _Split) -> Callable[..., tuple[Weighted, Any]]:
-        def loss(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Weighted, Any]:
-            module = nnx.merge(split.graphdef, params, split.rest)
-            mean, aux = whole(module, *args, **kwargs)
-            _, _, rest = nnx.split(module, split.wrt, ...)
-            if jax.tree.structure(rest) != split.structures[1]:
-                raise ValueError(
-                    f"{caller}: the loss adds variables to the module (nnx.sow, a cache), which a"
-                    " train step cannot keep: take them out in the loss, nnx.pop(model,"
-                    " nnx.Intermediate), and return them as aux."
-                )
-            return mean, (aux, _pure(nnx, rest))
+    def loss(split: _Split, params: PyTree, *values: Any) -> tuple[Weighted, Any]:
+        objects = split.merged(params)
+        before = [jax.tree.leaves(leaf) for _, leaf in split.variables(objects)]
+        mean, aux = split.called(whole, objects, values)
+        _check_structure(caller, split, objects)
+        after = [jax.tree.leaves(leaf) for _, leaf in split.variables(objects)]
+        pairs = enumerate(zip(before, after, strict=True))
+        return mean, (aux, {i: new for i, (old, new) in pairs if not _same(old, new)})
 
-        def in_pieces(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Weighted, Any]:
-            def piece(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-                mean, more = loss(params, *args, **kwargs)
-                return (mean.total if mean.weight is None else mean), more
+    def in_pieces(split: _Split, params: PyTree, *values: Any) -> tuple[Weighted, Any]:
+        def piece(params: PyTree, *values: Any, rest: Any) -> tuple[Weighted, Any]:
+            return loss(split._replace(rest=rest), params, *values)
 
-            value, (aux, rests) = microbatched(piece, count, has_aux=True)(params, *args, **kwargs)
-            return Weighted(value, None), (aux, jax.tree.map(_merged, rests))
+        parts = microbatched(piece, count, has_aux=True)
+        value, (aux, changes) = parts(params, *values, rest=split.rest)
+        return Weighted(value, None), (aux, jax.tree.map(_merged, changes))
 
-        return loss if count == 1 else in_pieces
-
-    return loss_of
+    return loss if count == 1 else in_pieces
 
 
 def _merged(stacked: jax.Array) -> jax.Array:
-    """What micro-batches leave behind: statistics averaged, counters and keys as one left them."""
+    """Average the statistics of the micro-batches; take counters and keys from one of them."""
     if is_inexact(stacked):
         return jnp.mean(stacked, axis=0).astype(stacked.dtype)
     return stacked[0]
+
+
+def _same(old: list[Any], new: list[Any]) -> bool:
+    return len(old) == len(new) and all(map(operator.is_, old, new))
+
+
+def _refilled(tree: PyTree, arrays: PyTree) -> PyTree:
+    """Return the structure of the first tree, NNX's variables in it, with the second's leaves."""
+    return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(arrays))
+
+
+def _is_object(nnx: Any) -> Callable[[Any], bool]:
+    return lambda x: isinstance(x, nnx.Variable) or nnx.graph.is_graph_node(x)
+
+
+def _objects_of(argument: PyTree, is_object: Callable[[Any], bool]) -> PyTree:
+    """Return the argument with None in place of all leaves but objects, None if it has none."""
+    tree = jax.tree.map(lambda x: x if is_object(x) else None, argument, is_leaf=is_object)
+    return tree if jax.tree.leaves(tree, is_leaf=is_object) else None
+
+
+def _signature(loss_fn: LossFn) -> inspect.Signature:
+    return signature_of(loss_fn) or inspect.signature(lambda *args, **kwargs: None)
+
+
+def _takes(signature: inspect.Signature, name: str) -> bool:
+    """Return whether a function with this signature takes a keyword."""
+    kinds = [p.kind for p in signature.parameters.values()]
+    return name in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _with_step(signature: inspect.Signature) -> inspect.Signature:
+    """Add an argument ``step``, positional where it can be: nnx.grad takes no keyword-only ones."""
+    parameters = list(signature.parameters.values())
+    positional = [p for p in parameters if p.kind < inspect.Parameter.VAR_POSITIONAL]
+    others = parameters[len(positional) :]
+    variadic = any(p.kind is p.VAR_POSITIONAL for p in others)
+    kind = inspect.Parameter.KEYWORD_ONLY if variadic else inspect.Parameter.POSITIONAL_OR_KEYWORD
+    step = inspect.Parameter("step", kind, default=None)
+    parameters = [*parameters, step] if variadic else [*positional, step, *others]
+    return signature.replace(parameters=parameters)
+
+
+def _step(caller: str, bound: inspect.BoundArguments, takes_step: bool) -> Any:
+    """Return the step of the regularizer; remove it from the arguments if the loss has none."""
+    step = bound.kwargs.get("step", bound.arguments.get("step"))
+    if not takes_step:
+        bound.arguments.pop("step", None)
+    if step is None or (takes_step and not (_counts(step) and jnp.shape(step) == ())):
+        return None
+    return whole_number(caller, "step", step)
+
+
+def _static(
+    caller: str, names: str | Sequence[str], signature: inspect.Signature
+) -> dict[str, tuple[Any, ...]]:
+    """Return the arguments of nnx.jit that make arguments of the loss static."""
+    names = (names,) if isinstance(names, str) else tuple(names)
+    model, *known = [*signature.parameters]
+    for name in names:
+        if name == model or (name not in known and not _takes(signature, name)):
+            raise ValueError(
+                f"{caller}: static_argnames must name arguments of the loss after the model, got"
+                f" {name!r}. Choose from {known}."
+            )
+    numbers = tuple(known.index(name) + 2 for name in names if name in known)
+    return {"static_argnames": names, "static_argnums": numbers} if names else {}
+
+
+def _check_structure(caller: str, split: _Split, objects: tuple[Any, ...]) -> None:
+    """Check that the loss changed arrays only."""
+    if split.nnx.graphdef(objects) != split.graphdef:
+        raise ValueError(
+            f"{caller}: the loss must leave the structure of its NNX objects as it is, but adds or"
+            " removes variables (nnx.sow, a cache) or sets attributes (model.eval()). Do so before"
+            " the step; return intermediate values as aux, nnx.pop(model, nnx.Intermediate)."
+        )
+
+
+def _check_optimizer(caller: str, nnx: Any, optimizer: Any) -> None:
+    if not isinstance(optimizer, nnx.Optimizer):
+        raise TypeError(
+            f"{caller}: step(model, optimizer, ...) takes an nnx.Optimizer(model, tx,"
+            f" wrt=nnx.Param) in the second place, got {type(optimizer).__name__}."
+        )
+
+
+def _check_batch(caller: str, values: tuple[Any, ...], needed: bool) -> None:
+    if needed and not values:
+        raise TypeError(
+            f"{caller}: penalty_fraction and held_out= need a batch, the first argument of the loss"
+            " after the model. Pass the batch to the loss."
+        )
 
 
 def _check_place(caller: str, here: bool, state: optax.OptState, chain: optax.OptState) -> None:
@@ -270,21 +428,15 @@ def _check_place(caller: str, here: bool, state: optax.OptState, chain: optax.Op
 
 @contextlib.contextmanager
 def _explained(caller: str, clean: Callable[[], Any]) -> Iterator[None]:
-    """A loss of the regularizer's own, which gets no module, is named where it fails."""
+    """Name the caller in an error of the regularizer; ``clean`` raises those of the loss."""
     try:
         yield
     except (TypeError, AttributeError) as error:
-        if not any(sign in str(error) for sign in ("the loss needs", "State")):
-            raise
-        clean()  # a mistake in the loss itself shows here, as it is
+        clean()
         raise TypeError(
-            f"{caller}: the regularizer failed ({error}). It needs no loss of its own, since"
-            f" {caller} hands it one: write fd_gradreg(gamma=..., epsilon=...) without a loss."
+            f"{caller}: the regularizer failed: {error} {caller} passes it the loss, so that it"
+            " needs no loss of its own: write fd_gradreg(gamma=..., epsilon=...)."
         ) from error
-
-
-def _pure(nnx: Any, state: Any) -> Any:
-    return (getattr(nnx, "as_pure", None) or nnx.pure)(state)  # the older name, before 0.12.8
 
 
 def _flax(caller: str) -> Any:

@@ -332,7 +332,7 @@ def counting(caller: str, state: optax.OptState, step: Any) -> optax.OptState:
             raise ValueError(
                 f"{caller}: the regularizer keeps state of its own beside a step counter, which has"
                 " no place here: put it in front of the optimizer, optax.chain(regularizer, tx),"
-                " in a train step or trainer that hands it the loss."
+                " and train with make_train_step or make_nnx_train_step."
             )
         return leaf._replace(step=step)
 

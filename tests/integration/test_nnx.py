@@ -281,3 +281,67 @@ def test_text_in_aux_of_a_step_is_named():
     step = gr.make_nnx_train_step(loss, gr.fd_gradreg(**PENALTY), has_aux=True)
     with pytest.raises(TypeError, match=r"make_nnx_train_step: aux\['word'\] is of type str"):
         step(model, optimizer, batch())
+
+
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_the_batch_is_the_first_argument_after_the_model_however_it_is_passed(by_keyword):
+    model, optimizer = model_and_optimizer(optax.sgd(RATE))
+    _, before, _ = split(model)
+
+    def scaled(model, pair, *, scale):
+        return scale * pair_loss(model, pair)
+
+    step = gr.make_nnx_train_step(scaled, gr.fd_gradreg(**PENALTY), penalty_fraction=0.25)
+    if by_keyword:
+        step(model, optimizer, scale=1.0, pair=batch())
+    else:
+        step(model, optimizer, batch(), scale=1.0)
+    assert relative_error(gradient_of_step(before, split(model)[1]), by_hand(part=8)[1]) < 1e-5
+
+
+def test_held_out_samples_go_with_a_batch_by_keyword():
+    tx = optax.chain(gr.relative_gradreg(strength=None), optax.sgd(0.3))
+    ends = []
+    for by_keyword in (False, True):
+        model, optimizer = model_and_optimizer(tx)
+        step = gr.make_nnx_train_step(pair_loss)
+        args, kwargs = ((), {"pair": batch()}) if by_keyword else ((batch(),), {})
+        step(model, optimizer, *args, **kwargs, held_out=batch())
+        ends.append(split(model)[1])
+    assert relative_error(*ends) == 0
+
+
+def test_a_part_of_a_batch_that_is_not_there_is_refused():
+    model, optimizer = model_and_optimizer(optax.sgd(RATE))
+    fixed = functools.partial(pair_loss, pair=batch())
+
+    def loss(model):
+        return fixed(model)
+
+    step = gr.make_nnx_train_step(loss, gr.fd_gradreg(**PENALTY), penalty_fraction=0.25)
+    with pytest.raises(TypeError, match=r"make_nnx_train_step: penalty_fraction .* need a batch"):
+        step(model, optimizer)
+
+
+def in_mode(model, pair, mode, config=()):
+    assert mode == "train"
+    return pair_loss(model, pair) * (1.0 if config == ("plain",) else 2.0)
+
+
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_static_arguments_of_the_loss_are_no_arrays(by_keyword):
+    model, optimizer = model_and_optimizer(optax.sgd(RATE))
+    _, before, _ = split(model)
+    static = ("mode", "config")
+    step = gr.make_nnx_train_step(in_mode, gr.fd_gradreg(**PENALTY), static_argnames=static)
+    if by_keyword:
+        step(model, optimizer, batch(), mode="train", config=("plain",))
+    else:
+        step(model, optimizer, batch(), "train", ("plain",))
+    assert relative_error(gradient_of_step(before, split(model)[1]), by_hand()[1]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["node", "model"])
+def test_a_static_argument_that_the_loss_does_not_have_is_refused(name):
+    with pytest.raises(ValueError, match=rf"make_nnx_train_step: static_argnames .*'{name}'"):
+        gr.make_nnx_train_step(in_mode, gr.fd_gradreg(**PENALTY), static_argnames=name)

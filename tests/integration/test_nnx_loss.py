@@ -212,18 +212,82 @@ def test_schedules_take_the_step_and_stateful_ascents_are_refused():
     assert relative(early, plain) < 1e-6
     due = nnx.to_pure_dict(nnx.grad(lambda m: loss(m, *batch(), step=3))(network()))
     assert relative(due, by_hand()[1]) < 1e-5
-    with pytest.raises(TypeError, match="step"):
-        nnx.grad(loss)(network(), *batch())
-    scheduled = gr.fd_gradreg(gamma=optax.constant_schedule(0.1), epsilon=0.1)
-    with pytest.raises(TypeError, match="step"):
-        nnx.grad(nnx_regularized_loss(loss_fn, scheduled))(network(), *batch())
-    momentum = gr.fd_gradreg(gamma=GAMMA, epsilon=EPSILON, ascent=optax.trace(0.9))
-    with pytest.raises(ValueError, match=r"regularized_loss: .*state of its own"):
-        nnx.grad(nnx_regularized_loss(loss_fn, momentum))(network(), *batch())
+    by_name = nnx.grad(loss)(network(), *batch(), step=3)
+    assert relative(nnx.to_pure_dict(by_name), by_hand()[1]) < 1e-5
 
 
-def test_the_signature_is_that_of_the_loss():
-    assert inspect.signature(nnx_regularized_loss(loss_fn, FD)) == inspect.signature(loss_fn)
+@pytest.mark.parametrize("late", [{"start": 2}, {"interval": 2}, {"gamma": lambda step: 0.5}])
+def test_a_regularizer_that_counts_asks_for_the_step(late):
+    regularizer = gr.fd_gradreg(**({"gamma": GAMMA, "epsilon": EPSILON} | late))
+    loss = nnx_regularized_loss(lambda model, x: jnp.sum(model(x)), regularizer)
+    with pytest.raises(TypeError, match=r"^nnx_regularized_loss: .*call loss\(\.\.\., step=step\)"):
+        nnx.grad(loss)(linear(), jnp.ones((2, 3)))
+
+
+MOMENTUM = gr.fd_gradreg(gamma=GAMMA, epsilon=EPSILON, ascent=optax.trace(0.9))
+
+
+@pytest.mark.parametrize("regularizer", [MOMENTUM, gr.relative_gradreg()])
+def test_a_regularizer_with_state_is_sent_to_the_train_step(regularizer):
+    loss = nnx_regularized_loss(lambda model, x: jnp.sum(model(x)), regularizer)
+    with pytest.raises(ValueError, match=r"^nnx_regularized_loss: .*make_nnx_train_step"):
+        nnx.grad(loss)(linear(), jnp.ones((2, 3)))
+
+
+def test_the_signature_is_that_of_the_loss_and_a_step():
+    """Positional, because nnx.grad takes no keyword-only arguments."""
+
+    def with_step(model, x, step=0):
+        return 0.0
+
+    def with_keyword(model, x, *, mode):
+        return 0.0
+
+    def with_more(model, *batches):
+        return 0.0
+
+    found = [
+        str(inspect.signature(nnx_regularized_loss(f, FD)))
+        for f in (loss_fn, with_step, with_keyword, with_more)
+    ]
+    assert found == [
+        "(model, x, y, step=None)",
+        "(model, x, step=0)",
+        "(model, x, step=None, *, mode)",
+        "(model, *batches, step=None)",
+    ]
+
+
+class Weights(nnx.Module):
+    def __init__(self):
+        self.w = nnx.Param(jnp.ones(2))
+
+
+def test_a_step_of_the_loss_reaches_the_loss_and_the_schedule():
+    """Both kinds: a counter, by which the regularizer counts as well, and one that is none."""
+
+    def loss(model, x, step=0):
+        return jnp.mean((x @ model.w[...]) ** 2) * (1 + jnp.mean(jnp.asarray(step)))
+
+    plain = nnx_regularized_loss(loss, gr.fd_gradreg(gamma=0.0, epsilon=0.1))
+    x = jnp.eye(2)
+    assert plain(Weights(), x, step=3) == 4.0
+    np.testing.assert_allclose(nnx.grad(plain)(Weights(), x, step=3).w[...], [4.0, 4.0])
+    assert plain(Weights(), x, step=jnp.asarray([1, 5])) == 4.0
+    assert plain(Weights(), x) == 1.0
+    late = nnx_regularized_loss(loss, gr.fd_gradreg(gamma=0.5, epsilon=0.1, start=3))
+    for step, factor in ((2, 3.0), (3, 4.0 * (1 + 0.5 * 4.0))):  # the Hessian is 1 + step
+        found = nnx.grad(late)(Weights(), x, step=step).w[...]
+        np.testing.assert_allclose(found, [factor, factor], rtol=1e-5)
+    with pytest.raises(TypeError, match=r"nnx_regularized_loss: .*step"):
+        nnx.grad(late)(Weights(), x, step=jnp.asarray([1, 5]))
+
+
+def test_a_loss_with_any_keywords_receives_the_step():
+    def loss(model, x, **more):
+        return jnp.mean((x @ model.w[...]) ** 2) * (1 + more.get("step", 0))
+
+    assert nnx_regularized_loss(loss, FD)(Weights(), jnp.eye(2), step=3) == 4.0
 
 
 def linear():
