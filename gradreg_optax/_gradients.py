@@ -1,5 +1,7 @@
 """Gradient functions: regularization for any training loop, in place of ``jax.value_and_grad``."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """A guard: is the gradient that comes in the gradient that the regularizer believes it to be?"""
 
+from __future__ import annotations
+
 import contextlib
 import warnings
 from collections.abc import Iterator
@@ -48,29 +50,32 @@ def checking() -> Iterator[list[str]]:
       >>> print(findings[0][:75])
       fd_gradreg: the updates that came in are not the gradient of the loss: they
     """
+    jax.effects_barrier()  # what ran before belongs to the guard outside
     findings: list[str] = []
     _WATCHES.append(findings)
     try:
         yield findings
         jax.effects_barrier()
     finally:
-        _WATCHES.remove(findings)
+        _WATCHES[:] = [watch for watch in _WATCHES if watch is not findings]
 
 
-def compare(caller: str, grad_fn: GradFn, params: PyTree, updates: PyTree) -> None:
-    """Reports, if a guard is on, that ``updates`` are not the gradient."""
+def compare(
+    caller: str, grad_fn: GradFn, params: PyTree, updates: PyTree, due: jax.Array | bool
+) -> None:
+    """Reports, if a guard is on and the penalty is due, that ``updates`` are not the gradient."""
     if not _WATCHES:
         return
     reported: list[str] = []
 
-    def report(*numbers: Any) -> None:
+    def report(due: Any, *numbers: Any) -> None:
         sentence = _sentence(caller, Comparison(*map(float, numbers)))
-        if sentence and _WATCHES and not reported:
+        if due and sentence and _WATCHES and not reported:
             reported.append(sentence)
             _WATCHES[-1].append(sentence)
             warnings.warn(sentence, GradientMismatch, stacklevel=2)
 
-    jax.debug.callback(report, *_compared(grad_fn(params)[0], updates))
+    jax.debug.callback(report, due, *_compared(grad_fn(params)[0], updates))
 
 
 class Comparison(NamedTuple):

@@ -1,9 +1,12 @@
 """Numbers in their dtypes: sums and differences are formed wide, results are as they were."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+ASCENT_GROUPS = "gradreg_optax.ascent_groups"  # the axis of the groups in the train step
 
 
 def default_float() -> Any:
@@ -44,3 +47,42 @@ def within(factor: jax.Array, dtype: Any) -> jax.Array:
 def scale(factor: jax.Array, x: jax.Array) -> jax.Array:
     """``factor * x`` in the dtype of ``x``."""
     return jnp.multiply(within(factor, x.real.dtype), x)
+
+
+def owned(tree: Any) -> Any:
+    """Copies of all arrays, without weak types, so that each can be donated.
+
+    A donated buffer must occur once, and must not belong to the caller. A weak type would be traced
+    a second time.
+    """
+    return jax.tree.map(
+        lambda x: jnp.array(x, dtype=jax.typeof(x).dtype, copy=True) if _is_array(x) else x, tree
+    )
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "dtype") or isinstance(x, bool | int | float | complex)
+
+
+def keep_finite(new: Any, old: Any, *also: Any) -> Any:
+    """``new``, or ``old`` where a number in ``new`` has become infinite or NaN.
+
+    What was not finite before, such as the least loss so far before the first, may stay so. With
+    ``also``, other trees must be finite too. Under ``ascent_groups`` all groups decide
+    together, so that counters stay the same in each.
+    """
+    pairs = zip(map(jnp.asarray, jax.tree.leaves(new)), jax.tree.leaves(old), strict=True)
+    sound = [
+        jnp.all(jnp.isfinite(a) | jnp.isnan(b) | ~(jnp.isfinite(b) | jnp.isnan(a)))
+        for a, b in ((widen(a), widen(b)) for a, b in pairs if jnp.issubdtype(a.dtype, jnp.inexact))
+    ]
+    sound += [jnp.all(jnp.isfinite(widen(x))) for x in jax.tree.leaves(also)]
+    every = _in_every_group(functools.reduce(jnp.logical_and, sound, jnp.asarray(True)))
+    return jax.tree.map(lambda a, b: jnp.where(every, a, b), new, old)
+
+
+def _in_every_group(holds: jax.Array) -> jax.Array:
+    try:
+        return jax.lax.pmin(holds.astype(jnp.int32), ASCENT_GROUPS) > 0
+    except NameError:  # not under ascent_groups
+        return holds

@@ -11,11 +11,12 @@ import optax
 from gradreg_optax._convolutions import canonical_convolutions
 from gradreg_optax._estimators import Point
 from gradreg_optax._guard import compare
+from gradreg_optax._numerics import keep_finite, owned
 from gradreg_optax._types import AtStep, GradFn, LateLoss, PyTree
 from gradreg_optax._validation import (
     check_like,
     check_params,
-    check_state,
+    check_same_state,
     check_step,
     flag,
     whole_number,
@@ -59,14 +60,14 @@ class Penalty(NamedTuple):
       state: the type of its state, a NamedTuple with a counter called ``step``.
       init: ``params -> state``.
       weight: the factor at a step, evaluated on every update.
-      apply: ``(updates, state, point, weight, extra_args) -> (updates, state)``; the counter is not
-        its business.
+      apply: ``(updates, state, point, weight, extra_args) -> (updates, state, estimate of H d)``;
+        the counter is not its business.
     """
 
     state: type
     init: Callable[[PyTree], Any]
     weight: AtStep
-    apply: Callable[..., tuple[PyTree, Any]]
+    apply: Callable[..., tuple[PyTree, Any, PyTree]]
 
 
 def timing(caller: str, interval: Any, start: Any) -> Timing:
@@ -82,7 +83,7 @@ def penalized(
 
     def init(params: PyTree) -> Any:
         check_params(caller, params)
-        return penalty.init(params)
+        return owned(penalty.init(params))
 
     def update(
         updates: PyTree,
@@ -93,27 +94,36 @@ def penalized(
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
         grad_fn = gradient_of(caller, bind, updates, params, extra_args)
-        check_state(caller, state, penalty.state)
+        check_same_state(caller, state, jax.eval_shape(penalty.init, params))
         reuse = flag(caller, "reuse_updates", reuse_updates)
-        if reuse:
-            compare(caller, grad_fn, params, updates)
         weight = when.weigh(penalty.weight(state.step))
         branch_grad_fn = grad_fn if when.always else jax.jit(grad_fn)  # a branch traces it once
 
         def penalize(updates: PyTree, state: Any) -> tuple[PyTree, Any]:
             gradient = updates if reuse else None
+            if reuse:
+                compare(caller, branch_grad_fn, params, updates, due)
             point = Point(branch_grad_fn, params, gradient, state.step)
-            return penalty.apply(updates, state, point, weight, extra_args)
+            penalised, after, estimate = penalty.apply(updates, state, point, weight, extra_args)
+            return penalised, _kept(after, state, penalised, estimate)
 
+        due = True if when.always else when.due(check_step(caller, state.step))
         if when.always:
             updates, state = penalize(updates, state)
         else:
-            due = when.due(check_step(caller, state.step))
             branch = canonical_convolutions(jax.jit(penalize))
             updates, state = jax.lax.cond(due, branch, lambda *given: given, updates, state)
         return updates, state._replace(step=advanced(state.step))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _kept(after: Any, state: Any, *evaluated: PyTree) -> Any:
+    """The state after an update; as before if it, or what was evaluated, is not finite."""
+    numbers, before = after._replace(step=None), state._replace(step=None)
+    if not jax.tree.leaves(numbers):
+        return after
+    return keep_finite(numbers, before, *evaluated)._replace(step=after.step)
 
 
 def gradient_of(

@@ -1,5 +1,7 @@
 """The penalty relative to the gradient: one number to choose, or none."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -18,7 +20,7 @@ from gradreg_optax._estimators import (
     global_norm,
 )
 from gradreg_optax._loss import late_loss, with_aux
-from gradreg_optax._numerics import default_float
+from gradreg_optax._numerics import default_float, keep_finite
 from gradreg_optax._penalized import Penalty, penalized, timing
 from gradreg_optax._types import Ascent, AtStep, LateLoss, LossFn, PyTree, ScalarOrSchedule, Scheme
 from gradreg_optax._validation import check_choice, hyperparameter, scalar
@@ -226,7 +228,7 @@ def _initial(
 
 def _applied(
     strengthen: _Strength, rates: tuple[AtStep, AtStep], scheme: Scheme, direction_of: Direction
-) -> Callable[..., tuple[PyTree, RelativeState]]:
+) -> Callable[..., tuple[PyTree, RelativeState, PyTree]]:
     """Adds the penalty, its share of the step measured."""
 
     def apply(
@@ -235,7 +237,7 @@ def _applied(
         point: Point,
         weight: jax.Array,
         extra_args: Mapping[str, Any],
-    ) -> tuple[PyTree, RelativeState]:
+    ) -> tuple[PyTree, RelativeState, PyTree]:
         state = strengthen(state, point, extra_args)
         dtype = state.scale.dtype
         reach, decay = (at(point.step).astype(dtype) for at in rates)
@@ -246,7 +248,7 @@ def _applied(
         product = along.estimate(point._replace(gradient=gradient)).product
         now = Norms(*(global_norm(x).astype(dtype) for x in (updates, gradient, product)))
         state, gamma = _measured(state._replace(ascent=ascent), now, decay)
-        return add_penalty(updates, weight.astype(dtype) * gamma, product), state
+        return add_penalty(updates, weight.astype(dtype) * gamma, product), state, product
 
     return apply
 
@@ -340,12 +342,11 @@ def _learnt(state: RelativeState, training: jax.Array, held_out: jax.Array) -> R
         last=now,
         change=old.change + (change - old.change) * step,
     )
+    losses = keep_finite(losses, old)
     progress = losses.start - losses.recent[0]
     asked = jnp.clip(_GAIN * (_lost(losses, progress) - _TOLERATED), 0, 1)
     strength = jnp.where(_ratio(progress, losses.change[0]) > _NOISE, asked, 0)
-    finite = jnp.isfinite(training) & jnp.isfinite(held_out)
-    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), losses, old)
-    return state._replace(strength=jnp.where(finite, strength, state.strength), losses=kept)
+    return state._replace(strength=strength, losses=losses)
 
 
 def _lost(losses: Losses, progress: jax.Array) -> jax.Array:
@@ -360,6 +361,6 @@ def _error(losses: Losses) -> jax.Array:
 
     Noise of deviation s changes by 2s / sqrt(pi) on average, if it is normal.
     """
-    left = _MEMORY**losses.taken  # of the weight of what was before the first
+    left = _MEMORY ** jnp.maximum(losses.taken, 1)  # of the weight of what was before the first
     fewer = (1 - _MEMORY) * (1 + left) / ((1 + _MEMORY) * (1 - left))
     return jnp.sqrt(fewer * math.pi / 4 * jnp.sum(losses.change**2))

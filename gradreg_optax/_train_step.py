@@ -17,7 +17,7 @@ from gradreg_optax._loss import (
     unreserved,
     with_array_aux,
 )
-from gradreg_optax._numerics import cast, widen
+from gradreg_optax._numerics import ASCENT_GROUPS, cast, widen
 from gradreg_optax._relative import RelativeState
 from gradreg_optax._transforms import GradregState
 from gradreg_optax._types import LossFn, PyTree, Weighted
@@ -356,7 +356,7 @@ def _mean_over_groups(
         return outcome._replace(state=numbers), [None if is_inexact(x) else x for x in leaves]
 
     try:
-        outcome, counters = jax.vmap(separated, out_axes=(0, None))(groups)
+        outcome, counters = jax.vmap(separated, out_axes=(0, None), axis_name=ASCENT_GROUPS)(groups)
     except ValueError as error:
         if "out_axes" not in str(error):
             raise

@@ -6,6 +6,8 @@ taken for the gradient of that same loss, so these transformations come first in
 ``reuse_updates=False`` they evaluate their own gradient and add the penalty to whatever came in.
 """
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +39,7 @@ from gradreg_optax._types import (
     ScalarOrSchedule,
     Scheme,
 )
-from gradreg_optax._validation import check_inexact, check_state, hyperparameter, scalar
+from gradreg_optax._validation import check_inexact, check_same_state, hyperparameter, scalar
 
 
 class GradregState(NamedTuple):
@@ -254,7 +256,7 @@ def flooding(
         value: Any = None,
         **extra_args: Any,
     ) -> tuple[PyTree, GradregState]:
-        check_state(caller, state, GradregState)
+        check_same_state(caller, state, _start())
         check_inexact(caller, "updates", updates)
         if value is None and loss_fn is None and extra_args.get("value_fn") is None:
             raise ValueError(
@@ -292,7 +294,8 @@ def sam(
 
     Args:
       loss_fn: as for :func:`fd_gradreg`.
-      rho: the radius :math:`\rho > 0`, in units of the parameters; a number or a schedule.
+      rho: the radius :math:`\rho \ge 0`, in units of the parameters; a number or a schedule. With
+        zero the result is the gradient itself.
       interval: as for :func:`fd_gradreg`.
       start: as for :func:`fd_gradreg`.
       reuse_updates: as for :func:`fd_gradreg`.
@@ -302,7 +305,7 @@ def sam(
       A transformation with state :class:`GradregState`.
 
     Raises:
-      ValueError: rho <= 0 or interval < 1 (where concrete); otherwise as for :func:`fd_gradreg`.
+      ValueError: rho < 0 or interval < 1 (where concrete); otherwise as for :func:`fd_gradreg`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -341,7 +344,8 @@ def asam(
 
     Args:
       loss_fn: as for :func:`fd_gradreg`.
-      rho: the radius :math:`\rho > 0`, relative to the parameters; a number or a schedule.
+      rho: the radius :math:`\rho \ge 0`, relative to the parameters; a number or a schedule. With
+        zero the result is the gradient itself.
       interval: as for :func:`fd_gradreg`.
       start: as for :func:`fd_gradreg`.
       reuse_updates: as for :func:`fd_gradreg`.
@@ -351,7 +355,7 @@ def asam(
       A transformation with state :class:`GradregState`.
 
     Raises:
-      ValueError: rho <= 0 or interval < 1 (where concrete); otherwise as for :func:`fd_gradreg`.
+      ValueError: rho < 0 or interval < 1 (where concrete); otherwise as for :func:`fd_gradreg`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -438,10 +442,10 @@ def _penalty(gamma: AtStep, estimator: Estimator) -> Penalty:
 
     def apply(
         updates: PyTree, state: GradregState, point: Point, weight: jax.Array, _: Any
-    ) -> tuple[PyTree, GradregState]:
+    ) -> tuple[PyTree, GradregState, PyTree]:
         estimate = estimator.estimate(point._replace(ascent=state.ascent))
         state = state._replace(ascent=estimate.ascent)
-        return add_penalty(updates, weight, estimate.product), state
+        return add_penalty(updates, weight, estimate.product), state, estimate.product
 
     return Penalty(GradregState, init, gamma, apply)
 
@@ -457,12 +461,12 @@ def _sharpness(caller: str, radius: AtStep, ascent: AscentFn, when: Timing) -> P
 
     def apply(
         updates: PyTree, state: GradregState, point: Point, weight: jax.Array, extra_args: Any
-    ) -> tuple[PyTree, GradregState]:
+    ) -> tuple[PyTree, GradregState, PyTree]:
         if point.gradient is None or not when.always:
             return penalty.apply(updates, state, point, weight, extra_args)
         direction, _ = direction_of(point, point.gradient)
         ahead, _ = point.grad_fn(shift(point.params, direction, weight))
-        return jax.tree.map(cast, ahead, updates), state
+        return jax.tree.map(cast, ahead, updates), state, ahead
 
     return penalty._replace(apply=apply)
 

@@ -35,9 +35,9 @@ class Rule(NamedTuple):
     from_zero: bool = False
 
 
-def _ascent_step(remedy: str, *, from_zero: bool = True) -> Rule:
-    remedy = f"for a difference on the descent side use {remedy}"
-    return Rule(lambda x, tiny: tiny <= x < math.inf, "be finite and > 0", remedy, from_zero)
+def _ascent_step(remedy: str) -> Rule:
+    remedy = f'for a difference on the descent side use scheme="backward"; {remedy}'
+    return Rule(lambda x, tiny: tiny <= x < math.inf, "be finite and > 0", remedy, from_zero=True)
 
 
 RULES = {
@@ -46,9 +46,21 @@ RULES = {
         "be finite and >= 0",
         "it weighs a penalty; to reward large gradients negate the loss instead",
     ),
-    "epsilon": _ascent_step('scheme="backward"; for the limit epsilon -> 0 use dbp_gradreg'),
-    "rho": _ascent_step('gradient_norm_penalty(..., scheme="backward")'),
-    "reach": _ascent_step('scheme="backward"; 1 is the default', from_zero=False),
+    "epsilon": _ascent_step("for no penalty gamma=0; for the limit epsilon -> 0 dbp_gradreg"),
+    "fd_value_and_grad: epsilon": _ascent_step(
+        "for no penalty gamma=0; for the limit epsilon -> 0 dbp_value_and_grad"
+    ),
+    "gradient_norm_penalty: epsilon": _ascent_step(
+        "for no penalty gamma=0; for the limit epsilon -> 0 dbp_gradreg(..., ascent=normalized)"
+    ),
+    "difference_error: epsilon": _ascent_step("for the limit epsilon -> 0 hessian_vector_product"),
+    "rho": Rule(
+        lambda x, tiny: 0 <= x < math.inf,
+        "be finite and >= 0",
+        'for a difference on the descent side use gradient_norm_penalty(..., scheme="backward")',
+        from_zero=True,
+    ),
+    "reach": _ascent_step("for no penalty strength=0")._replace(from_zero=False),
     "perturbed_sharpness: rho": Rule(
         lambda x, tiny: math.isfinite(x), "be finite", "negative steps descend"
     ),
@@ -62,7 +74,9 @@ RULES = {
         lambda x, tiny: 0 <= x < 1, "lie in [0, 1)", "it is the memory of a running mean; try 0.9"
     ),
     "penalty_fraction": Rule(
-        lambda x, tiny: 0 < x <= 1, "lie in (0, 1]", "1 takes the whole batch"
+        lambda x, tiny: 0 < x <= 1,
+        "lie in (0, 1]",
+        "1 takes the whole batch, and gamma=0 no penalty",
     ),
 }
 
@@ -231,6 +245,19 @@ def check_state(caller: str, state: Any, kind: type) -> None:
             f" {type(state).__name__}: call init(params), or restore a checkpoint with"
             " init(params) as its target."
         )
+
+
+def check_same_state(caller: str, state: Any, expected: Any) -> None:
+    """The state, but for its counter, has the structure that ``init`` gives it."""
+    check_state(caller, state, type(expected))
+    for name in expected._fields:
+        given: Any = jax.tree.structure(getattr(state, name))
+        made: Any = jax.tree.structure(getattr(expected, name))
+        if given != made and name != "step":
+            raise TypeError(
+                f"{caller}: the state must be the {type(expected).__name__} that init made, got one"
+                f" of other options: its {name} is {given}, not {made}: call init(params)."
+            )
 
 
 def check_params(caller: str, params: PyTree) -> None:

@@ -6,6 +6,8 @@ Everywhere ``value_fn(params)`` is a real scalar, with batch and other arguments
 All functions can be jitted and vmapped.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

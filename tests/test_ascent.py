@@ -420,3 +420,124 @@ def test_a_memory_keeps_the_dtype_in_which_it_began(interval):
     _, state = tx.update(params, tx.init(params), params, value_fn=lambda p: jnp.sum(p**2) / 2)
     assert state.ascent == 4
     assert state.ascent.dtype == jnp.bfloat16
+
+
+def poisoned(params, bad):
+    """The loss, and NaN on a bad batch."""
+    return loss_fn(params) * jnp.where(bad, jnp.nan, 1.0)
+
+
+FAMILIES = {
+    "fd": fd,
+    "fd lazy": lambda ascent: fd(ascent, interval=2),
+    "dbp": lambda ascent: gr.dbp_gradreg(gamma=GAMMA, ascent=ascent),
+    "relative": lambda ascent: gr.relative_gradreg(ascent=ascent),
+    "self-tuned": lambda ascent: gr.relative_gradreg(strength=None, ascent=ascent),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", sorted(REMEMBER))
+def test_a_bad_batch_leaves_no_trace_but_in_the_counter(x64, name, family):
+    """With NaN at a step that takes the penalty the update is NaN, so that a guard behind it skips
+    the step, and state and parameters go on as if that batch had not been.
+    """
+    tx = FAMILIES[family](ASCENTS[name])
+    chain = optax.chain(tx, optax.apply_if_finite(optax.sgd(RATE), 3))
+
+    @jax.jit
+    def step(params, state, bad):
+        value, gradient = jax.value_and_grad(poisoned)(params, bad)
+        loss = functools.partial(poisoned, bad=bad)
+        extra = {"value": value, "value_fn": loss, "held_out_fn": loss}
+        updates, state = chain.update(gradient, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    def along(batches):
+        params, state = initial(), chain.init(initial())
+        for bad in batches:
+            if bad is None:  # as if that batch had not been: only the counter advances
+                count = state[0].step + 1
+                state = state[0]._replace(step=count), state[1]
+            else:
+                params, state = step(params, state, bad)
+        return params, state
+
+    params, (state, guard) = along([False] * 4 + [True] + [False] * 5)
+    expected, (state_without, _) = along([False] * 4 + [None] + [False] * 5)
+    assert int(guard.total_notfinite) == 1
+    for a, b in zip(
+        *map(jax.tree.leaves, ((params, state), (expected, state_without))), strict=True
+    ):
+        assert bool(jnp.all(a == b))
+        if jnp.issubdtype(a.dtype, jnp.inexact):
+            assert bool(jnp.all(jnp.isfinite(a)))
+
+
+@pytest.mark.parametrize("where", ["first", "infinite", "ahead"])
+@pytest.mark.parametrize("family", ["fd", "dbp", "relative"])
+def test_what_is_not_finite_does_not_enter_wherever_it_comes_from(x64, family, where):
+    """In the first batch, an infinity of which clipping would make a finite direction, or at the
+    point climbed to alone.
+    """
+    ascent = optax.chain(optax.clip(1.0), optax.scale_by_adam())
+    tx, params = FAMILIES[family](ascent), initial()
+    state, gradient = tx.init(params), jax.grad(loss_fn)(params)
+    loss = loss_fn
+    if where == "infinite":
+        gradient = jax.tree.map(lambda g: g + jnp.inf, gradient)
+    elif where == "first":
+        gradient = jax.tree.map(lambda g: g * jnp.nan, gradient)
+    else:
+
+        def loss(p):
+            return loss_fn(p) + jnp.where(p["b"] == 0.7, 0.0, jnp.inf) * p["b"]
+
+        if family == "dbp":
+            return  # evaluates nothing ahead
+    updates, after = tx.update(gradient, state, params, value_fn=loss)
+    if family != "relative" or where != "ahead":  # it passes the updates through there
+        assert not np.all(np.isfinite(flat(updates)))
+    for a, b in zip(jax.tree.leaves(after.ascent), jax.tree.leaves(state.ascent), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert int(after.step) == 1
+
+
+def test_an_infinity_that_was_there_from_the_start_may_stay_and_go(x64):
+    def update(gradient, state, params=None):
+        least = jnp.minimum(state["least"], optax.tree.norm(gradient))
+        return gradient, {"least": least, "none yet": state["none yet"]}
+
+    def init(params):
+        return {"least": jnp.asarray(jnp.inf), "none yet": jnp.asarray(jnp.nan)}
+
+    tx, params = fd(optax.GradientTransformation(init, update)), initial()
+    state, gradient = tx.init(params), jax.grad(loss_fn)(params)
+    bad = jax.tree.map(lambda g: g * jnp.nan, gradient)
+    _, state = tx.update(bad, state, params, value_fn=loss_fn)
+    assert state.ascent["least"] == jnp.inf
+    _, state = tx.update(gradient, state, params, value_fn=loss_fn)
+    np.testing.assert_allclose(state.ascent["least"], optax.tree.norm(gradient))
+
+
+@pytest.mark.parametrize("name", ["momentum", "Adam's moments", "noisy"])
+def test_a_bad_group_keeps_all_groups_from_contributing(name):
+    def loss(params, batch):
+        return jnp.mean((jnp.tanh(batch @ params) - 1) ** 2)
+
+    batch = jax.random.normal(jax.random.key(0), (8, 3))
+    init, step = gr.make_train_step(
+        loss,
+        optax.apply_if_finite(optax.sgd(RATE), 3),
+        fd(ASCENTS[name]),
+        ascent_groups=4,
+        donate=False,
+    )
+    state, _ = step(init(jnp.ones(3)), batch)
+    after, _ = step(state, batch.at[3, 1].set(jnp.nan))
+    np.testing.assert_array_equal(after.params, state.params)
+    before, now = state.opt_state[0].ascent, after.opt_state[0].ascent
+    assert all(
+        bool(jnp.all(a == b)) for a, b in zip(*map(jax.tree.leaves, (before, now)), strict=True)
+    )
+    assert int(after.opt_state[0].step) == 2

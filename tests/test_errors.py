@@ -73,6 +73,14 @@ def test_a_gamma_that_is_no_finite_number_is_refused(gamma):
         fd_gradreg(gamma=gamma, epsilon=0.1)
 
 
+LIMIT = {
+    "fd_gradreg": "dbp_gradreg",
+    "gradient_norm_penalty": "dbp_gradreg(..., ascent=normalized)",
+    "fd_value_and_grad": "dbp_value_and_grad",
+    "difference_error": "hessian_vector_product",
+}
+
+
 @pytest.mark.parametrize("function", EPSILON)
 @pytest.mark.parametrize(
     "epsilon",
@@ -83,17 +91,17 @@ def test_an_epsilon_that_is_not_positive_is_refused(function, epsilon):
         ValueError,
         f"{function}: epsilon must be finite and > 0, got {epsilon}",
         'scheme="backward"',
-        "dbp_gradreg",
+        LIMIT[function],
     ):
         EPSILON[function](epsilon)
 
 
 @pytest.mark.parametrize("make", [sam, asam])
-@pytest.mark.parametrize("rho", [0.0, -0.25])
-def test_a_rho_that_is_not_positive_is_refused_with_a_remedy_that_exists(make, rho):
+@pytest.mark.parametrize("rho", [-0.25, float("nan"), float("inf")])
+def test_a_negative_rho_is_refused_with_a_remedy_that_exists(make, rho):
     with says(
         ValueError,
-        f"{make.__name__}: rho must be finite and > 0, got {rho}",
+        f"{make.__name__}: rho must be finite and >= 0, got {rho}",
         'gradient_norm_penalty(..., scheme="backward")',
     ):
         make(rho=rho)

@@ -169,3 +169,75 @@ def test_replicas_that_average_their_gradients_but_not_their_losses_drift_apart(
     found = findings_of(on_replica, BATCH.reshape(2, 2, 3))
     assert len(found) == averaged
     assert not averaged or "averaged over replicas" in found[0]
+
+
+def taking_turns(make):
+    """Two regularizers of which each update takes one, in the chain or by Optax's condition."""
+    first, second = fd_gradreg(**FD, **make(0)), sam(rho=0.1, **make(1))
+    return optax.chain(first, second)
+
+
+TURNS = {
+    "interval": taking_turns(lambda turn: {"interval": 2, "start": turn}),
+    "conditionally_transform": optax.chain(
+        *(
+            optax.conditionally_transform(tx, lambda step, turn=turn: step % 2 == turn)
+            for turn, tx in enumerate([fd_gradreg(**FD), sam(rho=0.1)])
+        )
+    ),
+    "late": optax.chain(
+        fd_gradreg(gamma=lambda step: 0.1 * (step < 2), epsilon=0.1),
+        relative_gradreg(start=2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_regularizers_that_take_turns_are_right(name):
+    assert findings_of(run, TURNS[name]) == []
+
+
+def test_an_update_without_a_penalty_is_not_compared_under_vmap_either():
+    tx = fd_gradreg(**FD, interval=2)
+
+    @jax.vmap  # turns the branch into a select that computes both sides
+    def lane(step):
+        state = tx.init(PARAMS)._replace(step=step)
+        wrong = jax.tree.map(lambda p: (1 + step) * p, jax.grad(loss_fn)(PARAMS, BATCH))
+        return tx.update(wrong, state, PARAMS, value_fn=lambda p: loss_fn(p, BATCH))[0]["w"]
+
+    assert findings_of(lane, jnp.arange(2)) == []
+    assert len(findings_of(lane, jnp.arange(1, 3))) == 1
+
+
+def test_a_skipped_update_costs_no_gradient_under_the_guard(counter):
+    tx = fd_gradreg(counter.wrap(loss_fn), **FD, interval=2)
+    gradient = jax.grad(loss_fn)(PARAMS, BATCH)
+    with checking():
+        state = tx.init(PARAMS)
+        for expected in (2, 0, 2):
+            _, state = tx.update(gradient, state, PARAMS, batch=BATCH)
+            assert counter.read()[1] == expected
+
+
+def test_findings_go_to_the_innermost_guard_that_is_open():
+    def wrong():
+        run(optax.chain(optax.scale(2.0), fd_gradreg(**FD)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GradientMismatch)
+        with checking() as outer:
+            with checking() as inner:
+                pass
+            assert (len(outer), len(inner)) == (0, 0)
+            wrong()
+            assert (len(outer), len(inner)) == (1, 0)
+            with checking() as inner:
+                wrong()
+            assert (len(outer), len(inner)) == (1, 1)
+            with pytest.raises(KeyError), checking():
+                raise KeyError
+            wrong()
+            assert (len(outer), len(inner)) == (2, 1)
+        wrong()
+    assert (len(outer), len(inner)) == (2, 1)

@@ -544,3 +544,74 @@ def test_a_state_made_before_x64_keeps_its_dtypes():
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         _, after = tx.update(params, state, params, value_fn=lambda p: jnp.sum(p**4) / 4)
     assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+
+
+@jax.custom_vjp
+def scale_cotangent(x: Any, factor: Any) -> Any:
+    """``x``, whose cotangent is multiplied by ``factor``."""
+    return x
+
+
+def _scaled_back(factor: Any, cotangent: Any) -> Any:
+    return jax.tree.map(lambda c: c * factor, cotangent), None
+
+
+scale_cotangent.defvjp(lambda x, factor: (x, factor), _scaled_back)
+SCALES = {
+    "constant": [2.0**10] * 12,
+    "doubles twice": [1.0] * 4 + [2.0] * 4 + [4.0] * 4,
+    "falls by 16": [16.0] * 6 + [1.0] * 6,
+    "halves again and again": [2.0 ** (10 - min(i, 10)) for i in range(12)],
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("strength", [0.5, None])
+@pytest.mark.parametrize("name", SCALES)
+def test_a_loss_scale_that_changes_belongs_inside_the_loss(
+    name: str, strength: float | None
+) -> None:
+    """The scale multiplies what goes back through the network, and is divided out at the
+    parameters: loss and gradient are those without a scale, and so is the trajectory.
+    """
+    seen: list[float] = []
+
+    def loss(params: Any, batch: Any) -> Any:
+        *batch, scale = batch
+        params = scale_cotangent(params, 1 / scale)
+        hidden = jnp.tanh(batch[0] @ params["in"])
+
+        @jax.custom_vjp
+        def seeing(x: Any) -> Any:
+            return x
+
+        def back(_: None, cotangent: Any) -> Any:
+            jax.debug.callback(lambda c: seen.append(float(jnp.abs(c).max())), cotangent)
+            return (cotangent,)
+
+        seeing.defvjp(lambda x: (x, None), back)
+        value = jnp.mean((seeing(hidden) @ params["out"] - batch[1]) ** 2)
+        return scale_cotangent(value, scale)
+
+    def run(loss: Any, data: Any) -> Any:
+        tx = relative_gradreg(strength=strength)
+
+        def step(carry: Any, batch: Any) -> Any:
+            params, state = carry
+            extra = dict.fromkeys(["value_fn", "held_out_fn"], lambda p: loss(p, batch))
+            updates, state = tx.update(jax.grad(loss)(params, batch), state, params, **extra)
+            return (jax.tree.map(lambda p, u: p - 0.1 * u, params, updates), state), None
+
+        start = network(), tx.init(network())
+        return jax.lax.scan(step, start, data)[0][0]
+
+    x, y = batches(12)
+    scaled = run(loss, (x, y, jnp.asarray(SCALES[name])))
+    jax.effects_barrier()
+    largest = max(seen)
+    plain = run(network_loss, (x, y))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), scaled, plain)
+    seen.clear()
+    run(loss, (x, y, jnp.ones(12)))
+    jax.effects_barrier()
+    assert largest > 1.5 * max(seen)  # what went back was scaled

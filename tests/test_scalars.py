@@ -1,12 +1,23 @@
 """Numbers, arrays, tracers and schedules are all scalars."""
 
+import inspect
+import typing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from gradreg_optax import dbp_gradreg, fd_gradreg, sam
+import gradreg_optax
+from gradreg_optax import (
+    asam,
+    dbp_gradreg,
+    fd_gradreg,
+    gradient_norm_penalty,
+    relative_gradreg,
+    sam,
+)
 from problems import SCHEMES, batch_of, correction, flat, loss_fn, params_of, regularized, update_of
 
 SCALARS = {
@@ -152,14 +163,43 @@ def test_a_scheduled_negative_epsilon_is_the_backward_difference_without_jit_too
         assert update in (2.5, 0.25)  # 1 + 2 - 0.5, and the gradient at 0.5
 
 
-@pytest.mark.parametrize("make", [lambda x: sam(rho=x), lambda x: fd_gradreg(gamma=1.0, epsilon=x)])
-def test_a_warm_up_may_start_at_a_zero_of_jax_but_not_at_a_number_zero(make):
-    tx = make(jnp.zeros([]))
+def test_a_warm_up_of_epsilon_may_start_at_a_zero_of_jax_but_not_at_a_number_zero():
+    tx = fd_gradreg(gamma=1.0, epsilon=jnp.zeros([]))
     params = jnp.ones(2)
     updates = update_of(tx, params, params, value_fn=lambda p: jnp.sum(p**2) / 2)
     np.testing.assert_array_equal(updates, params)
     with pytest.raises(ValueError, match=r"must be finite and > 0, got 0\.0"):
-        make(0.0)
+        fd_gradreg(gamma=1.0, epsilon=0.0)
+
+
+ZERO = {
+    "fd gamma": lambda x, **k: fd_gradreg(gamma=x, epsilon=0.1, **k),
+    "dbp gamma": lambda x, **k: dbp_gradreg(gamma=x, **k),
+    "gnp gamma": lambda x, **k: gradient_norm_penalty(gamma=x, epsilon=0.1, **k),
+    "relative strength": lambda x, **k: relative_gradreg(strength=x, **k),
+    "sam rho": lambda x, **k: sam(rho=x, **k),
+    "asam rho": lambda x, **k: asam(rho=x, **k),
+}
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, np.float32(0), jnp.zeros([])], ids=repr)
+@pytest.mark.parametrize("options", [{}, {"interval": 2}, {"reuse_updates": False}], ids=str)
+@pytest.mark.parametrize("name", ZERO)
+def test_a_coefficient_of_zero_is_the_plain_gradient(x64, name, options, zero):
+    params, batch = params_of(), batch_of()
+    gradient = jax.grad(loss_fn)(params, batch)
+    tx = ZERO[name](zero, **options)
+    updates = update_of(tx, gradient, params, value_fn=lambda p: loss_fn(p, batch))
+    np.testing.assert_allclose(flat(updates), flat(gradient), rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [f for f in map(vars(gradreg_optax).get, gradreg_optax.__all__) if inspect.isfunction(f)],
+)
+def test_help_prints_a_signature_that_can_be_read_and_its_types_resolve(function):
+    assert len(str(inspect.signature(function))) < 400
+    assert "return" in typing.get_type_hints(function)
 
 
 def test_an_update_may_not_be_complex_where_its_parameter_is_real():

@@ -4,8 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
-from gradreg_optax import GradregState, fd_gradreg, flooding
+from gradreg_optax import (
+    GradregState,
+    RelativeState,
+    dbp_gradreg,
+    fd_gradreg,
+    flooding,
+    relative_gradreg,
+)
 from problems import REGULARIZERS, batch_of, flat, loss_fn, params_of, update_of
 
 
@@ -58,3 +66,65 @@ def test_the_state_is_a_counter_of_fixed_type():
         )
     full = GradregState(step=jnp.asarray(np.iinfo(np.int32).max, jnp.int32))
     assert int(tx.update(params, full, params, value=0.1)[1].step) == np.iinfo(np.int32).max
+
+
+MOMENTUM, ADAM = optax.trace(0.9), optax.scale_by_adam()
+FD = {"gamma": 0.3, "epsilon": 0.2}
+KEY, STRENGTH = jax.random.key(0), jnp.asarray(0.5)  # arrays that the caller goes on using
+FAMILIES = {
+    **{name: make() for name, make in REGULARIZERS.items()},
+    "flooding": flooding(level=0.1),
+    "momentum": fd_gradreg(**FD, ascent=MOMENTUM),
+    "moments": dbp_gradreg(gamma=0.3, ascent=ADAM),
+    "noise": fd_gradreg(**FD, ascent=optax.add_noise(0.1, 0.5, key=KEY)),
+    "lazy": fd_gradreg(**FD, ascent=optax.ema(0.9), interval=2, start=1),
+    "relative": relative_gradreg(),
+    "relative array": relative_gradreg(strength=STRENGTH),
+    "relative schedule": relative_gradreg(strength=optax.constant_schedule(STRENGTH)),
+    "relative momentum": relative_gradreg(ascent=MOMENTUM),
+    "self-tuned": relative_gradreg(strength=None),
+}
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_fresh_state_can_be_donated_again_and_again(name, wide):
+    with jax.enable_x64(wide):
+        batch = batch_of()
+        for tx in (FAMILIES[name], optax.chain(FAMILIES[name], optax.adam(1e-2))):
+
+            def step(params, state, tx=tx):
+                value, gradient = jax.value_and_grad(loss_fn)(params, batch)
+                extra = dict.fromkeys(["value_fn", "held_out_fn"], lambda p: loss_fn(p, batch))
+                updates, state = tx.update(gradient, state, params, value=value, **extra)
+                return optax.apply_updates(params, updates), state
+
+            donating = jax.jit(step, donate_argnums=(0, 1))
+            for init in (tx.init, tx.init, jax.jit(tx.init)):
+                params = params_of()
+                state = init(params)
+                assert not any(jax.typeof(x).weak_type for x in jax.tree.leaves(state))
+                for _ in range(2):
+                    params, state = donating(params, state)
+            assert donating._cache_size() == 1
+
+
+STATES = ["fd forward", "momentum", "moments", "relative", "relative momentum", "self-tuned"]
+
+
+@pytest.mark.parametrize("given", STATES)
+@pytest.mark.parametrize("name", [*STATES, "flooding", "sam"])
+def test_the_state_of_another_configuration_is_refused(given, name):
+    params, batch, tx = params_of(), batch_of(), FAMILIES[name]
+    state = FAMILIES[given].init(params)
+    extra = dict.fromkeys(["value_fn", "held_out_fn"], lambda p: loss_fn(p, batch))
+
+    def update():
+        return tx.update(params, state, params, value=1.0, **extra)
+
+    if jax.tree.structure(state) == jax.tree.structure(tx.init(params)):
+        update()  # of a counter alone nothing tells whose it is, and it counts the same updates
+        return
+    kind = RelativeState if name.startswith(("relative", "self")) else GradregState
+    with pytest.raises(TypeError, match=rf"\w+: the state must be the {kind.__name__} that init"):
+        update()
