@@ -86,41 +86,45 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
 def test_a_fresh_state_can_be_donated_again_and_again(name, wide):
     with jax.enable_x64(wide):
         batch = batch_of()
-        for tx in (FAMILIES[name], optax.chain(FAMILIES[name], optax.adam(1e-2))):
+        tx = optax.chain(FAMILIES[name], optax.sgd(1e-2))
 
-            def step(params, state, tx=tx):
-                value, gradient = jax.value_and_grad(loss_fn)(params, batch)
-                extra = dict.fromkeys(["value_fn", "held_out_fn"], lambda p: loss_fn(p, batch))
-                updates, state = tx.update(gradient, state, params, value=value, **extra)
-                return optax.apply_updates(params, updates), state
+        def step(params, state):
+            value, gradient = jax.value_and_grad(loss_fn)(params, batch)
+            extra = dict.fromkeys(["value_fn", "held_out_fn"], lambda p: loss_fn(p, batch))
+            updates, state = tx.update(gradient, state, params, value=value, **extra)
+            return optax.apply_updates(params, updates), state
 
-            donating = jax.jit(step, donate_argnums=(0, 1))
-            for init in (tx.init, tx.init, jax.jit(tx.init)):
-                params = params_of()
-                state = init(params)
-                assert not any(jax.typeof(x).weak_type for x in jax.tree.leaves(state))
-                for _ in range(2):
-                    params, state = donating(params, state)
-            assert donating._cache_size() == 1
+        donating = jax.jit(step, donate_argnums=(0, 1))
+        for init in (tx.init, tx.init, jax.jit(tx.init)):
+            params = params_of()
+            state = init(params)
+            assert not any(jax.typeof(x).weak_type for x in jax.tree.leaves(state))
+            for _ in range(2):
+                params, state = donating(params, state)
+        assert donating._cache_size() == 1
 
 
 STATES = ["fd forward", "momentum", "moments", "relative", "relative momentum", "self-tuned"]
 
 
 @pytest.mark.parametrize("given", STATES)
-@pytest.mark.parametrize("name", [*STATES, "flooding", "sam"])
-def test_the_state_of_another_configuration_is_refused(given, name):
+def test_the_state_of_another_configuration_is_refused(given):
+    for name in [*STATES, "flooding", "sam"]:
+        _refuses(name, given)
+
+
+def _refuses(name, given):
     params, batch, tx = params_of(), batch_of(), FAMILIES[name]
     state = FAMILIES[given].init(params)
     extra = dict.fromkeys(["value_fn", "held_out_fn"], lambda p: loss_fn(p, batch))
 
     def update():
-        return tx.update(params, state, params, value=1.0, **extra)
+        return jax.eval_shape(lambda: tx.update(params, state, params, value=1.0, **extra))
 
     if jax.tree.structure(state) == jax.tree.structure(tx.init(params)):
         update()  # of a counter alone nothing tells whose it is, and it counts the same updates
