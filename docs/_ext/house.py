@@ -31,7 +31,8 @@ LOGGER = logging.getLogger(__name__)
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Registers everything below."""
-    copy_notebooks(ROOT / "notebooks", Path(app.srcdir) / "notebooks")
+    for folder in ("notebooks", "studies/notebooks"):
+        copy_notebooks(ROOT / folder, Path(app.srcdir) / "notebooks")
     app.add_html_math_renderer("mathml", (inline_formula, None), (displayed_formula, None))
     app.config.html_math_renderer = "mathml"
     app.add_directive("floors", Floors)
@@ -103,7 +104,7 @@ def copy_notebooks(source: Path, target: Path) -> None:
 def follow_the_notebooks(app: Sphinx, docname: str, source: list[str]) -> None:
     """Turns links that hold in the repository into links that hold here."""
     source[0] = re.sub(
-        r"(\]\((?:\.\./)*)\.\./notebooks/(?=[^)]*\.ipynb)", r"\1notebooks/", source[0]
+        r"(\]\((?:\.\./)*)\.\./(?:studies/)?notebooks/(?=[^)]*\.ipynb)", r"\1notebooks/", source[0]
     )
 
 

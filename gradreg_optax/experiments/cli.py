@@ -1,92 +1,170 @@
-"""The subcommands of ``gradreg``: each is a module with ``Config``, ``run``, ``table`` and
-``plot``.
+"""Command line shared by ``gradreg`` and ``python -m studies``.
+
+A command is a module with ``Config``, ``run``, ``table`` and ``plot``. This module imports neither
+JAX nor a command before one is chosen, so that ``--help`` and ``--version`` answer at once.
 """
 
+import difflib
 import functools
-import operator
+import importlib
+import importlib.metadata
 import os
+import signal
 import sys
-from types import ModuleType
-from typing import Annotated, Any
-
-import tyro
-
-from gradreg_optax.experiments import (
-    common,
-    compare,
-    cost,
-    flatness,
-    flooding,
-    frontier,
-    implicit_bias,
-    language,
-    late,
-    results,
-    strength,
-    sweep,
-)
-from gradreg_optax.experiments.common import CommandError
-
-_MODULES: tuple[ModuleType, ...] = (compare, sweep, cost, implicit_bias, flooding)
-_MODULES += (frontier, strength, late, flatness, language)
-# each by the name of its module
-COMMANDS = {common.option(module.__name__.rpartition(".")[2]): module for module in _MODULES}
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 
-def run(arguments: list[str] | None = None) -> None:
-    """Parses the command line, runs the experiment, prints its table, and writes ``results.json``
-    and the figures.
+class Command(NamedTuple):
+    """One line of the listing, and two of the command's own help.
+
+    Attributes:
+      summary: what the command shows.
+      duration: how long it takes with its defaults.
+      example: arguments of an example.
+    """
+
+    summary: str
+    duration: str
+    example: str
+
+
+class Program(NamedTuple):
+    """A set of commands.
+
+    Attributes:
+      name: how a user calls it.
+      package: the package that holds a module for each command.
+      summary: what the commands have in common.
+      commands: the commands by name.
+    """
+
+    name: str
+    package: str
+    summary: str
+    commands: Mapping[str, Command]
+
+    def module(self, command: str) -> Any:
+        """Import the module of a command.
+
+        Raises:
+          SystemExit: a package of the ``experiments`` extra is missing.
+        """
+        try:
+            importlib.import_module("tyro")
+            return importlib.import_module(f"{self.package}.{command.replace('-', '_')}")
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith(("gradreg_optax", "studies")):  # a bug of our own
+                raise
+            raise SystemExit(
+                f"{self.name} {command} needs the experiments extra ({error}). Run pip install"
+                ' "gradreg-optax[experiments]".'
+            ) from error
+
+    def listing(self) -> str:
+        """Text of ``--help``."""
+        width = max(len("--version"), *map(len, self.commands))
+        lines = [f"usage: {self.name} COMMAND [OPTIONS]", "", textwrap.fill(self.summary, 100), ""]
+        lines += ["commands:"]
+        lines += [f"  {name:<{width}}  {one.summary}" for name, one in self.commands.items()]
+        lines += ["", "options:", f"  {'--help':<{width}}  Show this message."]
+        lines += [f"  {'--version':<{width}}  Show the version.", ""]
+        return "\n".join([*lines, f"Run {self.name} COMMAND --help for the options of a command."])
+
+    def unknown(self, command: str) -> str:
+        """Error for a name that is not a command."""
+        close = difflib.get_close_matches(command, self.commands, 1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        return (
+            f"{self.name}: unknown command {command!r}.{hint} Run {self.name} --help for the list."
+        )
+
+
+def main(program: Program) -> None:
+    """Run the command line of this process; Ctrl-C ends it with exit code 130.
 
     Args:
-      arguments: the command line, by default that of the process.
+      program: the commands.
+    """
+    signal.signal(signal.SIGINT, functools.partial(_interrupted, None))
+    chosen = parse(program, sys.argv[1:])
+    if chosen is not None:
+        signal.signal(signal.SIGINT, functools.partial(_interrupted, chosen[1].output))
+        execute(program, *chosen)
+
+
+def run(program: Program, arguments: Sequence[str]) -> None:
+    """Parse a command line, run the experiment, print its table, and write results and figures.
+
+    Args:
+      program: the commands.
+      arguments: the command line without the program's name.
 
     Raises:
-      SystemExit: the command line is wrong, the data are not there, settings do not fit together,
-        or the run is interrupted. Any other error is a fault of the program, and keeps its trace.
+      SystemExit: the command line is wrong, data are missing, or settings do not fit together. Any
+        other error is a bug and keeps its traceback.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    name = f"gradreg {arguments[0]}" if arguments else "gradreg"
+    chosen = parse(program, arguments)
+    if chosen is not None:
+        execute(program, *chosen)
+
+
+def parse(program: Program, arguments: Sequence[str]) -> tuple[str, Any] | None:
+    """Return the command and its configuration; None after ``--help`` or ``--version``."""
+    if not arguments:
+        sys.exit(f"{program.listing()}\n\n{program.name}: a command is required.")
+    command, *rest = arguments
+    if command in ("--help", "-h", "--version"):
+        version = f"{program.name} {importlib.metadata.version('gradreg-optax')}"
+        print(version if command == "--version" else program.listing())
+        return None
+    if command not in program.commands:
+        print(program.unknown(command), file=sys.stderr)
+        sys.exit(2)
+    return command, _config(program, command, rest)
+
+
+def _config(program: Program, command: str, arguments: Sequence[str]) -> Any:
+    """Parse the options of a command."""
+    module, (summary, duration, example) = program.module(command), program.commands[command]
+    import tyro
+
+    from gradreg_optax.experiments.common import CommandError
+
+    called = f"{program.name} {command}"
+    text = f"{summary}\n\nTakes about {duration}.\n\nExample: {called} {example}"
     try:
-        if arguments == ["--version"]:
-            print(f"gradreg {results.versions()['gradreg-optax']}")
-        else:
-            _run(*parse(arguments))
+        return tyro.cli(module.Config, prog=called, description=text, args=list(arguments))
+    except CommandError as error:
+        print(f"{called}: {error} See {called} --help.", file=sys.stderr)
+        sys.exit(2)
+
+
+def execute(program: Program, command: str, config: Any) -> None:
+    """Run a command with its configuration, or draw its results again."""
+    from gradreg_optax.experiments.common import CommandError
+
+    try:
+        _execute(program, command, config)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough; all files are written by then
+    except BrokenPipeError:  # the reader has closed the pipe; all files are written by then
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except CommandError as error:
-        raise SystemExit(f"{name}: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        raise SystemExit(f"{program.name} {command}: {error}") from error
 
 
-def parse(arguments: list[str]) -> tuple[str, ModuleType, Any]:
-    """The command, its module and its configuration."""
-    choices: list[Any] = []
-    for name, module in COMMANDS.items():
-        summary = " ".join((module.__doc__ or "").split("\n\n")[0].split())
-        choice = tyro.conf.subcommand(name, description=summary)
-        choices.append(Annotated[module.Config, choice])
-    config = tyro.cli(
-        functools.reduce(operator.or_, choices),
-        prog="gradreg",
-        description=(
-            "The experiments of 'Understanding Gradient Regularization in Deep Learning' (Karakida"
-            " et al., ICML 2023). gradreg --version prints the version."
-        ),
-        args=arguments,
-        config=(tyro.conf.OmitSubcommandPrefixes,),
-    )
-    command = next(name for name, made in COMMANDS.items() if type(config) is made.Config)
-    return command, COMMANDS[command], config
+def _execute(program: Program, command: str, config: Any) -> None:
+    from gradreg_optax.experiments import results
+    from gradreg_optax.experiments.common import CommandError
 
-
-def _run(command: str, module: ModuleType, config: Any) -> None:
+    module, called = program.module(command), f"{program.name} {command}"
     if config.redraw:
         found = results.load(config.output, command)
     else:
         results.prepare(config.output)
-        path = results.save(config.output, command, config, _interruptible(module, config))
+        path = results.save(config.output, called, config, module.run(config))
         found = results.load(path, command)
         print(f"results: {path}")
     try:  # figures before anything is printed: a closed pipe loses none
@@ -95,19 +173,18 @@ def _run(command: str, module: ModuleType, config: Any) -> None:
         if not config.redraw:
             raise
         raise CommandError(
-            f"{config.output} does not hold what gradreg {command} draws ({error!r}): run the"
-            " command without --redraw."
+            f"{config.output} does not hold results of this version of {called} ({error!r}). Run"
+            " the command without --redraw."
         ) from error
     print("\n".join([text, *(f"figure: {figure}" for figure in figures)]))
 
 
-def _interruptible(module: ModuleType, config: Any) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = module.run(config)
-    except KeyboardInterrupt:
-        parts = config.output / "parts"
-        kept = f"{len(list(parts.glob('*.json')))} finished parts are in {parts}"
-        said = f"\ninterrupted; {kept}: the same command goes on where it stopped."
-        print(said, file=sys.stderr)
-        raise
-    return found
+def _interrupted(output: Path | None, *_: Any) -> None:
+    """Leave at once: threads that still compile must not outlive the interpreter."""
+    message = "\ninterrupted"
+    if output is not None:
+        parts = output / "parts"
+        count = len(list(parts.glob("*.json")))
+        message += f": {count} finished parts are in {parts}. Run the same command to resume"
+    os.write(2, f"{message}.\n".encode())
+    os._exit(130)

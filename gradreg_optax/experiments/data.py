@@ -12,7 +12,6 @@ import math
 import os
 import subprocess
 import sys
-import sysconfig
 import zipfile
 import zlib
 from pathlib import Path
@@ -37,8 +36,6 @@ _MD5 = {
     "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
     "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
 }
-# Below the standard library, but not of it or not everywhere.
-_NO_SOURCES = frozenset(("site-packages", "dist-packages", "test", "tests"))
 # MNIST's files have the same names; md5 sums of them, unpacked.
 _MNIST = (
     "6bbc9ace898e44ae57da46a324031adb",
@@ -188,52 +185,6 @@ def draw(
     other = rng.integers(1, dataset.classes, labels[wrong].shape)
     labels[wrong] = (labels[wrong] + other) % dataset.classes
     return Split(train.astype(np.int32), labels.astype(np.int32), test.astype(np.int32))
-
-
-def source_code(length: int, *, packages: bool = False) -> Dataset:
-    """Python's own standard library as text, to be continued byte by byte: a corpus that is on
-    every machine, though not the same for every version of Python.
-
-    Args:
-      length: bytes in a sample; its labels are the bytes that follow each of them.
-      packages: read the files of all packages but tests as well, ten times as much, and keep what
-        belongs together on one side.
-
-    Returns:
-      The data set, of 128 classes, of which the last stands for all that is no ASCII. Every second
-      file is for training, the others for testing; with ``packages`` every eighth module or package
-      is for testing, with all its files.
-    """
-    train, test = (_windows(files, length + 1) for files in source_files(packages=packages))
-    parts = (*_continued(train), *_continued(test))
-    return Dataset("source code", *parts, classes=128, scale=1.0, tokens=True)
-
-
-def source_files(*, packages: bool = False) -> tuple[list[Path], list[Path]]:
-    """The files that :func:`source_code` trains on, and those that it tests on."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    if not packages:
-        files = sorted(root.glob("*.py"))
-        return files[::2], files[1::2]
-    groups: dict[str, list[Path]] = {}
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if not _NO_SOURCES & set(parts):
-            groups.setdefault(parts[0].removesuffix(".py"), []).append(path)
-    names = sorted(groups)
-    sides = ([name for name in names if name not in names[::8]], names[::8])
-    train, test = ([path for name in side for path in groups[name]] for side in sides)
-    return train, test
-
-
-def _continued(windows: Array) -> tuple[Array, Array]:
-    return windows[:, :-1], windows[:, 1:]
-
-
-def _windows(files: list[Path], length: int) -> Array:
-    text = np.frombuffer(b"".join(path.read_bytes() for path in files), np.uint8)
-    whole = len(text) // length * length
-    return np.minimum(text[:whole], 127).astype(np.int32).reshape(-1, length)
 
 
 def cache() -> Path:

@@ -66,87 +66,20 @@ def build(
     return Model(made.init, lambda params, x: made.apply(params, x.reshape(len(x), *shape)))
 
 
-def transformer(
-    tokens: int, length: int, *, width: int = 32, depth: int = 2, heads: int = 4
-) -> Model:
-    """A causal transformer: the logits of the next token at every place of a sequence.
-
-    Args:
-      tokens: number of different tokens.
-      length: length of a sequence.
-      width: numbers that stand for a token.
-      depth: blocks of attention and of a hidden layer of four times the width, with learnt
-        root-mean-square normalization in front of each.
-      heads: of the attention; a divisor of the width.
-
-    Returns:
-      The network; its inputs are whole numbers of shape (batch, length), its outputs have shape
-      (batch, length, tokens).
-    """
-    visible = jnp.tril(jnp.ones((length, length), bool))
-
-    def init(key: jax.Array) -> PyTree:
-        embedding, place, head, *keys = jax.random.split(key, 3 + depth)
-        return {
-            "embedding": 0.1 * jax.random.normal(embedding, (tokens, width)),
-            "place": 0.1 * jax.random.normal(place, (length, width)),
-            "blocks": [_block(k, width) for k in keys],
-            "scale": jnp.ones(width),
-            "head": _dense(head, width, tokens),
-        }
-
-    def apply(params: PyTree, x: jax.Array) -> jax.Array:
-        h = params["embedding"][x] + params["place"][None]
-        for block in params["blocks"]:
-            attended = _attention(block, _normalized(block["scales"][0], h), heads, visible)
-            h = h + _affine(block["out"], attended)
-            hidden = jax.nn.gelu(_affine(block["up"], _normalized(block["scales"][1], h)))
-            h = h + _affine(block["down"], hidden)
-        return _affine(params["head"], _normalized(params["scale"], h))
-
-    return Model(init, apply)
-
-
-def _block(key: jax.Array, width: int) -> PyTree:
-    sizes = {"qkv": (1, 3), "out": (1, 1), "up": (1, 4), "down": (4, 1)}
-    keys = jax.random.split(key, len(sizes))
-    made = {
-        name: _dense(k, width * size, width * out)
-        for k, (name, (size, out)) in zip(keys, sizes.items(), strict=True)
-    }
-    return made | {"scales": jnp.ones((2, width))}
-
-
-def _normalized(scale: jax.Array, x: jax.Array, sides: int = 0) -> jax.Array:
-    """By the root mean square over the channels, and over that many axes before them."""
-    size = jnp.mean(x**2, axis=tuple(range(-1 - sides, 0)), keepdims=True)
-    return jnp.expand_dims(scale, range(x.ndim - 1)) * x * jax.lax.rsqrt(size + 1e-5)
-
-
-def _attention(block: PyTree, x: jax.Array, heads: int, visible: jax.Array) -> jax.Array:
-    batch, length, width = x.shape
-    qkv = _affine(block["qkv"], x).reshape(batch, length, 3, heads, width // heads)
-    q, k, v = (qkv[:, :, i] for i in range(3))
-    score = jnp.einsum("bqhd,bkhd->bhqk", q, k) * math.sqrt(heads / width)
-    weight = jax.nn.softmax(jnp.where(visible[None, None], score, -jnp.inf), axis=-1)
-    mixed: jax.Array = jnp.einsum("bhqk,bkhd->bqhd", weight, v).reshape(batch, length, width)
-    return mixed
-
-
 def _mlp(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Model:
     sizes = [math.prod(shape), *[width] * depth, classes]
 
     def init(key: jax.Array) -> PyTree:
         keys = jax.random.split(key, len(sizes) - 1)
         return [
-            _dense(k, size, out) for k, size, out in zip(keys, sizes[:-1], sizes[1:], strict=True)
+            dense(k, size, out) for k, size, out in zip(keys, sizes[:-1], sizes[1:], strict=True)
         ]
 
     def apply(params: PyTree, x: jax.Array) -> jax.Array:
         x = x.reshape(len(x), -1)
         for layer in params[:-1]:
-            x = jax.nn.gelu(_affine(layer, x))
-        return _affine(params[-1], x)
+            x = jax.nn.gelu(affine(layer, x))
+        return affine(params[-1], x)
 
     return Model(init, apply)
 
@@ -157,15 +90,15 @@ def _cnn(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Model:
     def init(key: jax.Array) -> PyTree:
         keys = jax.random.split(key, len(channels))
         convolutions = [
-            _dense(k, 3**sides * size, out)
+            dense(k, 3**sides * size, out)
             for k, size, out in zip(keys[1:], channels[:-1], channels[1:], strict=True)
         ]
-        return {"convolutions": convolutions, "head": _dense(keys[0], channels[-1], classes)}
+        return {"convolutions": convolutions, "head": dense(keys[0], channels[-1], classes)}
 
     def apply(params: PyTree, x: jax.Array) -> jax.Array:
         for layer in params["convolutions"]:
             x = _pool(jax.nn.gelu(_convolution(layer, x)))
-        return _affine(params["head"], _over_sides(x))
+        return affine(params["head"], _over_sides(x))
 
     return Model(init, apply)
 
@@ -181,10 +114,10 @@ def _resnet(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Mod
         stem, head, *keys = jax.random.split(key, 2 + len(stages))
         stage_keys = zip(keys, grown, strict=True)
         return {
-            "stem": _dense(stem, 3**sides * shape[-1], width),
+            "stem": dense(stem, 3**sides * shape[-1], width),
             "stages": [_stage(k, size, out, depth, sides) for k, (size, out) in stage_keys],
             "scale": jnp.ones(stages[-1]),
-            "head": _dense(head, stages[-1], classes),
+            "head": dense(head, stages[-1], classes),
         }
 
     def apply(params: PyTree, x: jax.Array) -> jax.Array:
@@ -193,13 +126,19 @@ def _resnet(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Mod
             for block in stage:
                 x = _residual(block, x)
             x = x if place == len(stages) - 1 else _pool(x)
-        active = jax.nn.gelu(_normalized(params["scale"], x, sides))
-        return _affine(params["head"], _over_sides(active))
+        active = jax.nn.gelu(normalized(params["scale"], x, sides))
+        return affine(params["head"], _over_sides(active))
 
     return Model(init, apply)
 
 
 _CONVOLUTIONAL = {"cnn": _cnn, "resnet": _resnet}
+
+
+def normalized(scale: jax.Array, x: jax.Array, sides: int = 0) -> jax.Array:
+    """By the root mean square over the channels, and over that many axes before them."""
+    size = jnp.mean(x**2, axis=tuple(range(-1 - sides, 0)), keepdims=True)
+    return jnp.expand_dims(scale, range(x.ndim - 1)) * x * jax.lax.rsqrt(size + 1e-5)
 
 
 def _stage(key: jax.Array, size: int, out: int, depth: int, sides: int) -> list[PyTree]:
@@ -208,22 +147,22 @@ def _stage(key: jax.Array, size: int, out: int, depth: int, sides: int) -> list[
     for k, inputs in zip(jax.random.split(key, depth), [size] + [out] * (depth - 1), strict=True):
         first, second, skip = jax.random.split(k, 3)
         made = {
-            "first": _dense(first, 3**sides * inputs, out),
-            "second": _dense(second, 3**sides * out, out),
+            "first": dense(first, 3**sides * inputs, out),
+            "second": dense(second, 3**sides * out, out),
             "scales": [jnp.ones(inputs), jnp.ones(out)],
         }
-        blocks.append(made | ({"skip": _dense(skip, inputs, out)} if inputs != out else {}))
+        blocks.append(made | ({"skip": dense(skip, inputs, out)} if inputs != out else {}))
     return blocks
 
 
 def _residual(block: PyTree, x: jax.Array) -> jax.Array:
     sides, h = x.ndim - 2, x
     for name, scale in zip(("first", "second"), block["scales"], strict=True):
-        h = _convolution(block[name], jax.nn.gelu(_normalized(scale, h, sides)))
-    return h + (_affine(block["skip"], x) if "skip" in block else x)
+        h = _convolution(block[name], jax.nn.gelu(normalized(scale, h, sides)))
+    return h + (affine(block["skip"], x) if "skip" in block else x)
 
 
-def _dense(key: jax.Array, size: int, out: int) -> PyTree:
+def dense(key: jax.Array, size: int, out: int) -> PyTree:
     """Weights with variance 1 / fan-in, and zero biases."""
     return {
         "kernel": jax.random.normal(key, (size, out)) * math.sqrt(1 / size),
@@ -231,7 +170,8 @@ def _dense(key: jax.Array, size: int, out: int) -> PyTree:
     }
 
 
-def _affine(layer: PyTree, x: jax.Array) -> jax.Array:
+def affine(layer: PyTree, x: jax.Array) -> jax.Array:
+    """Apply a dense layer to the last axis."""
     y: jax.Array = x @ layer["kernel"]
     return y + jnp.expand_dims(layer["bias"], range(y.ndim - 1))
 
@@ -246,7 +186,7 @@ def _convolution(layer: PyTree, x: jax.Array) -> jax.Array:
         padded[:, *(slice(i, i + side) for i, side in zip(start, sides, strict=True))]
         for start in itertools.product(range(3), repeat=len(sides))
     ]
-    return _affine(layer, jnp.concatenate(shifted, axis=-1))
+    return affine(layer, jnp.concatenate(shifted, axis=-1))
 
 
 def _pool(x: jax.Array) -> jax.Array:

@@ -41,7 +41,7 @@ def save(output: Path, command: str, config: Any, results: dict[str, Any]) -> Pa
 
     Args:
       output: the folder, made if need be.
-      command: the subcommand that made them.
+      command: the command that made them, such as "gradreg compare".
       config: its dataclass.
       results: a dict of arrays, numbers, strings, lists and dicts, of which none is None.
 
@@ -49,7 +49,7 @@ def save(output: Path, command: str, config: Any, results: dict[str, Any]) -> Pa
       The path of the file.
     """
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "output"}
-    document = {"command": f"gradreg {command}", "layout": LAYOUT, "config": settings}
+    document = {"command": command, "layout": LAYOUT, "config": settings}
     document |= {"versions": versions(), "sources": sources(), "machine": machine()}
     write(output / FILE, document | {"results": results})
     return output / FILE
@@ -60,7 +60,7 @@ def load(path: Path, command: str | None = None) -> dict[str, Any]:
 
     Args:
       path: a file of :func:`save`, or its folder.
-      command: the subcommand that must have made them, if it matters.
+      command: last word of the command that must have made them; any by default.
 
     Raises:
       MissingError: nothing has been saved there.
@@ -75,8 +75,8 @@ def load(path: Path, command: str | None = None) -> dict[str, Any]:
         made, layout, results = document["command"], document.get("layout", 1), document["results"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CommandError(f"{path} is broken or no file of results: {again}.") from error
-    if command is not None and made != f"gradreg {command}":
-        raise CommandError(f"{path} holds results of {made!r}, not of 'gradreg {command}'.")
+    if command is not None and made.split()[-1] != command:
+        raise CommandError(f"{path} holds results of {made!r}, not of {command!r}.")
     if layout != LAYOUT or not isinstance(results, dict):
         raise CommandError(f"{path} has layout {layout!r}, this version reads {LAYOUT}: {again}.")
     return results
@@ -100,7 +100,7 @@ def write(path: Path, document: dict[str, Any]) -> None:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise CommandError(
-            f"{path.parent} cannot be written to ({reason}): choose another folder."
+            f"cannot write to {path.parent} ({reason}). Choose another directory with --output."
         ) from error
 
 

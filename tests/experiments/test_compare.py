@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from gradreg_optax.experiments import compare, results, runs, statistics
+from gradreg_optax.experiments.common import CommandError
 
 LABELS = ("SGD", "DB", "B-GR", "F-GR", "SAM")
 
@@ -149,10 +150,10 @@ def test_a_self_tuned_run_has_no_samples_that_the_others_lack():
 
 @pytest.mark.parametrize("datasets", [(), ("mnist",)])
 def test_data_sets_without_chosen_settings_are_refused(datasets):
-    with pytest.raises(ValueError, match="datasets must be some of digits, mnist1d, got"):
+    with pytest.raises(CommandError, match="datasets must be some of digits, mnist1d, got"):
         compare.Config(datasets=datasets)
 
 
 def test_no_seeds_are_refused():
-    with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):
+    with pytest.raises(CommandError, match="seeds must be at least 1, got 0"):
         compare.run(compare.Config(seeds=0))

@@ -132,7 +132,7 @@ def test_files_of_mnist_with_the_same_names_are_refused(tmp_path, monkeypatch):
     write_idx(tmp_path, arrays)
     digest = hashlib.md5(idx(arrays["train-images-idx3-ubyte"])).hexdigest()
     monkeypatch.setattr(data, "_MNIST", (digest,))
-    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.gz is a file of MNIST"):
+    with pytest.raises(CommandError, match=r"train-images-idx3-ubyte.gz is a file of MNIST"):
         data.load("fashion-mnist", tmp_path)
 
 
@@ -295,7 +295,7 @@ def test_a_folder_without_the_files_is_not_replaced_by_another_source(tmp_path):
 
 @pytest.mark.parametrize("name", ["imagenet", "Digits", "missing.npz", "mnist", "cifar10"])
 def test_an_unknown_data_set_is_named(name):
-    with pytest.raises((ValueError, FileNotFoundError), match=name):
+    with pytest.raises(CommandError, match=name):
         data.load(name)
 
 
@@ -303,7 +303,7 @@ def test_an_unknown_data_set_is_named(name):
     "sizes", [{"train_size": 31}, {"train_size": 0}, {"test_size": 11}, {"label_noise": 1.5}]
 )
 def test_more_than_there_is_cannot_be_drawn(sizes):
-    with pytest.raises(ValueError, match=next(iter(sizes))):
+    with pytest.raises(CommandError, match=next(iter(sizes))):
         data.draw(small(), 0, **sizes)
 
 

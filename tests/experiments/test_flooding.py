@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from gradreg_optax import flooding as flooding_transformation
 from gradreg_optax.experiments import flooding, models, results
+from gradreg_optax.experiments.common import CommandError
 from gradreg_optax.experiments.flooding import (
     ORDERS,
     Config,
@@ -127,7 +128,7 @@ def test_different_batches_leave_a_rest_that_swamps_the_penalty_like_one_over_et
     ("change", "message"), [({"records": 999}, "more steps"), ({"batch_size": 60}, "smaller ones")]
 )
 def test_settings_that_cannot_be_are_refused(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(CommandError, match=message):
         dataclasses.replace(SMALL, **change)
 
 

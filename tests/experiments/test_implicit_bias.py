@@ -12,6 +12,7 @@ from scipy.optimize import linprog
 
 from gradreg_optax import fd_value_and_grad
 from gradreg_optax.experiments import implicit_bias, results
+from gradreg_optax.experiments.common import CommandError
 from gradreg_optax.experiments.implicit_bias import (
     Config,
     Flow,
@@ -165,13 +166,13 @@ def test_newtons_method_says_when_it_has_not_converged(monkeypatch):
 
 
 def test_epsilons_out_of_order_are_refused():
-    with pytest.raises(ValueError, match="increasing order"):
+    with pytest.raises(CommandError, match="increasing order"):
         dataclasses.replace(SMALL, epsilons=(0.1, 0.0))
 
 
 @pytest.mark.parametrize("change", [{"samples": 21}, {"alpha": 0.0}, {"seeds": 0}, {"seed": -1}])
 def test_sizes_that_cannot_be_are_refused(change):
-    with pytest.raises(ValueError, match=r"must be (at least|above 0)"):
+    with pytest.raises(CommandError, match=r"must be (at least|above 0)"):
         dataclasses.replace(SMALL, **change)
 
 

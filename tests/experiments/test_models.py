@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from gradreg_optax.experiments import models
+from gradreg_optax.experiments.common import CommandError
 
 
 @pytest.mark.parametrize(
@@ -92,5 +93,5 @@ def test_an_mlp_has_the_sizes_it_says():
 
 
 def test_a_wrong_network_is_named():
-    with pytest.raises(ValueError, match="unknown model 'vit': choose one of 'mlp', 'cnn', 'res"):
+    with pytest.raises(CommandError, match="unknown model 'vit': choose one of 'mlp', 'cnn', 'res"):
         models.build("vit", (8, 8, 1), 10)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gradreg_optax.experiments import results
+from gradreg_optax.experiments.common import CommandError
 
 CAPTURED = {"capture_output": True, "text": True, "check": True, "timeout": 60}
 
@@ -56,7 +57,7 @@ def test_what_is_not_finite_comes_back_as_nan_and_the_file_is_plain_json(tmp_pat
 
 
 def test_a_file_says_how_it_was_made_and_not_where(tmp_path):
-    document = json.loads(results.save(tmp_path, "test", Config(), {}).read_text())
+    document = json.loads(results.save(tmp_path, "gradreg test", Config(), {}).read_text())
     assert document["command"] == "gradreg test"
     assert document["config"] == {"gammas": [1.0, 2.0], "data_dir": None}
     assert document["sources"] == results.sources()
@@ -94,7 +95,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_broken_file_and_one_of_another_command_are_named(tmp_path, content, message):
     content = content if isinstance(content, bytes) else content.encode()
     (tmp_path / "results.json").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(CommandError, match=message):
         results.load(tmp_path, "test")
 
 
@@ -134,7 +135,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(ValueError, match=r"cannot be written to .*No space left"):
+    with pytest.raises(CommandError, match=r"cannot write to .*No space left"):
         results.save(tmp_path, "test", Config(), {})
     assert not list(tmp_path.iterdir())
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gradreg_optax.experiments import results, runs, sweep, trainer
+from gradreg_optax.experiments.common import CommandError
 
 TINY = sweep.Config(
     seeds=3,
@@ -190,7 +191,7 @@ def test_a_changed_file_uses_no_stale_part(tmp_path, pretended):
     ],
 )
 def test_what_cannot_be_swept_is_refused(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(CommandError, match=message):
         dataclasses.replace(TINY, **change)
 
 
@@ -230,7 +231,7 @@ def test_a_stopped_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert "the same command goes on where it stopped" in said
+    assert "Run the same command to resume" in said
     assert "Traceback" not in said
     assert "\r" not in said  # no progress bar where there is no terminal
     finished = {path: path.stat().st_mtime_ns for path in parts.glob("*.json")}

@@ -9,6 +9,7 @@ import pytest
 from gradreg_optax import fd_gradreg, make_train_step
 from gradreg_optax.experiments import data, models
 from gradreg_optax.experiments import trainer as training
+from gradreg_optax.experiments.common import CommandError
 
 RECIPE = training.Recipe(
     width=6, train_size=40, test_size=50, batch_size=16, steps=130, eigenvalue=False
@@ -127,7 +128,7 @@ def test_a_lazy_penalty_at_every_step_is_the_penalty(forward):
     "settings", [{}, {"gamma": 1.0}, {"gamma": 1.0, "epsilon": 1.0, "rho": 1.0}]
 )
 def test_settings_of_another_method_are_refused(settings, forward):
-    with pytest.raises(ValueError, match=r"F-GR needs settings for \['epsilon', 'gamma'\]"):
+    with pytest.raises(CommandError, match=r"F-GR needs settings for \['epsilon', 'gamma'\]"):
         forward[0](settings, [0])
 
 
@@ -145,7 +146,7 @@ def test_settings_of_another_method_are_refused(settings, forward):
     ],
 )
 def test_a_recipe_that_cannot_be_followed_is_refused(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(CommandError, match=message):
         training.Trainer(
             DIGITS,
             training.METHODS["SGD"],

@@ -30,7 +30,13 @@ from tqdm import tqdm
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 # Neither the site, the wheel nor the notebooks, nor what trains networks: they are not the core's.
-IGNORED = ["gradreg_optax/experiments", "tests/experiments", "tests/hosts", "tests/mutation"]
+IGNORED = [
+    "gradreg_optax/experiments",
+    "tests/experiments",
+    "tests/studies",
+    "tests/hosts",
+    "tests/mutation",
+]
 IGNORED += [f"tests/test_{name}.py" for name in ("site", "release", "examples")]
 IGNORED += ["tests/integration/test_processes.py"]
 PYTEST = ["-m", "pytest", "-o", "addopts=", "--doctest-modules", "--import-mode=importlib", "-q"]

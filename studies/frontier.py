@@ -1,0 +1,469 @@
+r"""The penalty at the price of SGD: accuracy against the cost of a step, with lazy and sub-batch
+penalties.
+
+F-GR costs two gradients a step. Applied on every k-th step with gamma times k, and on a fraction f
+of the batch with that part's own gradient, it costs 1 + 2f/k (1 + 1/k for f = 1). Gamma is chosen
+on one set of seeds and reported on another, for each cell (f, k) by search, and once more by rule:
+the gamma of the full penalty times :func:`gradreg_optax.curvature.penalty_scale`.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradreg_optax import curvature, fd_gradreg
+from gradreg_optax.experiments import common, data, plots, runs, statistics, tables
+from gradreg_optax.experiments.common import CommandError
+from gradreg_optax.experiments.models import PyTree
+from gradreg_optax.experiments.runs import Columns, select
+from gradreg_optax.experiments.trainer import (
+    METHODS,
+    Array,
+    Method,
+    OptimizerName,
+    Problem,
+    Recipe,
+    Trainer,
+    problem,
+)
+
+LEARNING_RATES: dict[str, float] = {"sgd": 0.2, "momentum": 0.02, "adam": 0.002}
+_PROBES = 16  # batches that a gradient norm or an eigenvalue is averaged over
+_PROBE_SEEDS = 4
+_PROBE_TIMES = 6  # how often along the training
+_PLAIN, _TWICE = Method("plain", None), Method("plain, twice the steps", None)
+_CELL = ("method", "fraction", "interval", "choice", "gamma")
+_SEARCHED = ("fraction", "interval", "gamma")
+_FULL: dict[str, Any] = {"method": "F-GR", "fraction": 1.0, "interval": 1, "choice": "search"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(common.OnData):
+    """Settings of ``python -m studies frontier``."""
+
+    output: Path = Path("results/frontier")
+    optimizers: tuple[OptimizerName, ...] = ("sgd", "momentum", "adam")
+    """Optimizers, each of which is compared with itself."""
+    gammas: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0)
+    """Values of gamma to choose from, in every cell and for DB."""
+    epsilon: float = 3.0
+    """The ascent step."""
+    fractions: tuple[float, ...] = (1.0, 0.25)
+    """Fractions f of the batch that the penalty is taken on, each one over a whole number."""
+    intervals: tuple[int, ...] = (1, 4, 8)
+    """Intervals k: the penalty is applied on every k-th step."""
+    report_seeds: int = 10
+    """Seeds that the accuracies are reported on; those that choose gamma follow after them."""
+    choose_seeds: int = 10
+    """Other seeds, that gamma is chosen on."""
+    warmup: bool = True
+    """With Adam among the optimizers: compare ways to start the penalty while the learning rate
+    warms up."""
+
+    def __post_init__(self) -> None:
+        """Checks what the cells need."""
+        common.at_least(self, 2, "report_seeds", "choose_seeds")  # a standard error needs two
+        super().__post_init__()
+        common.at_least(self, 0, "gammas")
+        common.above_zero(self, "epsilon", "fractions")
+        if not self.optimizers or max(self.fractions) > 1:
+            raise CommandError("optimizers must not be empty, and fractions must not exceed 1.")
+        if self.fractions[:1] != (1.0,) or self.intervals[:1] != (1,):
+            raise CommandError(
+                "fractions and intervals must begin with 1: the full penalty is what the others are"
+                " compared with."
+            )
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains every cell for every gamma on the choosing seeds, and the chosen ones on the reporting
+    seeds.
+
+    Args:
+      config: the settings.
+
+    Returns:
+      What was set, and tables of one row each: "cells", a run on a reporting seed; "search", a
+      fraction, an interval and a gamma, with the mean accuracy on the choosing seeds; "probes",
+      what the rule is made of; and "warmup", a run with Adam and a penalty that starts in some way.
+
+    Raises:
+      CommandError: settings that do not fit the data.
+    """
+    dataset = data.load(config.dataset, config.data_dir)
+    seeds = config.seed + np.arange(config.report_seeds + config.choose_seeds)
+    report, choose = seeds[: config.report_seeds], seeds[config.report_seeds :]
+    lab = _Lab(config, dataset, runs.Store(config.output), report.tolist(), choose.tolist())
+    found = [lab.race(optimizer) for optimizer in config.optimizers]
+    made = {name: runs.stack(*(one[name] for one in found)) for name in found[0]}
+    if config.warmup and "adam" in config.optimizers:
+        gamma = select(made["cells"], optimizer="adam", **_FULL)["gamma"][0]
+        made["warmup"] = lab.warmups(float(gamma))
+    rates = {name: LEARNING_RATES[name] for name in config.optimizers}
+    chosen = {"dataset": config.dataset, "epsilon": config.epsilon, "learning_rates": rates}
+    return chosen | {"seeds": {"choose": choose, "report": report}} | made
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lab:
+    """What the cells of all optimizers share."""
+
+    config: Config
+    dataset: data.Dataset
+    store: runs.Store
+    report: list[int]
+    choose: list[int]
+
+    def race(self, optimizer: OptimizerName) -> dict[str, Columns]:
+        """The tables of one optimizer."""
+        config, recipe = self.config, _recipe(self.config, optimizer)
+        parts = {f: dataclasses.replace(recipe, penalty_fraction=f) for f in config.fractions}
+        lazy: dict[str, Any] = {"gamma": config.gammas, "epsilon": config.epsilon}
+        lazy["interval"] = config.intervals
+        grid = functools.partial(runs.grid, METHODS["F-GR"])
+        wanted = [one for f in parts for one in grid(parts[f], lazy, self.choose, fraction=f)]
+        search = _search(self._train(wanted, "search"))
+        full = _best(search, 1.0, 1)
+        probes = self._probes(recipe, full)
+        scales = dict(zip(config.fractions, _scales(probes, config.fractions), strict=True))
+        exact = self._train(runs.grid(METHODS["DB"], recipe, lazy, self.choose), "search")
+        gammas = runs.by(exact, "gamma")
+        gamma = max(gammas, key=lambda gamma: _score(gammas[gamma]))
+        twice = dataclasses.replace(recipe, steps=2 * config.steps)
+        wanted = runs.grid(_PLAIN, recipe, {}, self.report, flops=1.0)
+        wanted += runs.grid(_TWICE, twice, {}, self.report, flops=2.0, gradients=2.0)
+        flops = runs.flops(self.dataset, METHODS["DB"], recipe, self.store)
+        tags = {"choice": "search", "flops": flops}
+        wanted += runs.grid(METHODS["DB"], recipe, {"gamma": gamma}, self.report, **tags)
+        for fraction, choice in itertools.product(config.fractions, ("search", "rule")):
+            flops = runs.flops(self.dataset, METHODS["F-GR"], parts[fraction], self.store)
+            for interval in config.intervals:
+                by_rule = float(f"{full * scales[fraction]:.2g}")
+                gamma = by_rule if choice == "rule" else _best(search, fraction, interval)
+                one = lazy | {"gamma": gamma, "interval": interval}
+                tags = {"fraction": fraction, "choice": choice}
+                tags["flops"] = 1 + (flops - 1) / interval
+                wanted += grid(parts[fraction], one, self.report, **tags)
+        found = {"cells": self._train(wanted, "cells"), "search": search, "probes": probes}
+        return {name: runs.tagged(table, optimizer=optimizer) for name, table in found.items()}
+
+    def _train(self, wanted: list[runs.Run], what: str) -> Columns:
+        return runs.train(self.dataset, wanted, self.store, what=what)
+
+    def _probes(self, recipe: Recipe, gamma: float) -> Columns:
+        """What the rule is made of, measured along the training with the full penalty."""
+        config, seeds = self.config, self.choose[:_PROBE_SEEDS]
+        what = {"recipe": recipe.describe(), "gamma": gamma, "epsilon": config.epsilon}
+        what |= {"seeds": seeds, "fractions": config.fractions}
+        what["data"] = runs.fingerprint(self.dataset)
+        return self.store.keep("probes", what, lambda: _probe(self, recipe, gamma, seeds))
+
+    def warmups(self, gamma: float) -> Columns:
+        """Adam with a learning rate that warms up over a tenth of the steps, and a penalty that
+        starts in several ways.
+        """
+        steps = self.config.steps // 10
+        recipe = dataclasses.replace(_recipe(self.config, "adam"), warmup_steps=steps)
+        values = {"gamma": gamma, "epsilon": self.config.epsilon}
+        tags, wanted = {"warmup_steps": steps, "penalty": gamma}, []
+        for way in starts(steps):
+            wanted += runs.grid(way, recipe, values, self.report, **tags)
+        return self._train(wanted, "warmup")
+
+
+def _recipe(config: Config, optimizer: OptimizerName) -> Recipe:
+    rate = LEARNING_RATES[optimizer]
+    return Recipe(**config.sizes(config.dataset), optimizer=optimizer, learning_rate=rate)
+
+
+def _search(tried: Columns) -> Columns:
+    """The mean accuracies over seeds, where a diverged run counts as zero."""
+    found = [
+        dict(zip(_SEARCHED, key, strict=True)) | {"accuracy": _score(rows)}
+        for key, rows in runs.groups(tried, *_SEARCHED)
+    ]
+    found.sort(key=lambda row: (-row["fraction"], row["interval"], row["gamma"]))
+    return runs.columns(found)
+
+
+def _score(rows: Columns) -> float:
+    return float(np.mean(np.nan_to_num(rows["accuracy"])))
+
+
+def _best(search: Columns, fraction: float, interval: int) -> float:
+    rows = select(search, fraction=fraction, interval=interval)
+    return float(rows["gamma"][np.argmax(rows["accuracy"])])
+
+
+# The rule: squared gradient norms and curvature of batches and their parts along the training.
+
+
+def _probe(lab: _Lab, recipe: Recipe, gamma: float, seeds: list[int]) -> Columns:
+    """Averages over batches and seeds along the training with the full penalty.
+
+    Returns:
+      "step" and "fraction"; "norm", the mean squared gradient norm of fB samples, and "eigenvalue",
+      the mean top Hessian eigenvalue of their loss.
+    """
+    config, task = lab.config, problem(lab.dataset, recipe)
+    trainer = Trainer(lab.dataset, METHODS["F-GR"], recipe)
+    stride = max(1, config.steps // _PROBE_TIMES // 100) * 100
+    split, rows = task.draw(seeds), []
+    probe = jax.jit(
+        lambda lanes: jax.lax.map(functools.partial(_probe_batches, task, config), lanes)
+    )
+    settings = {"gamma": gamma, "epsilon": config.epsilon, "interval": 1}
+    for states in trainer.states(settings, seeds):
+        step = int(states.step[0])
+        if step % stride == 0:
+            norms, tops = (np.mean(found, axis=0) for found in probe((states.params, split)))
+            rows += [
+                {"step": step, "fraction": fraction, "norm": norm, "eigenvalue": top}
+                for fraction, norm, top in zip(config.fractions, norms, tops, strict=True)
+            ]
+    return runs.columns(rows)
+
+
+def _probe_batches(
+    task: Problem, config: Config, lane: tuple[PyTree, data.Split]
+) -> tuple[jax.Array, jax.Array]:
+    size, (params, split) = task.recipe.batch_size, lane
+
+    def one(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rows = jax.random.choice(key, split.train.shape[0], (size,), replace=False)
+        batch = task.batch(task.pool, split, rows)
+        norms, eigenvalues = [], []
+        for fraction in config.fractions:
+            part = tuple(x[: round(fraction * size)] for x in batch)
+            value_fn = functools.partial(_value, task, part)
+            scale = curvature.penalty_scale(task.loss, params, batch, penalty_fraction=fraction)
+            top = curvature.top_hessian_eigenvalue(value_fn, params, key, num_matvecs=12)
+            norms.append(scale.part)
+            eigenvalues.append(top.value)
+        return jnp.stack(norms), jnp.stack(eigenvalues)
+
+    norms, eigenvalues = jax.lax.map(one, jax.random.split(jax.random.key(0), _PROBES))
+    return jnp.mean(norms, axis=0), jnp.mean(eigenvalues, axis=0)
+
+
+def _value(task: Problem, batch: Any, params: PyTree) -> jax.Array:
+    return task.loss(params, batch)
+
+
+def _over_training(probes: Columns, name: str, fractions: Any) -> Array:
+    """The mean of a probe along the training, for each fraction."""
+    return np.array([np.mean(select(probes, fraction=f)[name]) for f in fractions])
+
+
+def _scales(probes: Columns, fractions: Any) -> Array:
+    """The factor on gamma for each fraction: the ratio of the squared norms, averaged over the
+    training.
+    """
+    norm = _over_training(probes, "norm", fractions)
+    return np.asarray(norm[0] / norm)
+
+
+def starts(steps: int) -> list[Method]:
+    """Ways to start F-GR while ``steps`` steps warm up, by which its gamma or epsilon has come to
+    its value.
+    """
+
+    def rises(value: Any) -> Any:
+        return lambda step: value * jnp.minimum((step + 1) / steps, 1)
+
+    def switched_on(value: Any) -> Any:
+        return lambda step: jnp.where(step < steps, 0.0, value)
+
+    ways: dict[str, Callable[..., Any]] = {
+        "gamma from the start": fd_gradreg,
+        "gamma rises": lambda gamma, epsilon: fd_gradreg(gamma=rises(gamma), epsilon=epsilon),
+        "gamma switched on": lambda gamma, epsilon: fd_gradreg(
+            gamma=switched_on(gamma), epsilon=epsilon
+        ),
+        "epsilon rises": lambda gamma, epsilon: fd_gradreg(gamma=gamma, epsilon=rises(epsilon)),
+    }
+    made = [Method(name, make, ("gamma", "epsilon"), 2) for name, make in ways.items()]
+    return [Method("no penalty", None), *made]
+
+
+# Table and figure.
+
+
+def table(results: dict[str, Any]) -> str:
+    """The cells of each optimizer as text: cost, accuracy, paired difference to the full penalty,
+    and the share of its gain over SGD.
+    """
+    lines: list[str] = []
+    for (name,), cells in runs.groups(results["cells"], "optimizer"):
+        full, plain = select(cells, **_FULL), select(cells, method="plain")
+        shown = [rows for key, rows in runs.groups(cells, *_CELL) if key[1:4] != (1.0, 1, "rule")]
+        lines.append(f"{name}, learning rate {results['learning_rates'][name]:g}")
+        lines.append(tables.aligned(_HEAD, [_row(rows, full, plain) for rows in shown]))
+        lines += ["", *_rule_lines(results, name), "", *_search_lines(results, name), ""]
+    if "warmup" in results:
+        lines += _warmup_lines(results["warmup"])
+    report, choose = (len(results["seeds"][name]) for name in ("report", "choose"))
+    lines += [
+        f"{results['dataset']}: means over {report} seeds ± standard error; gamma chosen on"
+        f" {choose} others.",
+        "p: paired t-test against the full penalty (f = 1, k = 1, by search); below: worse than it"
+        " by more than one standard error.",
+        "Costs are per step, relative to the plain optimizer; twice the steps is twice the budget.",
+    ]
+    return "\n".join(lines)
+
+
+_HEAD = ["method", "f", "k", "gamma", "by", "gradients", "FLOPs", "test accuracy %"]
+_HEAD += ["minus full F-GR", "p", "", "share of its gain"]
+
+
+def _row(cell: Columns, full: Columns, plain: Columns) -> list[str]:
+    method, fraction, interval, choice, gamma = (cell[name][0] for name in _CELL)
+    found = [method] + ([f"{fraction:g}", f"{interval:g}"] if method == "F-GR" else ["", ""])
+    found += [f"{gamma:g}" if choice else "", choice]
+    found += [f"{cell[name][0]:.3f}" for name in ("gradients", "flops")]
+    found.append(statistics.percent(cell["accuracy"], ".2f"))
+    if (method, fraction, interval, choice) == tuple(_FULL.values()):
+        return [*found, "", "", "", ""]
+    difference = statistics.points(cell, full)
+    mark, share = "" if keeps_up(cell, full) else "below", gain_share(cell, full, plain)
+    found += [f"{difference:+.2f}", difference.chance, mark]
+    return [*found, "" if np.isnan(share) else f"{share:.0%}"]
+
+
+def keeps_up(cell: Columns, full: Columns) -> bool:
+    """Whether a cell's accuracy is not below the full penalty's by more than one standard error of
+    their paired difference.
+
+    A cell where a run diverged does not keep up.
+    """
+    difference = statistics.paired(cell["accuracy"], full["accuracy"])
+    return bool(np.all(np.isfinite(cell["accuracy"]))) and difference.mean >= -difference.error
+
+
+def gain_share(cell: Columns, full: Columns, plain: Columns) -> float:
+    """A cell's gain in accuracy over the plain optimizer, divided by the full penalty's gain; NaN
+    where that is zero.
+    """
+    accuracy, most, least = map(_score, (cell, full, plain))
+    return (accuracy - least) / (most - least) if most != least else float("nan")
+
+
+def searched(results: dict[str, Any], optimizer: str) -> tuple[dict[str, Array], Array]:
+    """The search of an optimizer as a block.
+
+    Returns:
+      The values along the three axes, by name ("fraction", "interval", "gamma"), and the mean
+      accuracies on the choosing seeds.
+    """
+    found = runs.blocks(select(results["search"], optimizer=optimizer), *_SEARCHED)
+    return {name: found[name] for name in _SEARCHED}, found["accuracy"]
+
+
+def kicks(results: dict[str, Any], optimizer: str = "sgd") -> Array:
+    r"""How far the steps that take the penalty go in the sharpest direction of their samples:
+    :math:`\eta\lambda(1 + k\gamma\lambda)`.
+
+    Args:
+      results: of :func:`run`.
+      optimizer: which of them; what it says is plain descent's.
+
+    Returns:
+      One minus the factor on the distance to the minimum in that direction, of the shape of
+      :func:`searched`; beyond 2 the step overshoots.
+    """
+    axes, _ = searched(results, optimizer)
+    probes = select(results["probes"], optimizer=optimizer)
+    top = _over_training(probes, "eigenvalue", axes["fraction"])[:, None, None]
+    rate = results["learning_rates"][optimizer]
+    kick: Array = rate * top * (1 + axes["interval"][:, None] * axes["gamma"] * top)
+    return kick
+
+
+def _rule_lines(results: dict[str, Any], optimizer: str) -> list[str]:
+    """What the rule says: the factor on gamma at the start and over the training."""
+    probes, search = (select(results[name], optimizer=optimizer) for name in ("probes", "search"))
+    fractions, start = searched(results, optimizer)[0]["fraction"], select(probes, step=0)
+    late, early = _scales(probes, fractions), _scales(start, fractions)
+    return [
+        f"factor on gamma for f = {f:g}: {early[i]:.2f} at the start, {late[i]:.2f} over the"
+        f" training; by search {_best(search, f, 1) / _best(search, 1.0, 1):.2f}"
+        for i, f in enumerate(fractions)
+        if f < 1
+    ]
+
+
+def _search_lines(results: dict[str, Any], optimizer: str) -> list[str]:
+    """The mean accuracies on the choosing seeds; with SGD also the kick of the step that takes the
+    penalty.
+    """
+    (axes, accuracy), kick = searched(results, optimizer), kicks(results, optimizer)
+    known, rows = optimizer == "sgd", []
+    for i, j in np.ndindex(accuracy.shape[:2]):
+        pairs = zip(accuracy[i, j], kick[i, j], strict=True)
+        cells = [f"{100 * a:.1f}" + (f" ({b:.1f})" if known else "") for a, b in pairs]
+        rows.append([f"{axes['fraction'][i]:g}", f"{axes['interval'][j]:g}", *cells])
+    title = "test accuracy % on the seeds that choose gamma"
+    head = ["f", "k", *(f"gamma {gamma:g}" for gamma in axes["gamma"])]
+    end = ", and the kick eta lambda (1 + k gamma lambda)" if known else ""
+    return [title + end, tables.aligned(head, rows, left=0)]
+
+
+def _warmup_lines(warmup: Columns) -> list[str]:
+    found, rows = runs.by(warmup, "method"), []
+    for start, of_start in found.items():
+        minus = statistics.points(of_start, found["gamma from the start"])
+        compared = "" if start == "gamma from the start" else str(minus)
+        rows.append([start, statistics.percent(of_start["accuracy"], ".2f"), compared])
+    title = f"adam, learning rate warmed up over {warmup['warmup_steps'][0]:g} steps"
+    head = ["start", "test accuracy %", "minus gamma from the start"]
+    return [f"{title}, F-GR with gamma {warmup['penalty'][0]:g}", tables.aligned(head, rows), ""]
+
+
+def plot(results: dict[str, Any], output: Path) -> list[Path]:
+    """Draws frontier.png: accuracy against the cost of a step; diamonds are cells whose gamma comes
+    from the rule.
+    """
+    found = list(runs.groups(results["cells"], "optimizer"))
+    made, axes = plots.figure(len(found), width=4.4, height=3.9)
+    for axis, ((name,), cells) in zip(axes, found, strict=True):
+        for _, cell in runs.groups(cells, *_CELL):
+            _draw(axis, cell)
+        searched = select(cells, method="F-GR", choice="search")
+        for fraction, line in runs.by(searched, "fraction").items():
+            costs = runs.by(line, "gradients")
+            means = [100 * statistics.estimate(rows["accuracy"]).mean for rows in costs.values()]
+            look: Any = {"color": _color("F-GR", fraction), "label": f"F-GR, f = {fraction:g}"}
+            axis.plot(list(costs), means, "-", lw=1, zorder=0, **look)
+        axis.set(xlabel="cost of a step (gradient evaluations)", title=name, xlim=(0.8, 3.3))
+        axis.margins(y=0.15)
+        rule: Any = {"mec": "0.4", "mfc": "white", "label": "its γ by rule, not by search"}
+        axis.plot([], [], "D", ms=5, **rule)
+        axis.legend(loc="center right", frameon=False, fontsize=8)
+    axes[0].set_ylabel("test accuracy %")
+    return plots.save(made, output, "frontier")
+
+
+def _color(method: str, fraction: float) -> str:
+    return "#e377c2" if fraction < 1 else plots.COLORS.get(method, plots.COLORS["SGD"])
+
+
+def _draw(axis: Any, cell: Columns) -> None:
+    method, fraction, interval, choice, _ = (cell[name][0] for name in _CELL)
+    lazy, by_rule, cost = method == "F-GR", choice == "rule", cell["gradients"][0]
+    if by_rule and fraction == 1:
+        return
+    color = _color(method, fraction)
+    look: Any = {"fmt": "D", "alpha": 0.6, "markerfacecolor": "white"} if by_rule else {}
+    mean = plots.mean(axis, cost, 100 * cell["accuracy"], method, ms=5, color=color, **look)
+    if not by_rule:
+        place = ((-4, -22) if fraction < 1 else (-4, 16)) if lazy else (6, -11)
+        text: Any = {"fontsize": 7, "color": color, "rotation": 60 if lazy else 0}
+        plots.note(axis, f"k={interval:g}" if lazy else method, (cost, mean), place, **text)

@@ -1,0 +1,238 @@
+"""Study flatness: each quantity is what its name says, and all methods of a seed meet the same
+noise and the same second task."""
+
+import copy
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradreg_optax.experiments import compare, data, results, runs, trainer
+from gradreg_optax.experiments.common import CommandError
+from gradreg_optax.experiments.trainer import Recipe, Trainer
+from studies import flatness
+
+LABELS = ("SGD", "F-GR", "SAM")
+CONFIG = flatness.Config(
+    datasets=("digits",), train_size=64, test_size=50, steps=30, seeds=2, second_steps=20
+)
+DIGITS = data.load("digits")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_methods():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flatness, "LABELS", LABELS)
+        yield
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return dataclasses.replace(CONFIG, output=tmp_path_factory.mktemp("flatness"))
+
+
+@pytest.fixture(scope="module")
+def found(config):
+    return results.load(results.save(config.output, "flatness", config, flatness.run(config)))
+
+
+def predictor(confidence, right, classes=4):
+    """Probabilities with the given largest one, and labels of which it hits the given ones."""
+    confidence = np.asarray(confidence, np.float32)
+    others = (1 - confidence) / (classes - 1)
+    probabilities = np.repeat(others[:, None], classes, axis=1)
+    probabilities[:, 1] = confidence
+    return jnp.asarray(probabilities), jnp.where(jnp.asarray(right), 1, 2)
+
+
+def test_a_calibrated_predictor_has_no_error_and_a_sure_one_its_overconfidence():
+    confidence = np.repeat([0.5, 0.8], 10)
+    right = np.concatenate([np.arange(10) < 5, np.arange(10) < 8])
+    assert flatness.calibration_error(*predictor(confidence, right)) == pytest.approx(0, abs=1e-6)
+    sure = predictor(np.full(20, 0.9), right)
+    assert flatness.calibration_error(*sure) == pytest.approx(0.9 - 13 / 20, abs=1e-6)
+    certain = predictor(np.ones(20), right)
+    assert flatness.calibration_error(*certain) == pytest.approx(1 - 13 / 20, abs=1e-6)
+
+
+def test_labels_that_are_wrong_count_as_often_as_they_hit():
+    """Of the right predictions 1 - q stay right, and of the wrong ones q / 3 become it."""
+    right, wrong = np.arange(20) < 16, 0.3
+    hit = 0.7 * 16 / 20 + 0.1 * 4 / 20
+    given = predictor(np.full(20, 0.9), right)
+    assert flatness.calibration_error(*given, wrong) == pytest.approx(0.9 - hit, abs=1e-6)
+
+
+@given(seed=st.integers(0, 999), sharpness=st.floats(0.1, 5.0))
+def test_the_calibration_error_is_the_gap_of_each_bin_weighted_by_its_samples(seed, sharpness):
+    rng = np.random.default_rng(seed)
+    logits = sharpness * rng.normal(size=(200, 5))
+    p = (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)).astype(np.float32)
+    labels = rng.integers(0, 5, 200)
+    confidence, right = p.max(axis=1), p.argmax(axis=1) == labels
+    expected = 0.0
+    for low in range(15):
+        inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
+        if inside.any():
+            expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    error = flatness.calibration_error(jnp.asarray(p), jnp.asarray(labels))
+    assert error == pytest.approx(expected, abs=1e-6)  # sums of 200 numbers in float32
+
+
+@pytest.mark.parametrize("how", [flatness.rounded, jax.jit(flatness.rounded, static_argnums=1)])
+@given(seed=st.integers(0, 999), bits=st.integers(2, 8), scale=st.floats(1e-6, 1e6))
+def test_rounding_leaves_few_values_near_by_and_rounds_once(how, seed, bits, scale):
+    w = jnp.asarray(scale * np.random.default_rng(seed).normal(size=500), jnp.float32)
+    once = how(w, bits)
+    assert len(np.unique(once)) <= 2**bits - 1
+    step = np.max(np.abs(w)) / (2 ** (bits - 1) - 1)
+    assert np.max(np.abs(once - w)) <= step * (0.5 + 1e-5)  # float32, in 127 steps at most
+    np.testing.assert_array_equal(how(once, bits), once)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_network_on_the_grid_stays_as_it_is_tensor_by_tensor(bits):
+    levels = 2 ** (bits - 1) - 1
+    grid = np.arange(-levels, levels + 1, dtype=np.float32)
+    params = {"kernel": jnp.asarray(grid / 8), "bias": jnp.asarray(grid * 4), "none": jnp.zeros(3)}
+    jax.tree.map(np.testing.assert_array_equal, flatness.rounded(params, bits), params)
+    coarse = flatness.rounded({"a": jnp.array([1.0, 0.01]), "b": jnp.array([0.01])}, bits)
+    assert coarse["b"][0] == np.float32(0.01)  # a scale of its own
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """Networks after steps of SGD on the first task, measured with noise of two sizes, and after
+    as many steps on the second task."""
+    sizes = {"train_size": 300, "test_size": 100, "width": 16}
+    problem = trainer.problem(DIGITS, Recipe(**sizes, eigenvalue=False))
+    split = jax.tree.map(lambda part: part[0], problem.draw([0]))
+    samples = problem.take(problem.pool, split.train), problem.pool[1][split.train]
+    params = flatness.fine_tuned(
+        problem, problem.model.init(jax.random.key(0)), samples, jax.random.key(1), 500
+    )
+
+    def measure(metrics, seeds, params=params):
+        params = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(seeds)), params)
+        return problem.measure(params, jnp.uint32(seeds), problem.draw([0] * len(seeds)), metrics)
+
+    lost = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+    nothing, much = (functools.partial(flatness.measure, steps=steps) for steps in (0, 500))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flatness, "NOISES", (0.0, 3.0))
+        return measure(nothing, (0,)), measure(much, (0, 0, 1)), measure(much, (0,), lost)
+
+
+def test_without_noise_and_without_a_step_nothing_changes(measured):
+    found, _, _ = measured
+    assert found["accuracy"] > 0.8  # a tenth is chance
+    assert found["accuracy_noise_0"] == found["accuracy_after"] == found["accuracy"]
+    assert found["accuracy_noise_3"] < found["accuracy"] - 0.2
+
+
+def test_noise_is_as_large_as_it_says_in_deviations_of_the_inputs():
+    problem = copy.copy(trainer.problem(DIGITS, Recipe(width=4)))
+    seen, apply = [], problem.model.apply
+
+    def watched(params, x):
+        if not isinstance(x, jax.core.Tracer):
+            seen.append(np.asarray(x))
+        return apply(params, x)
+
+    problem.model = problem.model._replace(apply=watched)
+    problem.metrics = lambda *_: {}
+    split = jax.tree.map(lambda part: part[0], problem.draw([0]))
+    params = problem.model.init(jax.random.key(0))
+    flatness.measure(problem, params, 0, split, problem.pool, steps=0)
+    deviation = np.std(problem.take(problem.pool, split.train))
+    test = problem.take(problem.pool, split.test)
+    sizes = [np.std(x - test) / deviation for x in seen if x.shape == test.shape]
+    for size in flatness.NOISES:  # 64000 normal numbers: three standard errors
+        assert sum(abs(found / size - 1) < 3 / np.sqrt(2 * test.size) for found in sizes) == 1
+
+
+def test_many_steps_learn_the_second_task_and_forget_the_first(measured):
+    before, after, _ = measured
+    assert before["accuracy_second"] < 0.3
+    assert (after["accuracy_second"] > 0.85).all()  # on the wrong labels of the first: at most .83
+    assert (after["accuracy_after"] < before["accuracy"] - 0.1).all()
+
+
+def test_noise_and_second_task_depend_on_the_seed_alone(measured):
+    """The same network and samples, twice under one seed and once under another."""
+    _, found, _ = measured
+    for name, values in found.items():
+        assert values[0] == values[1], name
+    for name in ("accuracy_noise_3", "accuracy_after"):
+        assert found[name][1] != found[name][2]
+
+
+def test_a_diverged_run_has_no_number(measured):
+    _, _, lost = measured
+    assert lost["diverged"].all()
+    assert all(np.isnan(values).all() for name, values in lost.items() if name != "diverged")
+
+
+def test_the_networks_are_those_of_the_comparison(config, found):
+    seeds = compare.seeds_of(config, "digits")
+    plain = runs.train(DIGITS, compare.wanted_runs(config, "digits", "F-GR", seeds))
+    rows = runs.select(found["runs"], method="F-GR")
+    assert rows["seed"].tolist() == list(seeds)
+    for name in ("accuracy", "train_loss", "eigenvalue"):
+        # the same network, measured in another program
+        np.testing.assert_allclose(rows[name], plain[name], rtol=1e-4)
+
+
+def test_a_second_start_trains_nothing_and_gives_the_same(config, found, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a finished part was trained again")
+
+    monkeypatch.setattr(Trainer, "states", refuse)
+    assert results.plain(flatness.run(config)) == results.plain(found)
+    with pytest.raises(AssertionError):  # another fine-tuning is another measurement
+        flatness.run(dataclasses.replace(config, second_steps=21))
+
+
+def test_table_and_figure_show_every_row(found, tmp_path):
+    text = flatness.table(found)
+    for label in ("SGD", "F-GR minus SGD", "SAM minus SGD", "F-GR minus SAM"):
+        assert text.count(f"\n{label}  ") == 3
+    for name in flatness.quantities(runs.select(found["runs"], method="SGD")):
+        assert f"  {name}" in text
+    clean = {"digits": {**found["recipes"]["digits"], "label_noise": 0.0}}
+    assert "ECE, noisy  " not in flatness.table({**found, "recipes": clean})
+    (path,) = flatness.plot(found, tmp_path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_diverged_run_enters_no_difference_and_is_missed(found):
+    broken = {name: values.copy() for name, values in found["runs"].items()}
+    place = (broken["method"] == "F-GR") & (broken["seed"] == 1)
+    for name, values in broken.items():
+        if values.dtype == float and name not in ("gamma", "epsilon"):
+            values[place] = np.nan
+    assert "\nF-GR minus SGD, 1 seeds  " in flatness.table({**found, "runs": broken})
+    assert "seeds" not in flatness.table(found).split("seeds", 1)[1].split("means over")[0]
+
+
+def test_what_is_taken_off_is_taken_off_the_same_network():
+    rows = {"accuracy": [0.75, 0.5], "train_loss": [1.0, 2.0], "test_loss": [3.0, 4.0]}
+    rows |= {"accuracy_4_bits": [0.25, 0.5], "train_loss_4_bits": [1.5, 2.25]}
+    rest = ("confidence", "calibration_error", "calibration_error_noisy", "accuracy_second")
+    names = ("8_bits", "noise_0.25", "noise_0.5", "noise_1", "after")
+    rest += ("train_loss_8_bits", *(f"accuracy_{name}" for name in names))
+    rows |= {name: [0.0, 0.0] for name in rest}
+    made = flatness.quantities({name: np.array(values) for name, values in rows.items()})
+    assert made["4 bits"].tolist() == [-50, 0]
+    assert made["4 bits, loss"].tolist() == [0.5, 0.25]
+    assert made["forgetting"].tolist() == [-75, -50]
+
+
+def test_a_negative_number_of_steps_is_refused():
+    with pytest.raises(CommandError, match="second_steps must be at least 0, got -1"):
+        flatness.Config(second_steps=-1)

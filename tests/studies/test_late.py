@@ -1,0 +1,131 @@
+"""Study late: every way costs the same, is chosen on seeds of its own, and penalises the updates
+that its name says."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gradreg_optax.experiments import compare, results, runs
+from gradreg_optax.experiments.common import CommandError
+from gradreg_optax.experiments.trainer import Recipe, Trainer
+from studies import late
+
+CONFIG = late.Config(
+    datasets=("digits",),
+    train_size=64,
+    test_size=50,
+    steps=16,
+    seeds=2,
+    choose_seeds=1,
+    shares=(4,),
+    strengths=(0.5, 1.0),
+)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return dataclasses.replace(CONFIG, output=tmp_path_factory.mktemp("late"))
+
+
+@pytest.fixture(scope="module")
+def found(config):
+    return results.load(results.save(config.output, "late", config, late.run(config)))
+
+
+def test_every_way_costs_its_share_and_is_paired(found):
+    table = runs.select(found["runs"], role="report")
+    ways = dict(runs.groups(table, "method", "share"))
+    for share in CONFIG.shares:
+        for label in (late.LONGER, *late.WAYS):
+            rows = ways[label, share]
+            np.testing.assert_allclose(rows["cost"], 1 + 1 / share)
+            assert rows["seed"].tolist() == [0, 1]
+    cost = {label: runs.select(table, method=label)["cost"][0] for label in ("SGD", late.ALWAYS)}
+    assert cost == {"SGD": 1, late.ALWAYS: 2}
+    assert len(ways) == 2 + 6
+
+
+def test_the_strength_is_the_best_on_seeds_of_its_own(found):
+    for (label, share), tried in runs.groups(
+        runs.select(found["runs"], role="choose"), "method", "share"
+    ):
+        assert set(tried["seed"]) == {2}
+        rows = runs.select(found["runs"], role="report", method=label, share=share)
+        (strength,) = set(rows["strength"])
+        assert strength == runs.best(tried, "strength")["strength"]
+
+
+def way(label, share):
+    recipe = Recipe(steps=16, batch_size=16)
+    return next(one for one in late._ways(recipe, (share,)) if one.method.label == label), recipe
+
+
+@pytest.mark.parametrize(
+    ("label", "due"),
+    [
+        ("early", range(4)),
+        ("late", range(12, 16)),
+        ("lazy", range(0, 16, 4)),
+        ("part", range(16)),
+        ("lazy on a part", range(0, 16, 2)),
+        (late.ALWAYS, range(16)),
+    ],
+)
+def test_a_way_changes_the_updates_that_its_name_says(label, due):
+    chosen, _ = way(label, 4)
+    tx = chosen.method.make(strength=jnp.float32(0.5), interval=chosen.interval)
+
+    def loss(params):
+        return jnp.sum(jnp.cosh(params))
+
+    params = jnp.arange(1.0, 4.0)
+    state, changed = tx.init(params), []
+    for step in range(16):
+        gradient = jax.grad(loss)(params)
+        updates, state = tx.update(gradient, state, params, value_fn=loss)
+        if optax.tree.norm(updates - gradient) > 1e-3:
+            changed.append(step)
+    assert changed == list(due)
+
+
+def test_one_learning_rate_is_the_first_of_the_schedule():
+    tx = late.sgd_at_one_rate(optax.cosine_decay_schedule(0.5, 10))
+    state = tx.init(1.0)
+    for _ in range(3):
+        update, state = tx.update(jnp.float32(1.0), state)
+    np.testing.assert_allclose(update, -0.5)
+
+
+def test_the_parts_are_those_that_are_paid_for():
+    for label, kept in {"part": 1 / 8, "lazy on a part": 1 / 4, "lazy": 1, "late": 1}.items():
+        assert way(label, 4)[0].recipe.penalty_fraction == kept
+    longer, recipe = way(late.LONGER, 4)
+    assert longer.recipe == dataclasses.replace(recipe, steps=20)
+
+
+def test_a_second_start_trains_nothing_and_gives_the_same(config, found, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a finished part was trained again")
+
+    monkeypatch.setattr(Trainer, "states", refuse)
+    assert results.plain(late.run(config)) == results.plain(found)
+
+
+def test_table_and_figure_show_every_way(found, tmp_path):
+    text = late.table(found)
+    for label in (late.PLAIN, late.ALWAYS, late.LONGER, *late.WAYS):
+        assert f"\n{label}  " in text
+    (path,) = late.plot(found, tmp_path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_odd_shares_and_unknown_data_are_refused():
+    with pytest.raises(CommandError, match="even, got 3"):
+        late.Config(shares=(3,))
+    with pytest.raises(CommandError, match="datasets must be some of"):
+        late.Config(datasets=("cifar",))
+    assert set(late.Config().datasets) == set(compare.TASKS)

@@ -1,0 +1,142 @@
+"""Study strength: what is compared is paired, what is searched is reported on other seeds, and
+what is held out is not trained on."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gradreg_optax.experiments import data, results, runs, trainer
+from gradreg_optax.experiments.common import CommandError
+from gradreg_optax.experiments.trainer import METHODS, SELF_TUNED, Recipe, Trainer
+from studies import corpus, strength
+
+TINY = {"train_size": 40, "held_out": 8, "test_size": 50, "width": 4, "steps": 30}
+SEARCH = {"seeds": 2, "choose_seeds": 1, "strengths": (0.5, 1.0), "gammas": (0.1, 3.0)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(strength.TASKS, "tiny", strength.Task("digits", TINY))
+        yield
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("strength")
+    return strength.Config(output=folder, tasks=("tiny",), **SEARCH)
+
+
+@pytest.fixture(scope="module")
+def found(config):
+    document = strength.run(config)
+    return results.load(results.save(config.output, "strength", config, document))
+
+
+def test_everything_is_paired_and_the_search_has_seeds_of_its_own(found):
+    table = found["runs"]
+    for role in ("plain", "plain, all", "searched", "strength", "self-tuned"):
+        assert set(runs.select(table, role=role)["seed"]) == {0, 1}
+    for role in ("search", "plain, search"):
+        assert set(runs.select(table, role=role)["seed"]) == {2}
+
+
+@pytest.mark.parametrize("part", strength.PARTS)
+def test_the_coefficient_is_the_best_of_the_search(found, part):
+    tried = runs.select(found["runs"], role="search", part=part)
+    (gamma,) = set(runs.select(found["runs"], role="searched", part=part)["gamma"])
+    assert gamma == tried["gamma"][np.argmax(tried["accuracy"])]
+
+
+def test_a_second_start_trains_nothing_and_gives_the_same(config, found, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a finished part was trained again")
+
+    monkeypatch.setattr(Trainer, "states", refuse)
+    again = results.plain(strength.run(config))
+    assert again == results.plain(found)
+
+
+def test_table_and_figure_show_every_cell(found, tmp_path):
+    text = strength.table(found)
+    assert [text.count(f"tiny  sgd        {part}") for part in strength.PARTS] == [1, 1]
+    assert "of 2 cells" in text
+    (path,) = strength.plot(found, tmp_path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def columns(*accuracy):
+    return {"accuracy": np.array(accuracy), "seed": np.arange(len(accuracy))}
+
+
+def test_what_is_kept_is_the_share_of_the_best_gain():
+    rows = {
+        "plain": columns(0.5, 0.6),
+        "everything": columns(0.55, 0.65),
+        "constant": {0.5: columns(0.6, 0.7), 1.0: columns(0.4, 0.5)},
+        "searched": columns(0.6, 0.7),
+        "tuned": columns(0.58, 0.68),
+    }
+    cell = strength.Cell(("task", "sgd", "full"), "accuracy", **rows)
+    assert (cell.best, cell.kept) == (0.5, pytest.approx(0.8))
+    assert cell.gain(cell.tuned, cell.everything).mean == pytest.approx(3)
+    nothing = dataclasses.replace(cell, constant={0.5: columns(0.505, 0.605)})
+    assert np.isnan(nothing.kept)  # half a point is no gain to be kept
+    assert cell.gain(columns(np.nan, 0.7)).mean == pytest.approx((-50 + 10) / 2)  # nan: diverged
+
+
+@pytest.mark.parametrize(
+    ("fraction", "lazy"), [(1.0, 1 + 4 / 3 / 4), (0.25, 1 + (1 / 2 + 1 / 3) / 4)]
+)
+def test_the_price_of_self_tuning_is_an_evaluation_of_held_out_samples(fraction, lazy):
+    """A third of a gradient, on the updates that take the penalty, whatever part it is taken on."""
+    assert SELF_TUNED.cost(fraction, 4) == pytest.approx(lazy)
+    sizes = TINY | {"width": 64, "depth": 4, "penalty_fraction": fraction, "eigenvalue": False}
+    plain, tuned = (
+        runs.flops(data.load("digits"), method, Recipe(**sizes))
+        for method in (METHODS["relative"], SELF_TUNED)
+    )
+    # the first layer needs no gradient of its input: there an evaluation is half of a gradient
+    assert tuned - plain == pytest.approx(1 / 3, abs=0.06)
+
+
+def test_what_is_held_out_is_not_trained_on():
+    recipe = Recipe(train_size=40, held_out=8, batch_size=8, width=4, steps=9, eigenvalue=False)
+    dataset = data.load("digits")
+    first, second = (data.draw(dataset, 0, 40, 1000, noise) for noise in (0.3, 0.3))
+    labels = np.where(np.arange(40) < 32, second.train_labels, (second.train_labels + 1) % 10)
+    losses = []
+    for drawn in (first, second._replace(train_labels=labels)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer.data, "draw", lambda *_, d=drawn: d)
+            method = Trainer(dataset, METHODS["SGD"], recipe)
+            losses.append(method({}, [0])["train_loss"])
+        trainer._problem.cache_clear()
+    np.testing.assert_array_equal(*losses)
+
+
+def test_source_code_continues_itself():
+    text = corpus.source_code(16)
+    for x, y in ((text.train_x, text.train_y), (text.test_x, text.test_y)):
+        np.testing.assert_array_equal(x[:, 1:], y[:, :-1])
+        assert x.shape[1] == 16
+        assert 0 <= x.min() <= x.max() < text.classes
+
+
+def test_the_transformer_does_not_look_ahead():
+    network = corpus.transformer(11, 8, width=8)
+    tokens = jnp.arange(8)[None] % 11
+    later = tokens.at[0, 5].set(9)
+    params = network.init(jax.random.key(0))
+    one, other = (network.apply(params, x) for x in (tokens, later))
+    assert one.shape == (1, 8, 11)
+    np.testing.assert_array_equal(one[:, :5], other[:, :5])
+    assert (one[:, 5:] != other[:, 5:]).any(axis=-1).all()
+
+
+def test_tasks_that_are_none_are_named():
+    with pytest.raises(CommandError, match=r"tasks must be some of .*got 'mnist'"):
+        strength.Config(tasks=("mnist",))

@@ -1,0 +1,29 @@
+"""The package's namespace: public names only, imported on first use."""
+
+import subprocess
+import sys
+
+import pytest
+
+import gradreg_optax
+from gradreg_optax import _ORIGINS
+
+
+def test_every_public_name_is_there_and_no_other_is_listed():
+    assert set(_ORIGINS) | {"curvature"} == set(gradreg_optax.__all__)
+    assert sorted(gradreg_optax.__all__) == gradreg_optax.__all__
+    assert set(dir(gradreg_optax)) == {*gradreg_optax.__all__, "__version__"}
+    for name in gradreg_optax.__all__:
+        assert getattr(gradreg_optax, name).__name__.endswith(name)
+    with pytest.raises(AttributeError, match="has no attribute 'fd_gradregs'"):
+        _ = gradreg_optax.fd_gradregs
+
+
+def test_the_package_alone_imports_no_jax_and_a_star_import_has_every_name():
+    code = """
+import sys, gradreg_optax
+assert "jax" not in sys.modules
+from gradreg_optax import *
+assert set(gradreg_optax.__all__) <= set(globals())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
