@@ -1,3 +1,3 @@
-"""Pages are doctested; what builds the site, and its copies of the notebooks, are not tests."""
+"""Pages are doctested; the site's configuration and its copies of the notebooks are not tests."""
 
-collect_ignore_glob = ["conf.py", "_ext/*", "notebooks/*"]
+collect_ignore_glob = ["conf.py", "notebooks/*"]
