@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from gradreg_optax._estimators import global_norm
-from gradreg_optax._loss import check_own_keyword, keeps_signature, signature_of, with_weight
+from gradreg_optax._loss import TransformedLoss, check_own_keyword, signature_of, with_weight
 from gradreg_optax._microbatching import microbatched, pieces_of
-from gradreg_optax._regularized_loss import _counts, regularized_loss
+from gradreg_optax._regularized_loss import regularized_loss, whole_step
 from gradreg_optax._train_step import (
     Call,
     StepInfo,
@@ -30,6 +30,7 @@ from gradreg_optax._validation import (
     check_arrays,
     check_params,
     check_transformation,
+    flag,
     fraction,
     is_inexact,
     whole_number,
@@ -181,33 +182,45 @@ def nnx_regularized_loss(
        [1.5]]
     """
     caller = "nnx_regularized_loss"
-    nnx, signature = _flax(caller), _signature(loss_fn)
+    _flax(caller)
     check_transformation(caller, "regularizer", regularizer)
-    init = optax.with_extra_args_support(regularizer).init
-    loss, takes_step = _split_loss(caller, loss_fn, has_aux), _takes(signature, "step")
-    if not takes_step:
-        signature = _with_step(signature)
+    loss = _NNXRegularizedLoss(loss_fn, flag(caller, "has_aux", has_aux), regularizer, wrt)
+    return loss  # type: ignore[return-value]  # called like loss_fn
 
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        step = _step(caller, bound, takes_step)
-        split = _Split.of(nnx, wrt or nnx.Param, bound)
-        check_params(caller, split.params)
-        counting(caller, jax.eval_shape(init, split.params), step)
+
+class _NNXRegularizedLoss(TransformedLoss):
+    """The loss that :func:`nnx_regularized_loss` returns."""
+
+    def __init__(
+        self, loss_fn: Any, has_aux: bool, regularizer: optax.GradientTransformation, wrt: Any
+    ) -> None:
+        """Store the regularizer and the filter; add ``step`` to the signature if it is missing."""
+        super().__init__(loss_fn, has_aux)
+        self.regularizer, self._wrt = regularizer, wrt
+        self._caller = "nnx_regularized_loss"
+        self._loss = _split_loss(self._caller, loss_fn, has_aux)
+        signature = _signature(loss_fn)
+        self._takes_step = _takes(signature, "step")
+        self.__signature__ = signature if self._takes_step else _with_step(signature)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array | None, Any]:
+        """Return the value with the regularized gradient, its weight and aux."""
+        nnx, bound = _flax(self._caller), self.__signature__.bind(*args, **kwargs)
+        step = _step(self._caller, bound, self._takes_step)
+        split = _Split.of(nnx, self._wrt or nnx.Param, bound)
+        check_params(self._caller, split.params)
+        init = optax.with_extra_args_support(self.regularizer).init
+        counting(self._caller, jax.eval_shape(init, split.params), step)
 
         def of_arrays(params: PyTree, rest: PyTree, values: Any) -> tuple[Any, Any]:
-            return loss(split._replace(rest=rest), params, *values)
+            return self._loss(split._replace(rest=rest), params, *values)
 
         arrays = split.params, split.rest, split.values
-        with _explained(caller, lambda: of_arrays(*arrays)):
-            pure = regularized_loss(of_arrays, regularizer, has_aux=True)
-            value, (aux, changes) = pure(*arrays, step=step)
+        with _explained(self._caller, lambda: of_arrays(*arrays)):
+            pure = regularized_loss(of_arrays, self.regularizer, has_aux=True)
+            value, weight, (aux, changes) = pure.evaluate(*arrays, step=step)
         split.put_back(changes)
-        return (value, aux) if has_aux else value
-
-    wrapped = keeps_signature(wrapped, loss_fn, regularizer=regularizer)
-    wrapped.__signature__ = signature  # type: ignore[attr-defined]  # of the function
-    return wrapped  # type: ignore[return-value]  # called like loss_fn
+        return value, weight, aux
 
 
 class _Split(NamedTuple):
@@ -361,7 +374,7 @@ def _step(caller: str, bound: inspect.BoundArguments, takes_step: bool) -> Any:
     step = bound.kwargs.get("step", bound.arguments.get("step"))
     if not takes_step:
         bound.arguments.pop("step", None)
-    if step is None or (takes_step and not (_counts(step) and jnp.shape(step) == ())):
+    if step is None or (takes_step and not whole_step(step)):
         return None
     return whole_number(caller, "step", step)
 

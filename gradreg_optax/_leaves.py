@@ -1,16 +1,16 @@
-"""Some of the leaves of a tree apart from the others, and back in their places."""
+"""Split a list of leaves in two, and put it together again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 
-def apart(
-    leaves: Sequence[Any], chosen: Sequence[bool]
-) -> tuple[list[Any], Callable[[Sequence[Any]], list[Any]]]:
-    """The chosen leaves, and what puts others in their place among all of them."""
+def partition(leaves: Sequence[Any], chosen: Sequence[bool]) -> tuple[list[Any], list[Any]]:
+    """Return the chosen leaves and the others."""
+    pairs = list(zip(leaves, chosen, strict=True))
+    return [x for x, c in pairs if c], [x for x, c in pairs if not c]
 
-    def put(some: Sequence[Any]) -> list[Any]:
-        given = iter(some)
-        return [next(given) if c else x for x, c in zip(leaves, chosen, strict=True)]
 
-    return [x for x, c in zip(leaves, chosen, strict=True) if c], put
+def combine(some: Sequence[Any], others: Sequence[Any], chosen: Sequence[bool]) -> list[Any]:
+    """Invert :func:`partition`."""
+    left, right = iter(some), iter(others)
+    return [next(left) if c else next(right) for c in chosen]

@@ -1,11 +1,9 @@
-"""Which loss, with which arguments.
+"""Normalise user losses: one form of output, arguments by name."""
 
-Inside the package a loss is always a function of the parameters that returns ``(value, aux)``, with
-``value`` a real scalar.
-"""
-
+import contextvars
 import functools
 import inspect
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from gradreg_optax._numerics import default_float, wide
 from gradreg_optax._types import LateLoss, LossFn, PyTree, ValueFn, Weighted
-from gradreg_optax._validation import check_arrays, check_params, flag
+from gradreg_optax._validation import check_arrays, check_params, flag, is_traced
 
-_MADE_OF = "_gradreg_made_of"  # attribute of a loss of ours: (itself, what it is made of)
 # Names that Optax's update, or its line searches, keep for themselves: a loss cannot receive them
 # by name.
 RESERVED = frozenset(
@@ -35,8 +33,60 @@ def check_loss(caller: str, loss_fn: Any) -> None:
         )
 
 
+# what the losses of this package returned a mean of, inside the loss that is being evaluated
+_DROPPED_WEIGHTS: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
+    "weights", default=None
+)
+
+
+class TransformedLoss:
+    """A loss of this package around the loss of a user, with its name and signature.
+
+    Attributes:
+      loss_fn: the loss that it transforms.
+      has_aux: whether both return ``(value, aux)``.
+      regularizer: the transformation whose output is its gradient, or None.
+    """
+
+    regularizer: optax.GradientTransformation | None = None
+
+    def __init__(self, loss_fn: LossFn, has_aux: bool) -> None:
+        """Take name, docstring and signature from ``loss_fn``."""
+        self.loss_fn, self.has_aux = loss_fn, has_aux
+        keeps_signature(self, loss_fn)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array | None, Any]:
+        """Return the mean, its weight (None without one) and aux."""
+        raise NotImplementedError
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the mean, or ``(mean, aux)``."""
+        mean, weight, aux = self.evaluate(*args, **kwargs)
+        dropped = _DROPPED_WEIGHTS.get()
+        if weight is not None and dropped is not None:
+            dropped.append(weight)
+        return (mean, aux) if self.has_aux else mean
+
+    def weighted(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the mean as a ``Weighted`` in place of a scalar, for a loss around this one."""
+        mean, weight, aux = self.evaluate(*args, **kwargs)
+        total = Weighted(mean, None) if weight is None else Weighted(_total(mean, weight), weight)
+        return (total, aux) if self.has_aux else total
+
+
+def _total(mean: jax.Array, weight: jax.Array) -> jax.Array:
+    return mean.astype(weight.dtype) * jnp.where(weight == 0, 1, weight)
+
+
+def transformed_loss(loss_fn: LossFn) -> TransformedLoss | None:
+    """Return the loss of this package that ``loss_fn`` is, possibly inside ``jax.jit``."""
+    if isinstance(loss_fn, jax.stages.Wrapped):
+        loss_fn = getattr(loss_fn, "__wrapped__", loss_fn)
+    return loss_fn if isinstance(loss_fn, TransformedLoss) else None
+
+
 def with_aux(caller: str, loss_fn: LossFn, has_aux: bool) -> Callable[..., tuple[jax.Array, Any]]:
-    """``loss_fn`` as a function that returns ``(value, aux)`` and says what is wrong with it."""
+    """Return ``loss_fn`` as a function that returns ``(value, aux)`` and checks both."""
     weighted = with_weight(caller, loss_fn, has_aux)
 
     def loss(*args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
@@ -46,41 +96,69 @@ def with_aux(caller: str, loss_fn: LossFn, has_aux: bool) -> Callable[..., tuple
     return loss
 
 
-def with_weight(caller: str, loss_fn: LossFn, has_aux: bool) -> Callable[..., tuple[Weighted, Any]]:
-    """``loss_fn`` as a function that returns ``(Weighted(total, weight), aux)``.
+def with_weight(
+    caller: str, loss_fn: LossFn, has_aux: bool, *, in_parts: bool = False
+) -> Callable[..., tuple[Weighted, Any]]:
+    """Return ``loss_fn`` as a function that returns ``(Weighted(total, weight), aux)``.
 
-    A plain scalar is a total without a weight, None, and counts as one.
+    A plain scalar is a total without a weight, None, and counts as one. Of a loss that is evaluated
+    ``in_parts``, a scalar that was made of a weighted loss is refused: the parts need its weight.
     """
     check_loss(caller, loss_fn)
     has_aux = flag(caller, "has_aux", has_aux)
+    inner = transformed_loss(loss_fn)
+    evaluate = loss_fn if inner is None else inner.weighted
 
     def loss(*args: Any, **kwargs: Any) -> tuple[Weighted, Any]:
-        output, aux = loss_fn(*args, **kwargs), None
+        outer, dropped = _DROPPED_WEIGHTS.get(), list[Any]()
+        _DROPPED_WEIGHTS.set(dropped)
+        try:
+            output, aux = evaluate(*args, **kwargs), None
+        finally:
+            _DROPPED_WEIGHTS.set(outer)
         if has_aux:
-            pair = isinstance(output, tuple) and not isinstance(output, Weighted)
-            if not (pair and len(output) == 2):
-                raise TypeError(
-                    f"{caller}: with has_aux=True the loss must return (value, aux), got"
-                    f" {type(output).__name__}."
-                )
-            output, aux = output
+            output, aux = _pair(caller, output)
         if not isinstance(output, Weighted):
+            if in_parts and dropped:
+                raise TypeError(
+                    f"{caller}: the loss returns the mean of a weighted loss, whose weight the"
+                    " parts of the batch need. Pass the loss that microbatched or regularized_loss"
+                    " returned without a function around it, or return Weighted(total, weight)."
+                )
             return Weighted(_real_scalar(caller, output), None), aux
         total = _real_scalar(caller, output.total, cast=True)
-        if output.weight is None:
-            return Weighted(total, None), aux
-        weight = _real_scalar(caller, output.weight, cast=True)
-        # a count in float16 ends at 65504
-        return Weighted(total, jax.lax.stop_gradient(weight.astype(wide(total.dtype)))), aux
+        return Weighted(total, _weight(caller, output.weight, total)), aux
 
     return loss
 
 
+def _pair(caller: str, output: Any) -> tuple[Any, Any]:
+    if isinstance(output, Weighted) or not isinstance(output, tuple) or len(output) != 2:
+        raise TypeError(
+            f"{caller}: with has_aux=True the loss must return (value, aux), got"
+            f" {type(output).__name__}."
+        )
+    return output
+
+
+def _weight(caller: str, weight: Any, total: jax.Array) -> jax.Array | None:
+    """Return the weight in float32 or wider, a constant of the parameters; a count may be large."""
+    if weight is None:
+        return None
+    array = _real_scalar(caller, weight, cast=True)
+    if not (is_traced(weight) or 0 <= np.asarray(weight) < math.inf):
+        raise ValueError(
+            f"{caller}: Weighted.weight must be finite and >= 0, got {weight}. Return the sum of"
+            " the samples' weights."
+        )
+    return jax.lax.stop_gradient(array.astype(wide(total.dtype)))
+
+
 def with_array_aux(
-    caller: str, loss_fn: LossFn, has_aux: bool
+    caller: str, loss_fn: LossFn, has_aux: bool, *, in_parts: bool = False
 ) -> Callable[..., tuple[Weighted, Any]]:
     """As ``with_weight``, for a loss whose aux leaves a compiled program."""
-    weighted = with_weight(caller, loss_fn, has_aux)
+    weighted = with_weight(caller, loss_fn, has_aux, in_parts=in_parts)
 
     def loss(*args: Any, **kwargs: Any) -> tuple[Weighted, Any]:
         mean, aux = weighted(*args, **kwargs)
@@ -129,6 +207,7 @@ def pick_arguments(caller: str, loss_fn: LossFn, available: Mapping[str, Any]) -
     """The arguments of ``loss_fn`` after its first, taken from ``available`` by name."""
     offered = unreserved(available)
     wanted = _parameters_after_first(loss_fn)
+    check_clash(caller, [p.name for p in wanted if p.name in RESERVED & available.keys()])
     greedy = any(p.kind is p.VAR_KEYWORD for p in wanted)
     picked = offered if greedy else {p.name: offered[p.name] for p in wanted if p.name in offered}
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
@@ -138,6 +217,15 @@ def pick_arguments(caller: str, loss_fn: LossFn, available: Mapping[str, Any]) -
         names = ", ".join(repr(p.name) for p in missing)
         raise TypeError(f"{caller}: the loss needs {names}, {_remedy(missing)}.")
     return picked
+
+
+def check_clash(caller: str, names: Sequence[str]) -> None:
+    """Refuse names that both the loss and ``update`` take: either of the two would go without."""
+    if names:
+        raise TypeError(
+            f"{caller}: the loss has an argument {names[0]!r}, a name that Optax's update keeps for"
+            " itself. Rename the argument, or pass value_fn= with it closed over."
+        )
 
 
 def unreserved(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,19 +318,9 @@ def check_own_keyword(caller: str, name: str, loss_fn: LossFn) -> None:
         )
 
 
-def keeps_signature(function: Any, loss_fn: LossFn, **made_of: Any) -> Any:
-    """``function`` under the name and signature of a loss, which remembers what it is made of."""
-    function.__dict__[_MADE_OF] = function, made_of
+def keeps_signature(function: Any, loss_fn: LossFn) -> Any:
+    """Give ``function`` the name, docstring and signature of a loss."""
     return functools.update_wrapper(function, loss_fn, updated=())
-
-
-def made_of(loss_fn: LossFn) -> dict[str, Any]:
-    """What a loss of ours is made of.
-
-    A function around it is another loss, even if ``functools.wraps`` has copied the attribute.
-    """
-    itself, made = getattr(loss_fn, _MADE_OF, (None, {}))
-    return made if itself is loss_fn else {}
 
 
 def signature_of(loss_fn: LossFn) -> inspect.Signature | None:

@@ -1,26 +1,33 @@
-"""A loss whose gradient is the regularized one, for trainers that keep the rest to themselves."""
+"""A loss whose gradient is the regularized one, for trainers that take a loss."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from gradreg_optax._cotangents import scaled, with_aux_cotangent
-from gradreg_optax._leaves import apart
+from gradreg_optax._custom_gradient import ArrayArguments, StaticPart, with_gradient
 from gradreg_optax._loss import (
+    TransformedLoss,
     arguments_at,
-    keeps_signature,
+    check_loss,
     mean_of,
     named_arguments,
     signature_of,
     with_weight,
 )
-from gradreg_optax._sharding import axes_of_value, varying
 from gradreg_optax._train_step import Call, Pass, counting, regularized_pass
-from gradreg_optax._types import LossFn, PyTree, Weighted
-from gradreg_optax._validation import check_params, check_transformation, is_inexact, whole_number
+from gradreg_optax._types import LossFn
+from gradreg_optax._validation import (
+    check_params,
+    check_transformation,
+    flag,
+    is_traced,
+    whole_number,
+)
+
+_CALLER = "regularized_loss"
 
 
 def regularized_loss(
@@ -78,151 +85,90 @@ def regularized_loss(
     References:
       Karakida et al., *Understanding Gradient Regularization in Deep Learning*, ICML 2023.
     """
-    caller = "regularized_loss"
-    check_transformation(caller, "regularizer", regularizer)
-    regularized = regularized_pass(caller, regularizer)
-    loss, signature = with_weight(caller, loss_fn, has_aux), signature_of(loss_fn)
-    asks_for_step = signature is not None and "step" in signature.parameters
-
-    def wrapped(*args: Any, step: Any = None, **kwargs: Any) -> Any:
-        if asks_for_step and step is not None:
-            kwargs["step"] = step
-        if signature is not None:
-            bound = signature.bind(*args, **kwargs)
-            args, kwargs = bound.args, dict(bound.kwargs)
-            step = bound.arguments.get("step", step)
-        step = None if asks_for_step and not _counts(step) else step
-        if step is not None:
-            step = jnp.asarray(whole_number(caller, "step", step), jnp.int32)
-        check_params(caller, arguments_at(caller, argnums, args)[0])
-
-        def update(args: Any, kwargs: Any) -> tuple[Pass, tuple[Any, ...]]:
-            params, put = arguments_at(caller, argnums, args)
-            named = named_arguments(loss_fn, args, kwargs, argnums)
-            call = Call(lambda p, **_: loss(*put(p), **kwargs), (), named)
-            state = counting(caller, regularized.init(params), step)
-            outcome = regularized.run(call, params, state)
-            return outcome, put(outcome.updates)
-
-        value, aux = _evaluated(loss, Arguments.of(argnums, args, kwargs), update)
-        return (value, aux) if has_aux else value
-
-    return keeps_signature(wrapped, loss_fn, regularizer=regularizer)
+    check_transformation(_CALLER, "regularizer", regularizer)
+    check_loss(_CALLER, loss_fn)
+    return RegularizedLoss(loss_fn, flag(_CALLER, "has_aux", has_aux), regularizer, argnums)
 
 
-def _counts(step: Any) -> bool:
-    """Whether an argument called ``step`` may be a counter's: else it is the loss's alone."""
-    dtype = getattr(step, "dtype", None)
-    if dtype is None:
-        return isinstance(step, int) and not isinstance(step, bool)
-    return jnp.issubdtype(dtype, jnp.integer)
+class RegularizedLoss(TransformedLoss):
+    """The loss that :func:`regularized_loss` returns."""
+
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        has_aux: bool,
+        regularizer: optax.GradientTransformation,
+        argnums: int | Sequence[int],
+    ) -> None:
+        """Store the regularizer and the positions of the parameters."""
+        super().__init__(loss_fn, has_aux)
+        self.regularizer, self._argnums = regularizer, argnums
+        self._loss = with_weight(_CALLER, loss_fn, has_aux)
+        self._pass = regularized_pass(_CALLER, regularizer)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array | None, Any]:
+        """Return the mean with the regularized gradient, its weight and aux."""
+        args, kwargs, step = bind_step(_CALLER, self.loss_fn, args, kwargs)
+        check_params(_CALLER, arguments_at(_CALLER, self._argnums, args)[0])
+        arguments = ArrayArguments.of(self._argnums, args, kwargs)
+        beside = StaticPart()
+
+        def plain(leaves: list[Any]) -> tuple[jax.Array, list[jax.Array]]:
+            args, kwargs = arguments.call(leaves)
+            mean, aux = self._loss(*args, **kwargs)
+            return mean_of(mean), beside.arrays((mean.weight, aux))
+
+        def regularized(leaves: list[Any]) -> Any:
+            args, kwargs = arguments.call(leaves)
+            outcome, updated = self._update(args, kwargs, step)
+            arrays = beside.arrays((outcome.weight, outcome.aux))
+            return (outcome.value, arrays), arguments.numbers_of((updated, kwargs))
+
+        value, arrays = with_gradient(plain, regularized, arguments.leaves, arguments.penalised)
+        weight, aux = beside.whole(arrays)
+        return value, weight, aux
+
+    def _update(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], step: Any
+    ) -> tuple[Pass, tuple[Any, ...]]:
+        """Return the regularized pass, and the arguments with its updates as parameters."""
+        params, put = arguments_at(_CALLER, self._argnums, args)
+        named = named_arguments(self.loss_fn, args, kwargs, self._argnums)
+        call = Call(lambda p, **_: self._loss(*put(p), **kwargs), (), named)
+        state = counting(_CALLER, self._pass.init(params), step)
+        outcome = self._pass.run(call, params, state)
+        return outcome, put(outcome.updates)
 
 
-class Arguments(NamedTuple):
-    """The arguments of a call, taken apart into the numbers among their leaves and the rest.
+def bind_step(
+    caller: str, loss_fn: LossFn, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], jax.Array | None]:
+    """Bind a call of a regularized loss: ``(args, kwargs, step of the regularizer)``.
 
-    Attributes:
-      numbers: the leaves that are real or complex, which have a gradient.
-      penalised: of each number, whether it belongs to the parameters.
-      call: ``numbers -> (args, kwargs)`` with these numbers in them.
-      numbers_of: ``(args, kwargs) -> numbers``, of a call of the same structure.
+    An argument ``step`` of the loss is the loss's own; the regularizer counts by it if it is a
+    whole number >= 0. A loss with ``**kwargs`` receives ``step`` too. Otherwise ``step`` is for the
+    regularizer alone.
     """
-
-    numbers: list[Any]
-    penalised: list[bool]
-    call: Callable[[Sequence[Any]], Any]
-    numbers_of: Callable[[Any], list[Any]]
-
-    @classmethod
-    def of(cls, argnums: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Arguments":
-        """Takes the arguments of a call apart."""
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        numeric = [is_inexact(leaf) for leaf in leaves]
-        numbers, put = apart(leaves, numeric)
-        marks, others = jax.tree.unflatten(structure, [False] * len(leaves))
-        params, put_params = arguments_at("", argnums, marks)
-        marked = put_params(jax.tree.map(lambda _: True, params)), others
-
-        def numbers_of(call: Any) -> list[Any]:
-            return apart(jax.tree.leaves(call), numeric)[0]
-
-        def call(numbers: Sequence[Any]) -> Any:
-            return jax.tree.unflatten(structure, put(numbers))
-
-        return cls(numbers, numbers_of(marked), call, numbers_of)
+    signature = signature_of(loss_fn)
+    parameters = {} if signature is None else dict(signature.parameters)
+    variadic = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if "step" not in parameters and not variadic:
+        kwargs, step = dict(kwargs), kwargs.get("step")
+        kwargs.pop("step", None)
+    else:
+        step = kwargs.get("step")
+    if signature is not None:
+        bound = signature.bind(*args, **kwargs)
+        args, kwargs = bound.args, dict(bound.kwargs)
+        step = bound.arguments.get("step", step)
+    if step is None or ("step" in parameters and not whole_step(step)):
+        return args, kwargs, None
+    return args, kwargs, jnp.asarray(whole_number(caller, "step", step), jnp.int32)
 
 
-def _evaluated(
-    loss: Callable[..., tuple[Weighted, Any]],
-    arguments: Arguments,
-    update: Callable[[tuple[Any, ...], dict[str, Any]], tuple[Pass, tuple[Any, ...]]],
-) -> tuple[jax.Array, Any]:
-    """(value, aux), with the regularized gradient behind them.
-
-    ``update`` makes of ``(args, kwargs)`` the clean pass, and the arguments with the regularized
-    gradient in the place of the parameters.
-    """
-    aux = Aside()
-
-    def plain(numbers: list[Any]) -> tuple[jax.Array, list[jax.Array]]:
-        args, kwargs = arguments.call(numbers)
-        mean, more = loss(*args, **kwargs)
-        return mean_of(mean), aux.arrays(more)
-
-    def forward(numbers: list[Any]) -> tuple[Any, Any]:
-        values = [number.value for number in numbers]
-        asked = [number.perturbed for number in numbers]
-        chosen = list(zip(asked, arguments.penalised, strict=True))
-        gradient = _gradient(plain, values, [a and not p for a, p in chosen])
-        if not any(a and p for a, p in chosen):
-            return plain(values), (values, gradient)
-        args, kwargs = arguments.call(values)
-        outcome, updated = update(args, kwargs)
-        # in the order of the arguments, which need not be that of argnums
-        updates, _ = apart(arguments.numbers_of((updated, kwargs)), arguments.penalised)
-        _, put = apart(gradient, arguments.penalised)
-        return (outcome.value, aux.arrays(outcome.aux)), (values, put(updates))
-
-    def backward(residual: Any, cotangent: tuple[Any, Any]) -> tuple[list[Any]]:
-        (values, gradient), (of_value, of_aux) = residual, cotangent
-        of_numbers = scaled(of_value, gradient)
-        return (with_aux_cotangent(of_numbers, lambda n: plain(n)[1], values, of_aux),)
-
-    function = jax.custom_vjp(plain)
-    function.defvjp(forward, backward, symbolic_zeros=True)
-    numbers = varying(arguments.numbers, axes_of_value(plain, arguments.numbers))
-    value, arrays = function(numbers)
-    return value, aux.whole(arrays)
-
-
-def _gradient(
-    plain: Callable[[list[Any]], Any], values: list[Any], asked: list[bool]
-) -> list[jax.Array]:
-    """The gradient of the loss itself in the numbers that are asked for, zeros in the others."""
-    zeros = [jnp.zeros_like(value) for value in values]
-    if not any(asked):
-        return zeros
-
-    chosen, put = apart(values, asked)
-    gradient, _ = jax.grad(lambda some: plain(put(some)), has_aux=True)(chosen)
-    return apart(zeros, asked)[1](gradient)
-
-
-class Aside:
-    """Carries what a loss returns around a function that may return arrays only."""
-
-    def __init__(self) -> None:
-        """Nothing has been returned yet."""
-        self._structure: Any = None
-        self._put: Callable[[Sequence[Any]], list[Any]] = list
-
-    def arrays(self, tree: PyTree) -> list[jax.Array]:
-        """The arrays of JAX in a tree; the rest of it is kept aside."""
-        leaves, self._structure = jax.tree.flatten(tree)
-        is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
-        arrays, self._put = apart(leaves, is_array)
-        return arrays
-
-    def whole(self, arrays: list[jax.Array]) -> PyTree:
-        """The tree with these arrays in it."""
-        return jax.tree.unflatten(self._structure, self._put(arrays))
+def whole_step(step: Any) -> bool:
+    """Return whether the loss's own ``step`` can be a step counter as well."""
+    integer = isinstance(step, int) or jnp.issubdtype(getattr(step, "dtype", None), jnp.integer)
+    if not integer or isinstance(step, bool) or jnp.shape(step):
+        return False
+    return is_traced(step) or int(step) >= 0

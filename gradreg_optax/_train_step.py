@@ -1,6 +1,6 @@
 """Train steps: a regularizer, an optimizer and a loss in one jitted function."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +10,11 @@ import optax
 from gradreg_optax._batching import first_fraction, split_batch
 from gradreg_optax._estimators import global_norm
 from gradreg_optax._loss import (
+    TransformedLoss,
     check_own_keyword,
-    made_of,
     mean_of,
     named_arguments,
+    signature_of,
     unreserved,
     with_array_aux,
 )
@@ -82,6 +83,7 @@ def make_train_step(
     penalty_fraction: float = 1.0,
     ascent_groups: int = 1,
     donate: bool = True,
+    static_argnames: str | Sequence[str] = (),
 ) -> TrainStep:
     r"""Builds a jitted train step that chains a regularizer with any Optax optimizer.
 
@@ -117,6 +119,8 @@ def make_train_step(
         regularizer keeps beside its counter is averaged as well.
       donate: let the step reuse the memory of the state it is given, which must not be used
         afterwards.
+      static_argnames: names of further arguments of the loss that are not arrays (a mode, a
+        configuration), as in ``jax.jit``; they must be hashable.
 
     Returns:
       ``TrainStep(init, step)``. A keyword ``held_out=batch`` of ``step`` is not for ``loss_fn``,
@@ -145,9 +149,10 @@ def make_train_step(
     caller = "make_train_step"
     check_transformation(caller, "optimizer", optimizer)
     groups = whole_number(caller, "ascent_groups", ascent_groups)
-    donated = flag(caller, "donate", donate)
+    donated = (0,) if flag(caller, "donate", donate) else ()
+    static = static_arguments(caller, loss_fn, static_argnames)
     regularized = regularized_pass(caller, regularizer, penalty_fraction, groups)
-    loss = with_array_aux(caller, loss_fn, has_aux)
+    loss = with_array_aux(caller, loss_fn, has_aux, in_parts=groups > 1)
     second = optax.with_extra_args_support(optimizer)
     check_own_keyword(caller, "held_out", loss_fn)
 
@@ -181,7 +186,49 @@ def make_train_step(
         state = TrainState(params, (outcome.state, second_state), optax.safe_increment(state.step))
         return state, StepInfo(outcome.value, grad_norm, outcome.aux)
 
-    return TrainStep(init, jax.jit(step, donate_argnums=(0,) if donated else ()))
+    return TrainStep(init, jax.jit(step, donate_argnums=donated, **static))
+
+
+def static_arguments(caller: str, loss_fn: LossFn, names: str | Sequence[str]) -> dict[str, Any]:
+    """Return the static arguments of a step, whose arguments stand where those of the loss do."""
+    static = (names,) if isinstance(names, str) else tuple(names)
+    signature = signature_of(loss_fn)
+    parameters = {} if signature is None else dict(signature.parameters)
+    variadic = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    unknown = [name for name in static if name not in parameters and not variadic]
+    if unknown or any(name in list(parameters)[:1] for name in static):
+        raise ValueError(
+            f"{caller}: static_argnames must name arguments of the loss after its parameters, got"
+            f" {static!r}. Its arguments are {list(parameters)[1:]}."
+        )
+    numbers = tuple(i for i, name in enumerate(parameters) if name in static)
+    return {"static_argnames": static, "static_argnums": numbers} if static else {}
+
+
+class HeldOut:
+    """The loss on held-out samples, which records whether a regularizer evaluates it."""
+
+    def __init__(self, call: "Call") -> None:
+        """Take the loss and its arguments from ``call``, with the held-out batch."""
+        self._value_fn, self.evaluated = call.value_fn, False
+
+    def __call__(self, params: PyTree) -> jax.Array:
+        """Return the loss on the held-out samples."""
+        self.evaluated = True
+        try:
+            return self._value_fn(params)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"held_out=: {error}") from error
+
+
+def check_held_out(caller: str, extra_args: Mapping[str, Any]) -> None:
+    """Refuse held-out samples that no regularizer has evaluated."""
+    held_out_fn = extra_args.get("held_out_fn")
+    if isinstance(held_out_fn, HeldOut) and not held_out_fn.evaluated:
+        raise TypeError(
+            f"{caller}: held_out= is for a regularizer that tunes its strength on held-out samples,"
+            " and none does. Pass relative_gradreg(strength=None), or leave held_out= away."
+        )
 
 
 class Call(NamedTuple):
@@ -280,6 +327,7 @@ def regularized_pass(
         (value, (weight, aux)), gradient = clean(params)
         extra = penalty_arguments(caller, call, kept)
         updates, state = tx.update(gradient, state, params, value=value, **extra)
+        check_held_out(caller, extra)
         return Pass(value, aux, gradient, updates, state)._replace(weight=weight)
 
     return RegularizedPass(init, run)
@@ -292,7 +340,7 @@ def penalty_arguments(caller: str, call: Call, kept: float) -> dict[str, Any]:
         penalised = call.on(first_fraction(caller, "penalty_fraction", call.args[0], kept))
         flags = {"reuse_updates": False}
     if call.held_out is not None:
-        flags["held_out_fn"] = call.on(call.held_out).value_fn
+        flags["held_out_fn"] = HeldOut(call.on(call.held_out))
     return penalised.named() | {"value_fn": penalised.value_fn} | flags
 
 
@@ -313,7 +361,7 @@ def _check_optimizer(caller: str, state: optax.OptState) -> None:
 
 def check_once(caller: str, loss_fn: LossFn, params: PyTree, *states: optax.OptState) -> None:
     """A penalty stands in one place: in one transformation, known by its state, or in the loss."""
-    of_loss = made_of(loss_fn).get("regularizer")
+    of_loss = regularizer_of(loss_fn)
     if of_loss is not None:
         states = *states, of_loss.init(params)
     if sum(map(is_penalized, states)) > 1:
@@ -322,6 +370,15 @@ def check_once(caller: str, loss_fn: LossFn, params: PyTree, *states: optax.OptS
             f" and {caller}, which would penalise twice: take one away, or chain them,"
             " regularizer=optax.chain(...)."
         )
+
+
+def regularizer_of(loss_fn: Any) -> optax.GradientTransformation | None:
+    """Return the regularizer inside a loss, whatever wraps it (``jax.jit``, a partial)."""
+    while loss_fn is not None:
+        if isinstance(loss_fn, TransformedLoss) and loss_fn.regularizer is not None:
+            return loss_fn.regularizer
+        loss_fn = getattr(loss_fn, "__wrapped__", getattr(loss_fn, "func", None))
+    return None
 
 
 def counting(caller: str, state: optax.OptState, step: Any) -> optax.OptState:
@@ -358,11 +415,12 @@ def _mean_over_groups(
     try:
         outcome, counters = jax.vmap(separated, out_axes=(0, None), axis_name=ASCENT_GROUPS)(groups)
     except ValueError as error:
-        if "out_axes" not in str(error):
+        if not structures:  # raised by the loss or a regularizer
             raise
         raise ValueError(
-            f"{caller}: with ascent_groups the regularizer's counters and keys may depend on no"
-            f" group: put what keeps them behind the regularizer, in the optimizer ({error})."
+            f"{caller}: with ascent_groups, counters and keys in the regularizer's state must be"
+            " the same for every group. Put the transformation that keeps them behind the"
+            f" regularizer, in the optimizer ({error})."
         ) from error
 
     def mean(x: jax.Array) -> jax.Array:
