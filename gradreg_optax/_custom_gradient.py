@@ -16,15 +16,27 @@ from gradreg_optax._types import PyTree
 from gradreg_optax._validation import is_inexact, is_traced
 
 Leaves: TypeAlias = list[Any]
-Plain: TypeAlias = Callable[[Leaves], tuple[jax.Array, Leaves]]  # -> (value, arrays)
-# -> ((value, arrays), gradients of the penalised leaves)
-Regularized: TypeAlias = Callable[[Leaves], tuple[tuple[jax.Array, Leaves], Leaves]]
+Output: TypeAlias = tuple[jax.Array, Leaves]  # (value, arrays beside it)
+Plain: TypeAlias = Callable[[Leaves], Output]
+
+
+class Rule(NamedTuple):
+    """How the gradient in the penalised leaves is made.
+
+    Attributes:
+      function: with ``from_gradient``, ``(leaves, value, gradients) -> gradients``, of the value
+        and its gradient; without, ``leaves -> (output, gradients)``, which evaluates both itself.
+      from_gradient: which of the two.
+    """
+
+    function: Callable[..., Any]
+    from_gradient: bool
 
 
 def with_gradient(
-    plain: Plain, regularized: Regularized, leaves: Leaves, penalised: Sequence[bool]
+    plain: Plain, rule: Rule, leaves: Leaves, penalised: Sequence[bool]
 ) -> tuple[jax.Array, Leaves]:
-    """Evaluate ``plain``; its gradient in the penalised leaves is that of ``regularized``.
+    """Evaluate ``plain``, with a gradient of its own in the penalised leaves.
 
     The derivative in the other leaves, that of the arrays, and the derivative in whatever ``plain``
     closes over are those of ``plain``. Forward and reverse mode work, and further derivatives. Each
@@ -35,48 +47,53 @@ def with_gradient(
     functions are then traced here, and the values they close over become arguments.
     """
     if isinstance(jax.lax.add(0.0, 0.0), jax.core.Tracer):  # recorded
-        return _with_arguments(plain, regularized, leaves, penalised)
+        return _with_arguments(plain, rule, leaves, penalised)
     try:
-        return _with_gradient(plain, lambda some, _: regularized(some), leaves, penalised, ())
+        return _with_gradient(plain, rule, leaves, penalised)
     except jax.errors.UnexpectedTracerError:  # a function closes over a differentiated value
-        return _with_arguments(plain, regularized, leaves, penalised)
+        return _with_arguments(plain, rule, leaves, penalised)
 
 
 class ArrayArguments(NamedTuple):
     """The arguments of a call, split into arrays and constants.
 
     Attributes:
-      leaves: the traced leaves; the others have known values and no derivative.
-      penalised: whether a traced leaf is a number and belongs to the parameters.
+      leaves: the traced leaves and the parameters; the others are known and have no derivative.
+      penalised: whether a leaf is a number and belongs to the parameters.
       call: ``leaves -> (args, kwargs)`` with these leaves in place.
+      with_params: ``(leaves, numbers) -> args`` with these numbers as the penalised leaves.
       numbers_of: ``(args, kwargs) -> the penalised leaves`` of a call of the same structure.
     """
 
     leaves: Leaves
     penalised: list[bool]
     call: Callable[[Leaves], tuple[tuple[Any, ...], dict[str, Any]]]
+    with_params: Callable[[Leaves, Leaves], tuple[Any, ...]]
     numbers_of: Callable[[Any], Leaves]
 
     @classmethod
     def of(cls, argnums: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "ArrayArguments":
         """Split the arguments of a call whose parameters are at ``argnums``."""
         leaves, structure = jax.tree.flatten((args, kwargs))
-        is_array = [is_traced(leaf) for leaf in leaves]
-        arrays, constants = partition(leaves, is_array)
         marks, others = jax.tree.unflatten(structure, [False] * len(leaves))
         params, put = arguments_at("", argnums, marks)
         marked = jax.tree.leaves((put(jax.tree.map(lambda _: True, params)), others))
-        penalised = [
-            m and is_traced(x) and is_inexact(x) for m, x in zip(marked, leaves, strict=True)
-        ]
+        penalised = [m and is_inexact(x) for m, x in zip(marked, leaves, strict=True)]
+        is_array = [p or is_traced(x) for p, x in zip(penalised, leaves, strict=True)]
+        arrays, constants = partition(leaves, is_array)
+        of_arrays = partition(penalised, is_array)[0]
 
         def call(arrays: Leaves) -> Any:
             return jax.tree.unflatten(structure, combine(arrays, constants, is_array))
 
+        def with_params(arrays: Leaves, numbers: Leaves) -> Any:
+            some = combine(numbers, partition(arrays, of_arrays)[1], of_arrays)
+            return call(some)[0]
+
         def numbers_of(call: Any) -> Leaves:
             return partition(jax.tree.leaves(call), penalised)[0]
 
-        return cls(arrays, partition(penalised, is_array)[0], call, numbers_of)
+        return cls(arrays, of_arrays, call, with_params, numbers_of)
 
 
 class StaticPart:
@@ -100,54 +117,96 @@ class StaticPart:
         return jax.tree.unflatten(structure, combine(arrays, others, is_array))
 
 
-def _with_arguments(
-    plain: Plain, regularized: Regularized, leaves: Leaves, penalised: Sequence[bool]
-) -> tuple[jax.Array, Leaves]:
+def _with_arguments(plain: Plain, rule: Rule, leaves: Leaves, penalised: Sequence[bool]) -> Output:
     """Apply ``with_gradient`` to functions that close over nothing that is traced."""
     count = len(leaves)
-    explicit, constants = _closed(plain, leaves)
-    gradient, further = _closed(regularized, leaves)
+    explicit, constants, (value, _) = _closed(plain, leaves)
+    inputs = (value, partition(leaves, penalised)[0]) if rule.from_gradient else ()
+    function, further, _ = _closed(rule.function, leaves, *inputs)
+
+    def of_arguments(leaves: Leaves, *inputs: Any) -> Any:
+        return function(leaves[count + len(constants) :], leaves[:count], *inputs)
+
     return _with_gradient(
-        lambda some: explicit(some[:count], some[count:]),
-        lambda some, further: gradient(some[:count], further),
-        [*leaves, *constants],
-        [*penalised, *(False for _ in constants)],
-        further,
+        lambda leaves: explicit(leaves[count : count + len(constants)], leaves[:count]),
+        rule._replace(function=of_arguments),
+        [*leaves, *constants, *further],
+        [*penalised, *(False for _ in (*constants, *further))],
     )
 
 
-def _with_gradient(
-    plain: Plain,
-    regularized: Callable[[Leaves, Sequence[Any]], tuple[tuple[jax.Array, Leaves], Leaves]],
-    leaves: Leaves,
-    penalised: Sequence[bool],
-    constants: Sequence[Any],
-) -> tuple[jax.Array, Leaves]:
-    """Apply a custom derivative; ``constants`` are arguments of ``regularized`` alone."""
-
-    @jax.custom_jvp
-    def evaluate(leaves: Leaves, constants: Sequence[Any]) -> tuple[jax.Array, Leaves]:
-        return plain(leaves)
+def _with_gradient(plain: Plain, rule: Rule, leaves: Leaves, penalised: Sequence[bool]) -> Output:
+    evaluate = jax.custom_jvp(plain)
 
     @functools.partial(evaluate.defjvp, symbolic_zeros=True)
     def jvp(primals: Any, tangents: Any) -> Any:
-        (leaves, constants), tangents = primals, tangents[0]
+        (leaves,), (tangents,) = primals, tangents
         asked = [_is_asked(x, t) for x, t in zip(leaves, tangents, strict=True)]
-        if any(a and p for a, p in zip(asked, penalised, strict=True)):
-            output, gradients = _recomputed(regularized)(leaves, constants)
+        if not any(a and p for a, p in zip(asked, penalised, strict=True)):
+            output, gradients, push = _linearized(plain, leaves, asked)
+        elif rule.from_gradient:
+            output, gradients, push = _regularized(plain, rule, leaves, penalised, asked)
         else:
-            output, gradients = plain(leaves), [None for p in penalised if p]
-        others = [a and not p for a, p in zip(asked, penalised, strict=True)]
-        _, of_others = partition(_gradient(plain, leaves, others), penalised)
-        gradients = combine(gradients, of_others, penalised)
+            output, gradients, push = _accumulated(plain, rule, leaves, penalised, asked)
         of_value = _inner_product(gradients, tangents, asked).astype(output[0].dtype)
-        return output, (of_value, _tangents_of_arrays(plain, leaves, tangents, asked, output[1]))
+        return output, (of_value, _tangents_of_arrays(push, leaves, tangents, asked, output[1]))
 
     inexact = [is_inexact(leaf) for leaf in leaves]
     numbers, others = partition(leaves, inexact)
-    leaves = combine(varying(numbers, axes_of_value(plain, leaves)), others, inexact)
-    output: tuple[jax.Array, Leaves] = evaluate(leaves, constants)
+    numbers = varying(numbers, axes_of_value(plain, leaves))
+    output: Output = evaluate(combine(numbers, others, inexact))
     return output
+
+
+# A pushforward: the tangents of the leaves, zeros among them, -> those of the arrays
+_Push: TypeAlias = Callable[[Leaves], Leaves]
+
+
+def _linearized(
+    plain: Plain, leaves: Leaves, chosen: Sequence[bool]
+) -> tuple[Output, Leaves, _Push]:
+    """Return the output, its gradient in the chosen leaves (None elsewhere) and pushforward."""
+    some, others = partition(leaves, chosen)
+    output, linear = jax.linearize(lambda some: plain(combine(some, others, chosen)), some)
+    transposed = jax.linear_transpose(lambda some: linear(some)[0], some)
+    (gradient,) = transposed(jnp.ones_like(output[0]))
+
+    def push(tangents: Leaves) -> Leaves:
+        arrays: Leaves = linear(partition(tangents, chosen)[0])[1]
+        return arrays
+
+    return output, combine(gradient, [None for _ in others], chosen), push
+
+
+def _regularized(
+    plain: Plain, rule: Rule, leaves: Leaves, penalised: Sequence[bool], asked: Sequence[bool]
+) -> tuple[Output, Leaves, _Push]:
+    """Replace the gradient of ``plain`` in the penalised leaves by what the rule makes of it."""
+    needed = [a or p for a, p in zip(asked, penalised, strict=True)]
+    output, gradients, push = _linearized(plain, leaves, needed)
+    penalty, others = partition(gradients, penalised)
+    penalty = rule.function(leaves, output[0], penalty)
+    return output, combine(penalty, others, penalised), push
+
+
+def _accumulated(
+    plain: Plain, rule: Rule, leaves: Leaves, penalised: Sequence[bool], asked: Sequence[bool]
+) -> tuple[Output, Leaves, _Push]:
+    """Evaluate output and gradient together; other derivatives evaluate ``plain`` again."""
+    output, gradients = _recomputed(rule.function)(leaves)
+    others = [a and not p for a, p in zip(asked, penalised, strict=True)]
+    _, of_others, _ = _linearized(plain, leaves, others) if any(others) else (0, leaves, 0)
+    full = combine(gradients, partition(of_others, penalised)[1], penalised)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def push(leaves: Leaves, tangents: Leaves) -> Leaves:
+        chosen, rest = partition(leaves, asked)
+        given = partition(tangents, asked)[0]
+        arrays: Leaves
+        arrays = jax.jvp(lambda some: plain(combine(some, rest, asked))[1], (chosen,), (given,))[1]
+        return arrays
+
+    return output, full, functools.partial(push, leaves)
 
 
 def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -172,58 +231,36 @@ def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     return evaluate
 
 
-def _closed(function: Callable[[Leaves], Any], leaves: Leaves) -> tuple[Any, Sequence[Any]]:
-    """Return ``function`` of (leaves, arrays that it closed over), and these arrays."""
-    jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(leaves)
+def _closed(function: Callable[..., Any], *inputs: Any) -> tuple[Any, Sequence[Any], Any]:
+    """Return ``function`` of (arrays that it closes over, *inputs), these arrays, and its shape."""
+    jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(*inputs)
 
-    def explicit(leaves: Leaves, constants: Sequence[Any]) -> Any:
-        outputs = jax.core.eval_jaxpr(jaxpr.jaxpr, constants, *leaves)
+    def explicit(constants: Sequence[Any], *inputs: Any) -> Any:
+        outputs = jax.core.eval_jaxpr(jaxpr.jaxpr, constants, *jax.tree.leaves(inputs))
         return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 
-    return explicit, jaxpr.consts
+    return explicit, jaxpr.consts, shape
 
 
 def _is_asked(leaf: Any, tangent: Any) -> bool:
     return is_inexact(leaf) and not isinstance(tangent, SymbolicZero)
 
 
-def _gradient(plain: Plain, leaves: Leaves, asked: list[bool]) -> Leaves:
-    """Return the gradient of ``plain`` in the leaves that are asked for, None for the others."""
-    chosen, others = partition(leaves, asked)
-    if not chosen:
-        return [None for _ in leaves]
-    gradient, _ = jax.grad(lambda some: plain(combine(some, others, asked)), has_aux=True)(chosen)
-    return combine(gradient, [None for _ in others], asked)
-
-
 def _inner_product(gradients: Leaves, tangents: Leaves, asked: list[bool]) -> jax.Array:
     """Return the derivative along the tangents; the transpose multiplies the gradients."""
-    pairs = [(g, t) for g, t, a in zip(gradients, tangents, asked, strict=True) if a]
-    products = [jnp.sum((widen(g) * widen(t).astype(widen(g).dtype)).real) for g, t in pairs]
+    pairs = [(widen(g), t) for g, t, a in zip(gradients, tangents, asked, strict=True) if a]
+    products = [jnp.sum((g * widen(t).astype(g.dtype)).real) for g, t in pairs]
     return functools.reduce(jnp.add, products, jnp.zeros([]))
 
 
 def _tangents_of_arrays(
-    plain: Plain, leaves: Leaves, tangents: Leaves, asked: list[bool], arrays: Leaves
-) -> PyTree:
-    """Return the tangents of the arrays beside the value, evaluated where they are used.
-
-    Reverse mode records the inner ``jit`` without running it, and drops it if no array is
-    differentiated.
-    """
+    push: _Push, leaves: Leaves, tangents: Leaves, asked: list[bool], arrays: Leaves
+) -> list[Any]:
+    """Return the tangents of the arrays beside the value."""
     zeros = [SymbolicZero(jax.typeof(x).to_tangent_aval()) for x in arrays]
     inexact = [is_inexact(x) for x in arrays]
     if not (any(inexact) and any(asked)):
         return zeros
-
-    @jax.jit
-    def of_arrays(leaves: Leaves, tangents: Leaves) -> Leaves:
-        chosen, others = partition(leaves, asked)
-
-        def some_arrays(chosen: Leaves) -> Leaves:
-            return partition(plain(combine(chosen, others, asked))[1], inexact)[0]
-
-        return jax.jvp(some_arrays, (chosen,), (tangents,))[1]
-
-    found = of_arrays(leaves, partition(tangents, asked)[0])
-    return combine(found, partition(zeros, inexact)[1], inexact)
+    triples = zip(leaves, tangents, asked, strict=True)
+    full = [t if a or not is_inexact(x) else jnp.zeros_like(x) for x, t, a in triples]
+    return combine(partition(push(full), inexact)[0], partition(zeros, inexact)[1], inexact)

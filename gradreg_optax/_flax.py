@@ -6,7 +6,7 @@ import importlib
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from gradreg_optax._regularized_loss import regularized_loss, whole_step
 from gradreg_optax._train_step import (
     Call,
     StepInfo,
+    check_held_out,
     check_once,
     counting,
     is_penalized,
@@ -115,8 +116,9 @@ def make_nnx_train_step(
         check_once(caller, loss_fn, split.params, state, optimizer.opt_state)
         _check_place(caller, regularizer is not None, state, optimizer.opt_state)
         call = Call(functools.partial(loss, split), split.values, {}, held_out=held_out)
+        clean = call if regularizer is not None else call._replace(held_out=None)
         with _explained(caller, lambda: call.value_fn(split.params)):
-            outcome = here.run(call, split.params, counting(caller, state, optimizer.step[...]))
+            outcome = here.run(clean, split.params, counting(caller, state, optimizer.step[...]))
         aux, changes = outcome.aux
         check_arrays(caller, "aux", aux)
         split.put_back(changes)
@@ -126,6 +128,7 @@ def make_nnx_train_step(
         updates = _refilled(nnx.state(model, optimizer.wrt), outcome.updates)
         with _explained(caller, lambda: call.value_fn(split.params)):
             optimizer.update(model, updates, value=outcome.value, grad=outcome.gradient, **extra)
+        check_held_out(caller, extra)
         return StepInfo(outcome.value, global_norm(outcome.gradient), aux)
 
     jitted: Callable[..., StepInfo] = nnx.jit(step, **static)
@@ -184,8 +187,8 @@ def nnx_regularized_loss(
     caller = "nnx_regularized_loss"
     _flax(caller)
     check_transformation(caller, "regularizer", regularizer)
-    loss = _NNXRegularizedLoss(loss_fn, flag(caller, "has_aux", has_aux), regularizer, wrt)
-    return loss  # type: ignore[return-value]  # called like loss_fn
+    loss: Any = _NNXRegularizedLoss(loss_fn, flag(caller, "has_aux", has_aux), regularizer, wrt)
+    return cast(_Loss, loss)
 
 
 class _NNXRegularizedLoss(TransformedLoss):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradreg_optax._custom_gradient import ArrayArguments, StaticPart, with_gradient
+from gradreg_optax._custom_gradient import ArrayArguments, Rule, StaticPart, with_gradient
 from gradreg_optax._loss import (
     TransformedLoss,
     arguments_at,
@@ -17,7 +17,7 @@ from gradreg_optax._loss import (
     signature_of,
     with_weight,
 )
-from gradreg_optax._train_step import Call, Pass, counting, regularized_pass
+from gradreg_optax._train_step import Call, counting, regularized_pass
 from gradreg_optax._types import LossFn
 from gradreg_optax._validation import (
     check_params,
@@ -118,26 +118,26 @@ class RegularizedLoss(TransformedLoss):
             mean, aux = self._loss(*args, **kwargs)
             return mean_of(mean), beside.arrays((mean.weight, aux))
 
-        def regularized(leaves: list[Any]) -> Any:
+        def regularized(leaves: list[Any], value: jax.Array, gradients: list[Any]) -> list[Any]:
             args, kwargs = arguments.call(leaves)
-            outcome, updated = self._update(args, kwargs, step)
-            arrays = beside.arrays((outcome.weight, outcome.aux))
-            return (outcome.value, arrays), arguments.numbers_of((updated, kwargs))
+            params, put = arguments_at(_CALLER, self._argnums, args)
+            call = Call(
+                lambda p, **_: self._loss(*put(p), **kwargs),
+                (),
+                named_arguments(self.loss_fn, args, kwargs, self._argnums),
+            )
+            gradient, _ = arguments_at(
+                _CALLER, self._argnums, arguments.with_params(leaves, gradients)
+            )
+            state = counting(_CALLER, self._pass.init(params), step)
+            updates, _ = self._pass.regularize(call, params, state, value, gradient)
+            return arguments.numbers_of((put(updates), kwargs))
 
-        value, arrays = with_gradient(plain, regularized, arguments.leaves, arguments.penalised)
+        value, arrays = with_gradient(
+            plain, Rule(regularized, True), arguments.leaves, arguments.penalised
+        )
         weight, aux = beside.whole(arrays)
         return value, weight, aux
-
-    def _update(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], step: Any
-    ) -> tuple[Pass, tuple[Any, ...]]:
-        """Return the regularized pass, and the arguments with its updates as parameters."""
-        params, put = arguments_at(_CALLER, self._argnums, args)
-        named = named_arguments(self.loss_fn, args, kwargs, self._argnums)
-        call = Call(lambda p, **_: self._loss(*put(p), **kwargs), (), named)
-        state = counting(_CALLER, self._pass.init(params), step)
-        outcome = self._pass.run(call, params, state)
-        return outcome, put(outcome.updates)
 
 
 def bind_step(

@@ -289,10 +289,17 @@ class Pass(NamedTuple):
 
 
 class RegularizedPass(NamedTuple):
-    """A pair: ``init(params) -> state`` and ``run(call, params, state) -> Pass``."""
+    """A clean pass and the regularizer on it.
+
+    Attributes:
+      init: ``params -> state``.
+      run: ``(call, params, state) -> Pass``.
+      regularize: ``(call, params, state, value, gradient) -> (updates, state)``, its second half.
+    """
 
     init: Callable[[PyTree], optax.OptState]
     run: Callable[[Call, PyTree, optax.OptState], Pass]
+    regularize: Callable[..., tuple[PyTree, optax.OptState]]
 
 
 def regularized_pass(
@@ -322,15 +329,21 @@ def regularized_pass(
             )
         return state
 
-    def run(call: Call, params: PyTree, state: optax.OptState) -> Pass:
-        clean = jax.value_and_grad(call.value_and_more, has_aux=True)
-        (value, (weight, aux)), gradient = clean(params)
+    def regularize(
+        call: Call, params: PyTree, state: optax.OptState, value: jax.Array, gradient: PyTree
+    ) -> tuple[PyTree, optax.OptState]:
         extra = penalty_arguments(caller, call, kept)
         updates, state = tx.update(gradient, state, params, value=value, **extra)
         check_held_out(caller, extra)
-        return Pass(value, aux, gradient, updates, state)._replace(weight=weight)
+        return updates, state
 
-    return RegularizedPass(init, run)
+    def run(call: Call, params: PyTree, state: optax.OptState) -> Pass:
+        clean = jax.value_and_grad(call.value_and_more, has_aux=True)
+        (value, (weight, aux)), gradient = clean(params)
+        updates, state = regularize(call, params, state, value, gradient)
+        return Pass(value, aux, gradient, updates, state, weight)
+
+    return RegularizedPass(init, run, regularize)
 
 
 def penalty_arguments(caller: str, call: Call, kept: float) -> dict[str, Any]:
