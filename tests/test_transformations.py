@@ -8,12 +8,19 @@ import functools
 import itertools
 import os
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 
-from gradreg_optax import fd_value_and_grad, microbatched, regularized_loss
+from gradreg_optax import (
+    fd_value_and_grad,
+    microbatched,
+    nnx_regularized_loss,
+    regularized_loss,
+)
 from stacks import (
     EPSILON,
     FD,
@@ -21,6 +28,7 @@ from stacks import (
     GAMMA,
     TRANSFORMATIONS,
     WAYS,
+    Tree,
     batch_of,
     close,
     gradient,
@@ -28,6 +36,7 @@ from stacks import (
     leaf_of,
     loss_fn,
     params_of,
+    penalised,
     stacked,
 )
 
@@ -128,6 +137,91 @@ def test_a_word_may_be_a_static_argument(way, wrap):
     (ours, reference), args = WAYS[way], (params_of(), batch_of(), leaf_of("all"), "sin")
     found = jax.grad(wrap(ours(with_activation), static_argnums=3))(*args)
     close(found, jax.jit(jax.grad(reference(with_activation)), static_argnums=3)(*args))
+
+
+# --- the frameworks' own transformations
+
+
+class Counted(nnx.Module):
+    """Every call counts, the count enters the loss, and a mean of the inputs is kept."""
+
+    def __init__(self):
+        self.w = nnx.Param(params_of()["w"])
+        self.count, self.mean = nnx.BatchStat(jnp.asarray(0)), nnx.BatchStat(jnp.asarray(0.0))
+
+    def __call__(self, x):
+        self.count[...] += 1
+        self.mean[...] = 0.9 * self.mean[...] + 0.1 * jnp.mean(x)
+        return jnp.tanh(x @ self.w[...]) * (1 + 0.1 * self.count[...])
+
+
+def counted_loss(model, x):
+    return jnp.mean(model(x) ** 2)
+
+
+def over_batches(f):
+    """The sum over two batches, with all of the module as the carry."""
+
+    def total(model, x):
+        axes = nnx.StateAxes({...: nnx.Carry}), 0
+        body = nnx.scan(lambda model, x: f(model, x), in_axes=axes, out_axes=0)
+        return jnp.sum(body(model, jnp.stack([x, 0.5 * x])))
+
+    return total
+
+
+NNX = {
+    "nnx.jit": nnx.jit,
+    "nnx.remat": nnx.remat,
+    "nnx.jit of nnx.remat": lambda f: nnx.jit(nnx.remat(f)),
+    "nnx.cond": lambda f: lambda m, x: nnx.cond(jnp.any(x > 0), f, lambda m, x: 2 * f(m, x), m, x),
+    "nnx.switch": lambda f: lambda m, x: nnx.switch(jnp.sum(x > 9), [f, f], m, x),
+    "nnx.scan": over_batches,
+}
+
+
+@pytest.mark.parametrize("name", NNX)
+def test_a_transformation_of_nnx_leaves_gradient_and_state_of_the_plain_loss(name):
+    x, count, mean, calls = batch_of()["x"], 0, 0.0, 2 if name == "nnx.scan" else 1
+
+    def value(params, x, count):
+        return jnp.mean((jnp.tanh(x @ params["w"]) * (1 + 0.1 * (count + 1))) ** 2)
+
+    total = (0.0, {"w": jnp.zeros(3)})
+    for part in (x, 0.5 * x)[:calls]:
+        one = jax.jit(jax.value_and_grad(penalised(value)))(params_of(), part, count)
+        total = jax.tree.map(jnp.add, total, one)
+        count, mean = count + 1, 0.9 * mean + 0.1 * jnp.mean(part)
+    model, loss = Counted(), NNX[name](nnx_regularized_loss(counted_loss, FD))
+    found, grads = nnx.value_and_grad(loss)(model, x)
+    close((found, {"w": grads.w[...]}), total)
+    close((model.count[...], model.mean[...]), (count, mean))
+
+
+EQUINOX = {
+    "eqx.filter_jit": eqx.filter_jit,
+    "eqx.filter_checkpoint": eqx.filter_checkpoint,
+    "eqx.filter_jit of eqx.filter_checkpoint": lambda f: eqx.filter_jit(eqx.filter_checkpoint(f)),
+    "eqx.filter_vmap": lambda f: (
+        lambda model, x: jnp.sum(eqx.filter_vmap(f, in_axes=(None, 0))(model, x[None]))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EQUINOX)
+def test_a_transformation_of_equinox_is_that_of_the_plain_loss(name):
+    x, model = batch_of()["x"], Tree(params_of()["w"], "word", jnp.asarray(2), jnp.tanh)
+
+    def of_parts(params, static, x):
+        model = eqx.combine(params, static)
+        return jnp.mean(model.function(x @ model.w * model.count) ** 2)
+
+    def of_model(loss):
+        return lambda model, x: loss(*eqx.partition(model, eqx.is_inexact_array), x)
+
+    found = eqx.filter_grad(EQUINOX[name](of_model(regularized_loss(of_parts, FD))))(model, x)
+    expected = eqx.filter_jit(eqx.filter_grad(of_model(penalised(of_parts))))(model, x)
+    close(found.w, expected.w)
 
 
 # --- forward mode and further derivatives: those of the gradient
