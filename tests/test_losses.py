@@ -427,3 +427,29 @@ def test_it_takes_name_and_signature_of_the_loss_and_nothing_else():
         assert (made.__name__, made.__doc__) == ("loss", "Text.")
         assert inspect.signature(made) == inspect.signature(loss)
         assert not hasattr(made, "note")
+
+
+@pytest.mark.parametrize("step", [jnp.asarray([0.5, 1.5, 2.5]), -1, jnp.arange(3), 0.5, "late"])
+def test_a_step_of_the_loss_may_be_anything_where_the_regularizer_needs_none(step):
+    def loss(params, step):
+        factor = 2.0 if isinstance(step, str) else jnp.mean(jnp.asarray(step)) + 3
+        return jnp.sum(params**4) * factor
+
+    params = jnp.asarray([0.5, -1.0, 0.3])
+    ours = regularized_loss(loss, FD)
+    _, expected = gr.fd_value_and_grad(loss, gamma=0.3, epsilon=0.2)(params, step)
+    close(jax.grad(ours)(params, step=step), expected)
+    close(jax.grad(ours)(params, step), expected)
+    assert float(ours(params, step)) == float(loss(params, step))
+
+
+def test_the_step_of_a_loss_reaches_it():
+    def loss(params, step=0):
+        return jnp.mean(params**2) * (1 + step)
+
+    params = jnp.ones(4)
+    for gamma in (0.0, 0.3):
+        ours = regularized_loss(loss, gr.fd_gradreg(gamma=gamma, epsilon=0.2))
+        assert float(ours(params, step=3)) == 4.0
+        _, expected = gr.fd_value_and_grad(loss, gamma=gamma, epsilon=0.2)(params, 3)
+        close(jax.grad(ours)(params, step=3), expected)

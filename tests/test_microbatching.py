@@ -1,12 +1,16 @@
 """A loss that goes through its batch in pieces is the same loss."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import sparse
 
 from gradreg_optax import (
+    Weighted,
     dbp_gradreg,
     dbp_value_and_grad,
     fd_gradreg,
@@ -14,6 +18,7 @@ from gradreg_optax import (
     make_train_step,
     microbatched,
     normalized,
+    regularized_loss,
     sam,
 )
 from gradreg_optax.curvature import hessian_vector_product
@@ -131,3 +136,85 @@ def test_temporary_memory_is_that_of_one_micro_batch(name):
     piece = temporary(wide, batch[: len(batch) // count])
     assert temporary(microbatched(wide, count), batch) <= 1.15 * piece + accumulators
     assert temporary(wide, batch) > 8 * piece  # so that the bound above says something
+
+
+# --- a weighted loss inside of others: (1 + 1 + 81) / 3 of three samples that count among four
+
+
+def masked_squares(scale, batch):
+    counted = batch["mask"] * (batch["x"] * scale) ** 2
+    return Weighted(jnp.sum(counted), jnp.sum(batch["mask"]))
+
+
+def unequal():
+    return {"x": jnp.asarray([1.0, 1, 9, 9]), "mask": jnp.asarray([1.0, 1, 1, 0])}
+
+
+MEAN = 83 / 3
+ONLY_A_FACTOR = fd_gradreg(gamma=0.0, epsilon=0.1)
+WEIGHTED = {
+    "micro-batches": lambda f: microbatched(f, 2),
+    "jit of micro-batches": lambda f: jax.jit(microbatched(f, 2)),
+    "regularized": lambda f: regularized_loss(f, ONLY_A_FACTOR),
+    "jit of regularized": lambda f: jax.jit(regularized_loss(f, ONLY_A_FACTOR)),
+    "regularized micro-batches": lambda f: regularized_loss(microbatched(f, 2), ONLY_A_FACTOR),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_weights_pass_through_losses_around_losses(x64, name):
+    init, step = make_train_step(
+        WEIGHTED[name](masked_squares), optax.sgd(0.1), ONLY_A_FACTOR, ascent_groups=2
+    )
+    if "regularized" in name:  # a penalty in the loss and in the step
+        init, step = make_train_step(WEIGHTED[name](masked_squares), optax.sgd(0.1))
+    state, info = step(init(jnp.ones([])), unequal())
+    np.testing.assert_allclose(info.loss, MEAN, rtol=1e-12)
+    np.testing.assert_allclose(state.params, 1 - 0.2 * MEAN, rtol=1e-12)
+    around = microbatched(WEIGHTED[name](masked_squares), 2)
+    if "micro" in name:  # one sample in each
+        np.testing.assert_allclose(around(jnp.ones([]), unequal()), MEAN, rtol=1e-12)
+    value, slope = jax.value_and_grad(around)(jnp.ones([]), unequal())
+    np.testing.assert_allclose([value, slope], [MEAN, 2 * MEAN], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [jax.checkpoint, functools.partial, lambda f: lambda *args: f(*args)],
+    ids=["checkpoint", "partial", "a function"],
+)
+def test_a_weight_that_a_wrapper_loses_is_an_error(wrap):
+    loss = wrap(microbatched(masked_squares, 2))
+    np.testing.assert_allclose(loss(jnp.ones([]), unequal()), MEAN, rtol=1e-6)
+    init, step = make_train_step(loss, optax.sgd(0.1), ONLY_A_FACTOR, ascent_groups=2)
+    with pytest.raises(TypeError, match=r"make_train_step: .*weight"):
+        step(init(jnp.ones([])), unequal())
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf"), np.float32(-2)])
+def test_a_weight_that_is_known_and_impossible_is_refused(weight):
+    def loss(scale, batch):
+        return Weighted(jnp.sum(scale * batch["x"]), weight)
+
+    init, step = make_train_step(loss, optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"microbatched: Weighted.weight must be finite"):
+        microbatched(loss, 2)(jnp.ones([]), unequal())
+    with pytest.raises(ValueError, match=r"make_train_step: Weighted.weight must be finite"):
+        step(init(jnp.ones([])), unequal())
+
+
+def test_a_sparse_batch_is_refused_and_not_halved():
+    x = jnp.sin(jnp.arange(12.0)).reshape(4, 3)
+    batch, params = sparse.BCOO.fromdense(x), jnp.ones(3)
+
+    def loss(params, x):
+        return jnp.mean((x @ params) ** 2)
+
+    with pytest.raises(TypeError, match=r"microbatched: .*BCOO"):
+        microbatched(loss, 2)(params, batch)
+    for option in ({"penalty_fraction": 0.5}, {"ascent_groups": 2}):
+        init, step = make_train_step(loss, optax.sgd(0.1), ONLY_A_FACTOR, **option)
+        with pytest.raises(TypeError, match=r"make_train_step: .*BCOO"):
+            step(init(params), batch)
+    init, step = make_train_step(loss, optax.sgd(0.1), ONLY_A_FACTOR)  # in one piece
+    np.testing.assert_allclose(step(init(params), batch)[1].loss, loss(params, x), rtol=1e-6)

@@ -1,8 +1,10 @@
 """Train steps: the loop written by hand, without its mistakes."""
 
+import functools
 import math
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -18,6 +20,9 @@ from gradreg_optax import (
     fd_gradreg,
     flooding,
     make_train_step,
+    microbatched,
+    regularized_loss,
+    relative_gradreg,
     sam,
 )
 from problems import add, batch_of, correction, flat, loss_fn
@@ -376,3 +381,64 @@ def test_line_searches_find_what_they_need():
         state, info = step(state, batch)
         losses.append(float(info.loss))
     assert losses[-1] < losses[0] / 2
+
+
+def test_held_out_samples_that_nobody_evaluates_are_refused():
+    batch = batch_of()
+    for regularizer in (fd_gradreg(**FD), relative_gradreg(strength=0.5), None):
+        init, step = make_train_step(loss_fn, optax.sgd(0.1), regularizer)
+        with pytest.raises(TypeError, match=r"make_train_step: held_out="):
+            step(init(params_of()), batch, held_out=batch)
+
+
+def test_a_held_out_batch_that_does_not_divide_is_named():
+    batch = batch_of()
+    init, step = make_train_step(
+        microbatched(loss_fn, 2), optax.sgd(0.1), relative_gradreg(strength=None)
+    )
+    with pytest.raises(ValueError, match=r"held_out"):
+        step(init(params_of()), batch, held_out=jax.tree.map(lambda x: x[:3], batch))
+
+
+def test_penalty_fraction_takes_a_batch_of_symbolic_size(x64):
+    init, step = make_train_step(
+        loss_fn, optax.sgd(0.1), fd_gradreg(**FD), penalty_fraction=0.5, donate=False
+    )
+    state, (size,) = init(params_of()), jax.export.symbolic_shape("n")
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, batch_of()))
+    symbolic = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), structs[1]
+    )
+    exported = jax.export.export(step)(structs[0], symbolic)
+    for n in (1, 3, 4, 8):
+        batch = batch_of(size=n)
+        found, _ = exported.call(state, batch)
+        np.testing.assert_allclose(
+            flat(found.params), flat(step(state, batch)[0].params), rtol=1e-12, atol=1e-14
+        )
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint, functools.partial])
+def test_a_second_penalty_behind_a_wrapper_is_seen(wrap):
+    loss = wrap(regularized_loss(loss_fn, fd_gradreg(**FD)))
+    init, _ = make_train_step(loss, optax.sgd(0.1), fd_gradreg(**FD))
+    with pytest.raises(ValueError, match=r"make_train_step: .*more than one"):
+        init(params_of())
+
+
+@pytest.mark.parametrize("by", ["position", "keyword"])
+@pytest.mark.parametrize("option", [{}, {"penalty_fraction": 0.5}, {"ascent_groups": 2}])
+def test_a_word_among_the_arguments_is_static(by, option):
+    seen = []
+
+    def loss_with_mode(params, batch, mode="eval"):
+        seen.append(mode)
+        return loss_fn(params, batch)
+
+    init, step = make_train_step(
+        loss_with_mode, optax.sgd(0.1), fd_gradreg(**FD), static_argnames=("mode",), **option
+    )
+    args, kwargs = (("train",), {}) if by == "position" else ((), {"mode": "train"})
+    _, info = step(init(params_of()), batch_of(), *args, **kwargs)
+    assert set(seen) == {"train"}
+    np.testing.assert_allclose(info.loss, loss_fn(params_of(), batch_of()), rtol=1e-6)

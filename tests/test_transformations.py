@@ -284,7 +284,15 @@ def test_a_jit_or_checkpoint_inside_of_the_gradient_costs_nothing():
 
 
 @pytest.mark.parametrize("way", ["regularized_loss", "microbatched"])
-@pytest.mark.parametrize("kind", ["integer", "closed-over float"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "integer",
+        pytest.param(
+            "closed-over float", marks=pytest.mark.xfail(strict=True, reason="a list of constants")
+        ),
+    ],
+)
 def test_no_tracer_leaks(way, kind):
     ours, reference = WAYS[way]
     expected = expected_of(reference, kind, inside(("jit",)))
