@@ -1,4 +1,4 @@
-"""The site: it builds without a warning, its links lead somewhere, nothing public is left out."""
+"""The site builds without a warning, its links resolve, and the reference is complete."""
 
 import html.parser
 import importlib
@@ -19,8 +19,7 @@ PAGES = [*sorted((ROOT / "docs").glob("**/*.md")), ROOT / "CONTRIBUTING.md"]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The built site; any warning of Sphinx, a missing reference or a formula in error among them,
-    is an error."""
+    """The built site. Warnings are errors, such as missing references and broken formulas."""
     for module in ("sphinx", "myst_nb", "furo"):
         pytest.importorskip(module)
     out = tmp_path_factory.mktemp("built") / "site"
@@ -31,7 +30,7 @@ def site(tmp_path_factory):
 
 
 class Page(html.parser.HTMLParser):
-    """The anchors of a page, where it leads, and what it loads."""
+    """The anchors, the links and the loaded files of a page."""
 
     def __init__(self, path):
         super().__init__()
@@ -55,7 +54,7 @@ def pages(site):
 
 
 def broken(pages, path, address):
-    """Whether an address on a page leads to no file of the site, or to no anchor of a page."""
+    """Whether an internal link has no file of the site, or no anchor of a page, as its target."""
     url = urllib.parse.urlsplit(address)
     if url.scheme or url.netloc:
         return False
@@ -66,19 +65,19 @@ def broken(pages, path, address):
     return not target.is_file()
 
 
-def test_every_internal_link_and_anchor_leads_somewhere(pages):
-    lost = [
+def test_every_internal_link_and_anchor_resolves(pages):
+    unresolved = [
         f"{path.name}: {address}"
         for path, page in pages.items()
         for address in sorted(page.links | page.loads)
         if broken(pages, path, address)
     ]
     assert len(pages) > 20
-    assert not lost
+    assert not unresolved
 
 
-def test_no_page_loads_anything_from_another_host(pages):
-    """Neither a script nor a font nor a figure: the site can be read without a network."""
+def test_no_page_loads_anything_from_another_site(pages):
+    """Scripts, fonts and figures are local, so the site can be read without a network."""
     foreign = {
         address
         for page in pages.values()
@@ -100,21 +99,20 @@ def public_names():
     }
 
 
-def test_every_public_name_is_in_the_reference_with_words(site):
-    """By the inventory that other projects link to us with."""
+def test_every_public_name_is_in_the_reference_with_a_docstring(site):
+    """Checked with the inventory that intersphinx reads."""
     inventory = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
     entries = [line.split() for line in zlib.decompress(inventory).decode().splitlines()]
-    assert public_names() <= {entry[0] for entry in entries if entry[3].startswith("reference/api.html")}
-    modules = [gradreg_optax, importlib.import_module("gradreg_optax.curvature")]
+    assert public_names() <= {
+        entry[0] for entry in entries if entry[3].startswith("reference/api.html")
+    }
     for name in public_names():
-        value = next(
-            vars(m)[name.split(".")[-1]] for m in modules if name.split(".")[-1] in vars(m)
-        )
-        assert value.__doc__, name
+        module, _, attribute = name.rpartition(".")
+        assert getattr(importlib.import_module(module), attribute).__doc__, name
 
 
 def test_every_test_named_on_a_page_exists():
-    """Promises are held by tests, and a renamed one must be renamed there too."""
+    """Pages name the tests that hold a guarantee."""
     named = {
         match
         for page in PAGES
@@ -124,3 +122,11 @@ def test_every_test_named_on_a_page_exists():
     for path, function in named:
         assert (ROOT / path).is_file(), path
         assert f"def {function}" in (ROOT / path).read_text(), f"{path}::{function}"
+
+
+def test_readme_guide_and_pages_stay_short():
+    """README, the guide to choosing, and every page but the reference have a limit of words."""
+    limits = {ROOT / "README.md": 750, ROOT / "docs" / "choosing.md": 1100}
+    for page in [*PAGES, ROOT / "README.md"]:
+        if "reference" not in page.parts:
+            assert len(page.read_text().split()) <= limits.get(page, 2000), page
