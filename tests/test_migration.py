@@ -1,4 +1,4 @@
-"""Every row of ``docs/migration.md``: what others compute, and the same of this package.
+"""Every row of ``docs/how-to/migration.md``: what others compute, and the same of this package.
 
 Optax's SAM is called; PyTorch's, Keras 2's, GNP's and TRL's are written out after their sources.
 Everything to 1e-6, in float64.

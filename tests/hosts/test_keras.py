@@ -1,4 +1,4 @@
-"""Keras 3 on JAX: ``fit`` with a regularized train step, after ``docs/recipes/keras.md``."""
+"""Keras 3 on JAX: ``fit`` with a regularized train step, after ``docs/how-to/keras.md``."""
 
 import os
 

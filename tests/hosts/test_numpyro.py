@@ -1,4 +1,4 @@
-"""NumPyro's SVI: a regularized ELBO, after ``docs/recipes/numpyro.md``."""
+"""NumPyro's SVI: a regularized ELBO, after ``docs/how-to/numpyro.md``."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Optimistix passes ``value_fn=`` on, so chains work unchanged: ``docs/recipes/optimistix.md``."""
+"""Optimistix passes ``value_fn=`` on, so chains work unchanged: ``docs/how-to/optimistix.md``."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Tunix: ``PeftTrainer.with_loss_fn``, after ``docs/recipes/tunix.md``."""
+"""Tunix: ``PeftTrainer.with_loss_fn``, after ``docs/how-to/tunix.md``."""
 
 import jax
 import jax.numpy as jnp
