@@ -6,7 +6,7 @@ import importlib
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ import optax
 
 from gradreg_optax._estimators import global_norm
 from gradreg_optax._loss import TransformedLoss, check_own_keyword, signature_of, with_weight
-from gradreg_optax._microbatching import microbatched, pieces_of
-from gradreg_optax._regularized_loss import regularized_loss, whole_step
+from gradreg_optax._microbatching import MicrobatchedLoss, pieces_of
+from gradreg_optax._regularized_loss import RegularizedLoss, whole_step
 from gradreg_optax._train_step import (
     Call,
     StepInfo,
@@ -26,7 +26,7 @@ from gradreg_optax._train_step import (
     penalty_arguments,
     regularized_pass,
 )
-from gradreg_optax._types import LossFn, PyTree, Weighted
+from gradreg_optax._types import Loss, LossFn, PyTree, Weighted
 from gradreg_optax._validation import (
     check_arrays,
     check_params,
@@ -36,8 +36,6 @@ from gradreg_optax._validation import (
     is_inexact,
     whole_number,
 )
-
-_Loss = TypeVar("_Loss", bound=LossFn)
 
 
 def make_nnx_train_step(
@@ -136,12 +134,12 @@ def make_nnx_train_step(
 
 
 def nnx_regularized_loss(
-    loss_fn: _Loss,
+    loss_fn: Loss,
     regularizer: optax.GradientTransformation,
     *,
     wrt: Any = None,
     has_aux: bool = False,
-) -> _Loss:
+) -> Loss:
     r"""Return the loss of an NNX module with the regularized gradient, for ``nnx.value_and_grad``.
 
     As in :func:`regularized_loss`, value and aux are those of ``loss_fn``, and ``nnx.grad`` returns
@@ -188,7 +186,7 @@ def nnx_regularized_loss(
     _flax(caller)
     check_transformation(caller, "regularizer", regularizer)
     loss: Any = _NNXRegularizedLoss(loss_fn, flag(caller, "has_aux", has_aux), regularizer, wrt)
-    return cast(_Loss, loss)
+    return cast(Loss, loss)
 
 
 class _NNXRegularizedLoss(TransformedLoss):
@@ -220,7 +218,7 @@ class _NNXRegularizedLoss(TransformedLoss):
 
         arrays = split.params, split.rest, split.values
         with _explained(self._caller, lambda: of_arrays(*arrays)):
-            pure = regularized_loss(of_arrays, self.regularizer, has_aux=True)
+            pure = RegularizedLoss(of_arrays, True, self.regularizer, 0)
             value, weight, (aux, changes) = pure.evaluate(*arrays, step=step)
         split.put_back(changes)
         return value, weight, aux
@@ -317,9 +315,9 @@ def _split_loss(caller: str, loss_fn: LossFn, has_aux: bool) -> Callable[..., tu
         def piece(params: PyTree, *values: Any, rest: Any) -> tuple[Weighted, Any]:
             return loss(split._replace(rest=rest), params, *values)
 
-        parts = microbatched(piece, count, has_aux=True)
-        value, (aux, changes) = parts(params, *values, rest=split.rest)
-        return Weighted(value, None), (aux, jax.tree.map(_merged, changes))
+        parts = MicrobatchedLoss(piece, True, count)
+        mean, (aux, changes) = parts.weighted(params, *values, rest=split.rest)
+        return mean, (aux, jax.tree.map(_merged, changes))
 
     return loss if count == 1 else in_pieces
 

@@ -223,8 +223,8 @@ def check_clash(caller: str, names: Sequence[str]) -> None:
     """Refuse names that both the loss and ``update`` take: either of the two would go without."""
     if names:
         raise TypeError(
-            f"{caller}: the loss has an argument {names[0]!r}, a name that Optax's update keeps for"
-            " itself. Rename the argument, or pass value_fn= with it closed over."
+            f"{caller}: the loss needs {names[0]!r}, a name that Optax's update keeps for itself:"
+            " rename the argument, or pass value_fn= with it closed over."
         )
 
 

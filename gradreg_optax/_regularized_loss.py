@@ -1,10 +1,11 @@
 """A loss whose gradient is the regularized one, for trainers that take a loss."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gradreg_optax._custom_gradient import ArrayArguments, Rule, StaticPart, with_gradient
@@ -18,7 +19,7 @@ from gradreg_optax._loss import (
     with_weight,
 )
 from gradreg_optax._train_step import Call, counting, regularized_pass
-from gradreg_optax._types import LossFn
+from gradreg_optax._types import Loss, LossFn
 from gradreg_optax._validation import (
     check_params,
     check_transformation,
@@ -31,12 +32,12 @@ _CALLER = "regularized_loss"
 
 
 def regularized_loss(
-    loss_fn: LossFn,
+    loss_fn: Loss,
     regularizer: optax.GradientTransformation,
     *,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
-) -> LossFn:
+) -> Loss:
     r"""The same loss with the regularized gradient, for any trainer that takes a loss.
 
     Its value, and its aux, are those of ``loss_fn``, bit for bit. Its gradient with respect to the
@@ -87,7 +88,8 @@ def regularized_loss(
     """
     check_transformation(_CALLER, "regularizer", regularizer)
     check_loss(_CALLER, loss_fn)
-    return RegularizedLoss(loss_fn, flag(_CALLER, "has_aux", has_aux), regularizer, argnums)
+    made = RegularizedLoss(loss_fn, flag(_CALLER, "has_aux", has_aux), regularizer, argnums)
+    return cast(Loss, made)
 
 
 class RegularizedLoss(TransformedLoss):
@@ -168,7 +170,7 @@ def bind_step(
 
 def whole_step(step: Any) -> bool:
     """Return whether the loss's own ``step`` can be a step counter as well."""
-    integer = isinstance(step, int) or jnp.issubdtype(getattr(step, "dtype", None), jnp.integer)
-    if not integer or isinstance(step, bool) or jnp.shape(step):
+    dtype = getattr(step, "dtype", np.dtype(int) if type(step) is int else np.dtype(bool))
+    if not jnp.issubdtype(dtype, jnp.integer) or jnp.shape(step):
         return False
     return is_traced(step) or int(step) >= 0

@@ -1,7 +1,7 @@
 """The type aliases that the package shares."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import optax
@@ -11,6 +11,7 @@ PyTree: TypeAlias = Any
 Scalar: TypeAlias = ArrayLike
 ScalarOrSchedule: TypeAlias = ArrayLike | Callable[[jax.Array], ArrayLike]
 LossFn: TypeAlias = Callable[..., Any]
+Loss = TypeVar("Loss", bound=LossFn)  # a loss whose signature is kept
 ValueFn: TypeAlias = Callable[[PyTree], jax.Array]
 GradFn: TypeAlias = Callable[[PyTree], tuple[PyTree, Any]]  # params -> (gradient, aux)
 AscentFn: TypeAlias = Callable[[PyTree, PyTree], PyTree]
