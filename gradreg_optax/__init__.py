@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # names are imported on first use: gradreg --help needs no JAX
     from gradreg_optax import curvature
-    from gradreg_optax._estimators import adaptive, masked, normalized
+    from gradreg_optax._ascent import adaptive, masked, normalized
     from gradreg_optax._flax import make_nnx_train_step, nnx_regularized_loss
     from gradreg_optax._gradients import dbp_value_and_grad, fd_value_and_grad
     from gradreg_optax._guard import GradientMismatch, checking
@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "_estimators": ("adaptive", "masked", "normalized"),
+    "_ascent": ("adaptive", "masked", "normalized"),
     "_flax": ("make_nnx_train_step", "nnx_regularized_loss"),
     "_gradients": ("dbp_value_and_grad", "fd_value_and_grad"),
     "_guard": ("GradientMismatch", "checking"),

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradreg_optax._estimators import global_norm
 from gradreg_optax._loss import TransformedLoss, check_own_keyword, signature_of, with_weight
 from gradreg_optax._microbatching import MicrobatchedLoss, pieces_of
+from gradreg_optax._numerics import global_norm
 from gradreg_optax._regularized_loss import RegularizedLoss, whole_step
 from gradreg_optax._train_step import (
     Call,

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
-from gradreg_optax._estimators import (
-    Estimator,
-    Point,
-    add_penalty,
-    difference,
-    product,
-    without_state,
-)
+from gradreg_optax._ascent import ascent_transformation, stateless
+from gradreg_optax._estimators import Estimate, add_penalty, difference, product
 from gradreg_optax._loss import arguments_at, keeps_signature, with_aux
-from gradreg_optax._types import Ascent, AtStep, LossFn, Mode, PyTree, Scalar, Scheme
-from gradreg_optax._validation import check_inexact, constant
+from gradreg_optax._types import Ascent, GradFn, LossFn, Mode, PyTree, Scalar, Scheme
+from gradreg_optax._validation import check_choice, check_inexact, constant
+
+Penalised: TypeAlias = tuple[PyTree, Any]  # gradient, (value, aux)
 
 
 def fd_value_and_grad(
@@ -42,7 +38,7 @@ def fd_value_and_grad(
 
     and correspondingly for the other schemes, see :func:`gradreg_optax.fd_gradreg`. Value and aux
     are those at :math:`\theta`; the loss at the perturbed parameters sees the same arguments
-    (batch, dropout key), and its aux is thrown away.
+    (batch, dropout key), and its aux is discarded.
 
     Cost: two gradients ("forward", "backward") or three ("central").
 
@@ -64,8 +60,8 @@ def fd_value_and_grad(
 
     Raises:
       ValueError: gamma < 0, epsilon <= 0 (where concrete), or an unknown scheme.
-      TypeError: a schedule for gamma or epsilon, an ascent with state, parameters that are no real
-        or complex numbers, or a loss that is no real scalar.
+      TypeError: a schedule for gamma or epsilon, an ascent with state, parameters that are not real
+        or complex numbers, or a loss that is not a real scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -80,9 +76,17 @@ def fd_value_and_grad(
       Karakida et al., *Understanding Gradient Regularization in Deep Learning*, ICML 2023.
     """
     caller = "fd_value_and_grad"
-    estimator = difference(caller, constant(caller, "epsilon", epsilon), scheme, ascent)
     gamma_at = constant(caller, "gamma", gamma)
-    return _value_and_grad(caller, loss_fn, gamma_at, estimator, argnums=argnums, has_aux=has_aux)
+    epsilon_at = constant(caller, "epsilon", epsilon)
+    check_choice(caller, "scheme", scheme, Scheme)
+    tx = ascent_transformation(caller, ascent)
+
+    def penalised(grad_fn: GradFn, params: PyTree) -> Penalised:
+        climb, epsilon = stateless(caller, tx, params), epsilon_at(None)
+        estimate = difference(grad_fn, params, climb, epsilon=epsilon, scheme=scheme)
+        return _add(gamma_at(None), estimate)
+
+    return _value_and_grad(caller, loss_fn, penalised, argnums=argnums, has_aux=has_aux)
 
 
 def dbp_value_and_grad(
@@ -120,7 +124,7 @@ def dbp_value_and_grad(
 
     Raises:
       ValueError: gamma < 0 (where concrete), or an unknown mode.
-      TypeError: a schedule for gamma, a loss that is no real scalar, or one that has no second
+      TypeError: a schedule for gamma, a loss that is not a real scalar, or one that has no second
         derivative.
 
     Example:
@@ -136,16 +140,25 @@ def dbp_value_and_grad(
       Karakida et al., ICML 2023.
     """
     caller = "dbp_value_and_grad"
-    estimator = product(caller, mode, ascent)
     gamma_at = constant(caller, "gamma", gamma)
-    return _value_and_grad(caller, loss_fn, gamma_at, estimator, argnums=argnums, has_aux=has_aux)
+    check_choice(caller, "mode", mode, Mode)
+    tx = ascent_transformation(caller, ascent)
+
+    def penalised(grad_fn: GradFn, params: PyTree) -> Penalised:
+        climb = stateless(caller, tx, params)
+        return _add(gamma_at(None), product(caller, grad_fn, params, climb, mode=mode))
+
+    return _value_and_grad(caller, loss_fn, penalised, argnums=argnums, has_aux=has_aux)
+
+
+def _add(gamma: jax.Array, estimate: Estimate) -> Penalised:
+    return add_penalty(estimate.gradient, gamma, estimate.product), estimate.aux
 
 
 def _value_and_grad(
     caller: str,
     loss_fn: LossFn,
-    gamma: AtStep,
-    estimator: Estimator,
+    penalised: Callable[[GradFn, PyTree], Penalised],
     *,
     argnums: int | Sequence[int],
     has_aux: bool,
@@ -156,16 +169,12 @@ def _value_and_grad(
         params, put = arguments_at(caller, argnums, args)
         check_inexact(caller, "the parameters", params)
 
-        def grad_fn(point: PyTree) -> tuple[PyTree, Any]:
-            output, gradient = jax.value_and_grad(lambda p: loss(*put(p), **kwargs), has_aux=True)(
-                point
-            )
+        def grad_fn(params: PyTree) -> tuple[PyTree, Any]:
+            evaluate = jax.value_and_grad(lambda p: loss(*put(p), **kwargs), has_aux=True)
+            output, gradient = evaluate(params)
             return gradient, output
 
-        ascent = without_state(caller, estimator, params)
-        estimate = estimator.estimate(Point(grad_fn, params, ascent=ascent))
-        value, aux = estimate.aux
-        gradient = add_penalty(estimate.gradient, gamma(None), estimate.product)
+        gradient, (value, aux) = penalised(grad_fn, params)
         return ((value, aux) if has_aux else value), gradient
 
     return keeps_signature(value_and_grad, loss_fn)

@@ -1,4 +1,4 @@
-"""A guard: is the gradient that comes in the gradient that the regularizer believes it to be?"""
+"""A guard that compares the incoming updates with the gradient of the loss."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradreg_optax._estimators import global_norm
+from gradreg_optax._numerics import global_norm
 from gradreg_optax._types import GradFn, PyTree
 
 _WATCHES: list[list[str]] = []  # the findings of every guard that is on, innermost last
 
 
 class GradientMismatch(UserWarning):
-    """The updates that came in are not the gradient of the loss."""
+    """The incoming updates are not the gradient of the loss."""
 
 
 @contextlib.contextmanager
 def checking() -> Iterator[list[str]]:
-    r"""While it is on, every transformation compares what comes in with its own gradient.
+    r"""Makes every transformation compare the incoming updates with its own gradient.
 
     By default a transformation takes the incoming updates for :math:`\nabla L(\theta)` of its loss,
-    which saves a gradient, and is wrong if they are something else: because it is not the first in
-    its chain, the loss sees another batch or dropout key, ``optax.MultiSteps`` is around it, a
+    which saves a gradient. The result is wrong if they are not: the transformation is not the first
+    in its chain, its loss sees another batch or dropout key, ``optax.MultiSteps`` is around it, a
     regularizer is applied twice, or replicas average their gradients but not their losses. Under
-    this guard, in the spirit of ``jax.debug_nans``, it also evaluates its own gradient and warns,
-    once for each transformation traced, with the relative difference and the likely cause.
+    this guard, as under ``jax.debug_nans``, it also evaluates its own gradient. It warns, once for
+    each transformation traced, with the relative difference and the likely cause. Only updates that
+    take the penalty are compared.
 
-    It looks at what is traced while it is on: build the train step inside of it. A step that was
-    compiled before stays as it was, and one compiled inside keeps its checks, silent afterwards.
-    Off, it costs nothing; on, one gradient an update.
+    The guard applies to what is traced while it is open: build the train step inside of it. A step
+    compiled before is not checked; one compiled inside keeps its checks, without findings
+    afterwards. Guards nest: a finding goes to the innermost open one. A closed guard costs nothing,
+    an open one a gradient for each penalised update.
 
     Yields:
       The findings so far, one sentence each.

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 ASCENT_GROUPS = "gradreg_optax.ascent_groups"  # the axis of the groups in the train step
 
@@ -49,6 +50,22 @@ def scale(factor: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.multiply(within(factor, x.real.dtype), x)
 
 
+def global_norm(tree: Any) -> jax.Array:
+    """The Euclidean norm over all leaves, in float32 or wider; its derivative at zero is zero."""
+    leaves = [widen(x) for x in jax.tree.leaves(tree)]
+    dtype = np.result_type(np.float32, *(x.real.dtype for x in leaves))
+    squares = (jnp.sum(x.real**2 + x.imag**2).astype(dtype) for x in leaves)
+    square = sum(squares, start=jnp.zeros([], dtype))
+    return jnp.where(square != 0, jnp.sqrt(jnp.where(square != 0, square, 1)), 0)
+
+
+def ratio(length: jax.Array, by: jax.Array) -> jax.Array:
+    """``length / by``, and zero where that is not a finite number."""
+    defined = jnp.isfinite(length) & jnp.isfinite(by) & (by > 0)
+    quotient = jnp.where(defined, length, 0) / jnp.where(defined, by, 1)
+    return jnp.where(jnp.isfinite(quotient), quotient, 0)
+
+
 def owned(tree: Any) -> Any:
     """Copies of all arrays, without weak types, so that each can be donated.
 
@@ -71,6 +88,8 @@ def keep_finite(new: Any, old: Any, *also: Any) -> Any:
     ``also``, other trees must be finite too. Under ``ascent_groups`` all groups decide
     together, so that counters stay the same in each.
     """
+    if not jax.tree.leaves(new):
+        return new
     pairs = zip(map(jnp.asarray, jax.tree.leaves(new)), jax.tree.leaves(old), strict=True)
     sound = [
         jnp.all(jnp.isfinite(a) | jnp.isnan(b) | ~(jnp.isfinite(b) | jnp.isnan(a)))

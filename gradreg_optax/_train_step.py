@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from gradreg_optax._batching import first_fraction, split_batch
-from gradreg_optax._estimators import global_norm
 from gradreg_optax._loss import (
     TransformedLoss,
     check_own_keyword,
@@ -18,7 +17,7 @@ from gradreg_optax._loss import (
     unreserved,
     with_array_aux,
 )
-from gradreg_optax._numerics import ASCENT_GROUPS, cast, widen
+from gradreg_optax._numerics import ASCENT_GROUPS, cast, global_norm, widen
 from gradreg_optax._relative import RelativeState
 from gradreg_optax._transforms import GradregState
 from gradreg_optax._types import LossFn, PyTree, Weighted

@@ -1,45 +1,52 @@
-"""Optax transformations: regularization for chains.
+"""Optax transformations: gradient regularization in a chain.
 
-Which loss: ``loss_fn`` given at construction, with its further arguments picked by name from
-``update``'s extra arguments, or Optax's ``value_fn=``. Which gradient: the incoming updates are
-taken for the gradient of that same loss, so these transformations come first in a chain; with
-``reuse_updates=False`` they evaluate their own gradient and add the penalty to whatever came in.
+The loss is ``loss_fn`` given at construction, with its further arguments picked by name from
+``update``'s extra arguments, or Optax's ``value_fn=``. By default the incoming updates are taken
+for the gradient of that loss, so that these transformations come first in a chain. With
+``reuse_updates=False`` they evaluate the gradient and add the penalty to the incoming updates.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from gradreg_optax._estimators import (
-    Estimator,
-    Point,
-    adaptive,
-    add_penalty,
-    ascent_direction,
-    difference,
-    normalized,
-    product,
-    shift,
-)
+from gradreg_optax._ascent import adaptive, ascent_transformation, normalized
+from gradreg_optax._convolutions import canonical_convolutions
+from gradreg_optax._estimators import Climb, Estimate, add_penalty, difference, product, shift
+from gradreg_optax._guard import compare
 from gradreg_optax._loss import late_loss
-from gradreg_optax._numerics import cast, scale, widen
-from gradreg_optax._penalized import Penalty, Timing, advanced, penalized, timing
+from gradreg_optax._numerics import cast, keep_finite, owned, scale, widen
 from gradreg_optax._types import (
     Ascent,
-    AscentFn,
     AtStep,
+    GradFn,
+    LateLoss,
     LossFn,
     Mode,
     PyTree,
     ScalarOrSchedule,
     Scheme,
 )
-from gradreg_optax._validation import check_inexact, check_same_state, hyperparameter, scalar
+from gradreg_optax._validation import (
+    check_choice,
+    check_inexact,
+    check_like,
+    check_params,
+    check_same_state,
+    check_step,
+    flag,
+    hyperparameter,
+    scalar,
+    whole_number,
+)
 
 
 class GradregState(NamedTuple):
@@ -118,8 +125,8 @@ def fd_gradreg(
     Raises:
       ValueError: gamma < 0, epsilon <= 0, interval < 1 (where concrete), an unknown scheme; at
         ``update`` no parameters, no loss, or parameters hidden by ``optax.masked``.
-      TypeError: a loss that is no real scalar, a required argument of the loss that was not passed,
-        a wrong ``has_aux``.
+      TypeError: a loss that is not a real scalar, a required argument of the loss that was not
+        passed, a wrong ``has_aux``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -137,10 +144,13 @@ def fd_gradreg(
       Karakida et al., *Understanding Gradient Regularization in Deep Learning*, ICML 2023.
     """
     caller = "fd_gradreg"
-    estimator = difference(caller, hyperparameter(caller, "epsilon", epsilon), scheme, ascent)
-    penalty = _penalty(hyperparameter(caller, "gamma", gamma), estimator)
-    loss, when = late_loss(caller, loss_fn, has_aux), timing(caller, interval, start)
-    return penalized(caller, loss, penalty, when, reuse_updates)
+    gamma_at = hyperparameter(caller, "gamma", gamma)
+    epsilon_at = hyperparameter(caller, "epsilon", epsilon)
+    check_choice(caller, "scheme", scheme, Scheme)
+    tx = ascent_transformation(caller, ascent)
+    penalty = _difference_penalty(gamma_at, epsilon_at, scheme, tx)
+    loss, schedule = late_loss(caller, loss_fn, has_aux), Schedule.of(caller, interval, start)
+    return penalized(caller, loss, penalty, schedule, reuse_updates)
 
 
 def dbp_gradreg(
@@ -198,10 +208,18 @@ def dbp_gradreg(
       Karakida et al., ICML 2023.
     """
     caller = "dbp_gradreg"
-    estimator = product(caller, mode, ascent)
-    penalty = _penalty(hyperparameter(caller, "gamma", gamma), estimator)
-    loss, when = late_loss(caller, loss_fn, has_aux), timing(caller, interval, start)
-    return penalized(caller, loss, penalty, when, reuse_updates)
+    gamma_at = hyperparameter(caller, "gamma", gamma)
+    check_choice(caller, "mode", mode, Mode)
+    tx = ascent_transformation(caller, ascent)
+
+    def penalize(at: Evaluation, updates: PyTree, state: GradregState) -> Penalised:
+        climb, gradient = at.climb(tx, state.ascent), at.gradient(updates)
+        estimate = product(caller, at.grad_fn, at.params, climb, mode=mode, gradient=gradient)
+        return _add(updates, state, at.gamma, estimate)
+
+    penalty = Penalty(_init(tx), gamma_at, penalize)
+    loss, schedule = late_loss(caller, loss_fn, has_aux), Schedule.of(caller, interval, start)
+    return penalized(caller, loss, penalty, schedule, reuse_updates)
 
 
 def flooding(
@@ -231,7 +249,7 @@ def flooding(
 
     Raises:
       ValueError: at ``update`` neither ``value=`` nor a loss.
-      TypeError: a level or a loss that is no real scalar, or updates that are integers.
+      TypeError: a level or a loss that is not a real scalar, or updates that are integers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -256,7 +274,7 @@ def flooding(
         value: Any = None,
         **extra_args: Any,
     ) -> tuple[PyTree, GradregState]:
-        check_same_state(caller, state, _start())
+        check_same_state(caller, state, _initial_state())
         check_inexact(caller, "updates", updates)
         if value is None and loss_fn is None and extra_args.get("value_fn") is None:
             raise ValueError(
@@ -271,7 +289,7 @@ def flooding(
         return flooded, state._replace(step=advanced(state.step))
 
     # Needs no parameters where update is given value=, so that optax.masked may stand around it.
-    return optax.GradientTransformationExtraArgs(lambda params: _start(), update)
+    return optax.GradientTransformationExtraArgs(lambda params: _initial_state(), update)
 
 
 def sam(
@@ -321,9 +339,10 @@ def sam(
       2021.
     """
     caller = "sam"
-    loss, when = late_loss(caller, loss_fn, has_aux), timing(caller, interval, start)
-    penalty = _sharpness(caller, hyperparameter(caller, "rho", rho), normalized, when)
-    return penalized(caller, loss, penalty, when, reuse_updates)
+    rho_at, tx = hyperparameter(caller, "rho", rho), ascent_transformation(caller, normalized)
+    loss, schedule = late_loss(caller, loss_fn, has_aux), Schedule.of(caller, interval, start)
+    penalty = _sharpness_penalty(rho_at, tx, schedule)
+    return penalized(caller, loss, penalty, schedule, reuse_updates)
 
 
 def asam(
@@ -371,9 +390,10 @@ def asam(
       Neural Networks*, ICML 2021.
     """
     caller = "asam"
-    loss, when = late_loss(caller, loss_fn, has_aux), timing(caller, interval, start)
-    penalty = _sharpness(caller, hyperparameter(caller, "rho", rho), adaptive, when)
-    return penalized(caller, loss, penalty, when, reuse_updates)
+    rho_at, tx = hyperparameter(caller, "rho", rho), ascent_transformation(caller, adaptive)
+    loss, schedule = late_loss(caller, loss_fn, has_aux), Schedule.of(caller, interval, start)
+    penalty = _sharpness_penalty(rho_at, tx, schedule)
+    return penalized(caller, loss, penalty, schedule, reuse_updates)
 
 
 def gradient_norm_penalty(
@@ -428,48 +448,192 @@ def gradient_norm_penalty(
       Learning*, ICML 2022.
     """
     caller = "gradient_norm_penalty"
-    estimator = difference(caller, hyperparameter(caller, "epsilon", epsilon), scheme, normalized)
-    penalty = _penalty(hyperparameter(caller, "gamma", gamma), estimator)
-    loss, when = late_loss(caller, loss_fn, has_aux), timing(caller, interval, start)
-    return penalized(caller, loss, penalty, when, reuse_updates)
+    gamma_at = hyperparameter(caller, "gamma", gamma)
+    epsilon_at = hyperparameter(caller, "epsilon", epsilon)
+    check_choice(caller, "scheme", scheme, Scheme)
+    tx = ascent_transformation(caller, normalized)
+    penalty = _difference_penalty(gamma_at, epsilon_at, scheme, tx)
+    loss, schedule = late_loss(caller, loss_fn, has_aux), Schedule.of(caller, interval, start)
+    return penalized(caller, loss, penalty, schedule, reuse_updates)
 
 
-def _penalty(gamma: AtStep, estimator: Estimator) -> Penalty:
-    """Adds gamma H d."""
+class Schedule(NamedTuple):
+    """The updates that take a penalty: ``start``, and every ``interval``-th from there on."""
 
-    def init(params: PyTree) -> GradregState:
-        return _start(estimator.init(params))
+    interval: Any
+    start: Any
 
-    def apply(
-        updates: PyTree, state: GradregState, point: Point, weight: jax.Array, _: Any
-    ) -> tuple[PyTree, GradregState, PyTree]:
-        estimate = estimator.estimate(point._replace(ascent=state.ascent))
-        state = state._replace(ascent=estimate.ascent)
-        return add_penalty(updates, weight, estimate.product), state, estimate.product
+    @classmethod
+    def of(cls, caller: str, interval: Any, start: Any) -> Schedule:
+        """Validates both."""
+        return cls(whole_number(caller, "interval", interval), whole_number(caller, "start", start))
 
-    return Penalty(GradregState, init, gamma, apply)
+    @property
+    def always(self) -> bool:
+        """Whether every update takes the penalty, known at trace time."""
+        return self._every_update and self._from_the_first
+
+    @property
+    def _every_update(self) -> bool:
+        return isinstance(self.interval, int) and self.interval == 1
+
+    @property
+    def _from_the_first(self) -> bool:
+        return isinstance(self.start, int) and self.start == 0
+
+    def due(self, step: jax.Array) -> jax.Array:
+        """Whether the update at ``step`` takes the penalty."""
+        interval, start = (jnp.asarray(n, step.dtype) for n in self)
+        due: jax.Array = (step - start) % interval == 0
+        return due if self._from_the_first else due & (step >= start)
+
+    def times_interval(self, gamma: jax.Array) -> jax.Array:
+        """``gamma * interval``, so that the average over the updates is that of ``gamma``."""
+        if self._every_update:
+            return gamma
+        interval = jnp.asarray(self.interval, gamma.dtype)
+        largest = float(np.finfo(gamma.dtype).max) / 2
+        return jnp.minimum(gamma, largest / interval) * interval
 
 
-def _sharpness(caller: str, radius: AtStep, ascent: AscentFn, when: Timing) -> Penalty:
-    """The forward difference with gamma = epsilon = the radius, which is the gradient ahead.
+class Evaluation(NamedTuple):
+    """What a penalty is evaluated with.
 
-    There the gradient that came in drops out. Where every update takes the penalty it need not be
-    kept until the gradient ahead is known: one gradient less in memory, as in Optax's own SAM.
+    Attributes:
+      grad_fn: ``params -> (gradient, aux)``.
+      params: the parameters.
+      gamma: the coefficient of this update, times the interval.
+      reuse_updates: whether the incoming updates are the gradient.
+      extra_args: the extra arguments of ``update``.
     """
-    penalty = _penalty(radius, difference(caller, radius, "forward", ascent))
-    _, direction_of = ascent_direction(caller, ascent)
 
-    def apply(
-        updates: PyTree, state: GradregState, point: Point, weight: jax.Array, extra_args: Any
-    ) -> tuple[PyTree, GradregState, PyTree]:
-        if point.gradient is None or not when.always:
-            return penalty.apply(updates, state, point, weight, extra_args)
-        direction, _ = direction_of(point, point.gradient)
-        ahead, _ = point.grad_fn(shift(point.params, direction, weight))
-        return jax.tree.map(cast, ahead, updates), state, ahead
+    grad_fn: GradFn
+    params: PyTree
+    gamma: jax.Array
+    reuse_updates: bool
+    extra_args: Mapping[str, Any]
 
-    return penalty._replace(apply=apply)
+    def gradient(self, updates: PyTree) -> PyTree:
+        """The gradient where the incoming updates are it; None where it must be evaluated."""
+        return updates if self.reuse_updates else None
+
+    def climb(self, tx: optax.GradientTransformation, state: optax.OptState) -> Climb:
+        """The direction of ascent as a function of the gradient."""
+        return lambda gradient: tx.update(gradient, state, self.params)
 
 
-def _start(ascent: optax.OptState = ()) -> GradregState:
+Penalised: TypeAlias = tuple[PyTree, Any]  # updates, state
+
+
+class Penalty(NamedTuple):
+    """What a transformation does on the updates that take the penalty.
+
+    Attributes:
+      init: ``params -> state``, a NamedTuple with a counter called ``step``.
+      gamma_at: the coefficient at a step, evaluated on every update.
+      penalize: ``(evaluation, updates, state) -> (updates, state)``; the counter stays.
+    """
+
+    init: Callable[[PyTree], Any]
+    gamma_at: AtStep
+    penalize: Callable[[Evaluation, PyTree, Any], Penalised]
+
+
+def penalized(
+    caller: str, bind: LateLoss, penalty: Penalty, schedule: Schedule, reuse_updates: bool
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation that applies ``penalty`` on the updates of ``schedule``."""
+    reuse_by_default = flag(caller, "reuse_updates", reuse_updates)
+
+    def init(params: PyTree) -> Any:
+        check_params(caller, params)
+        return owned(penalty.init(params))
+
+    def update(
+        updates: PyTree,
+        state: optax.OptState,
+        params: PyTree | None = None,
+        *,
+        reuse_updates: bool = reuse_by_default,
+        **extra_args: Any,
+    ) -> tuple[PyTree, Any]:
+        grad_fn = _gradient_of(bind(params, extra_args))
+        check_like(caller, "updates", updates, params)
+        check_same_state(caller, state, jax.eval_shape(penalty.init, params))
+        reuse = flag(caller, "reuse_updates", reuse_updates)
+        gamma = schedule.times_interval(penalty.gamma_at(state.step))
+        due = True if schedule.always else schedule.due(check_step(caller, state.step))
+        if reuse:
+            compare(caller, grad_fn, params, updates, due)
+        grad_fn = grad_fn if schedule.always else jax.jit(grad_fn)  # a branch traces it once
+        at = Evaluation(grad_fn, params, gamma, reuse, extra_args)
+        penalize = functools.partial(penalty.penalize, at)
+        if schedule.always:
+            updates, state = penalize(updates, state)
+        else:
+            branch = canonical_convolutions(jax.jit(penalize))
+            updates, state = jax.lax.cond(due, branch, lambda *given: given, updates, state)
+        return updates, state._replace(step=advanced(state.step))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def advanced(step: jax.Array | None) -> jax.Array | None:
+    """The counter of the next update; None where a loss has no step."""
+    return None if step is None else optax.safe_increment(step)
+
+
+def _gradient_of(loss: Callable[[PyTree], jax.Array]) -> GradFn:
+    grad = jax.grad(loss)
+    return lambda params: (grad(params), None)
+
+
+def _difference_penalty(
+    gamma_at: AtStep, epsilon_at: AtStep, scheme: Scheme, tx: optax.GradientTransformation
+) -> Penalty:
+    """Adds gamma times the finite difference along the ascent of ``tx``."""
+
+    def penalize(at: Evaluation, updates: PyTree, state: GradregState) -> Penalised:
+        climb, epsilon = at.climb(tx, state.ascent), epsilon_at(state.step)
+        gradient = at.gradient(updates)
+        estimate = difference(
+            at.grad_fn, at.params, climb, epsilon=epsilon, scheme=scheme, gradient=gradient
+        )
+        return _add(updates, state, at.gamma, estimate)
+
+    return Penalty(_init(tx), gamma_at, penalize)
+
+
+def _sharpness_penalty(
+    rho_at: AtStep, tx: optax.GradientTransformation, schedule: Schedule
+) -> Penalty:
+    """The forward difference with gamma = epsilon = rho, which is the gradient ahead.
+
+    The incoming gradient drops out. Where every update takes the penalty it need not be kept until
+    the gradient ahead is known, which saves the memory of one gradient, as in Optax's SAM.
+    """
+    by_difference = _difference_penalty(rho_at, rho_at, "forward", tx)
+
+    def penalize(at: Evaluation, updates: PyTree, state: GradregState) -> Penalised:
+        if not (at.reuse_updates and schedule.always):
+            return by_difference.penalize(at, updates, state)
+        direction, _ = at.climb(tx, state.ascent)(updates)
+        ahead, _ = at.grad_fn(shift(at.params, direction, at.gamma))
+        return jax.tree.map(cast, ahead, updates), state
+
+    return by_difference._replace(penalize=penalize)
+
+
+def _add(updates: PyTree, state: GradregState, gamma: jax.Array, estimate: Estimate) -> Penalised:
+    """Adds gamma H d. The state of the ascent stays as it was where this update is not finite."""
+    penalised = add_penalty(updates, gamma, estimate.product)
+    ascent = keep_finite(estimate.ascent, state.ascent, penalised, estimate.product)
+    return penalised, state._replace(ascent=ascent)
+
+
+def _init(tx: optax.GradientTransformation) -> Callable[[PyTree], GradregState]:
+    return lambda params: _initial_state(tx.init(params))
+
+
+def _initial_state(ascent: optax.OptState = ()) -> GradregState:
     return GradregState(jnp.zeros([], jnp.int32), ascent)

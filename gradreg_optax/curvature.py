@@ -16,20 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from gradreg_optax._ascent import ascent_transformation, normalized, stateless
 from gradreg_optax._batching import split_batch
 from gradreg_optax._convolutions import canonical_convolutions
-from gradreg_optax._estimators import (
-    Point,
-    difference,
-    global_norm,
-    normalized,
-    product,
-    shift,
-)
+from gradreg_optax._estimators import difference, product, shift
 from gradreg_optax._loss import mean_of, with_aux, with_weight
-from gradreg_optax._numerics import cast, conjugate, widen
+from gradreg_optax._numerics import cast, conjugate, global_norm, widen
 from gradreg_optax._types import LossFn, PyTree, Scalar, Scheme, ValueFn
 from gradreg_optax._validation import (
+    check_choice,
     check_inexact,
     check_key,
     check_like,
@@ -89,7 +84,7 @@ def hessian_vector_product(value_fn: ValueFn, params: PyTree, vector: PyTree) ->
       A tree like ``params``.
 
     Raises:
-      TypeError: a loss that is no real scalar.
+      TypeError: a loss that is not a real scalar.
 
     Example:
       >>> import jax.numpy as jnp
@@ -117,7 +112,7 @@ def gradient_norm(value_fn: ValueFn, params: PyTree) -> jax.Array:
       A scalar.
 
     Raises:
-      TypeError: a loss that is no real scalar.
+      TypeError: a loss that is not a real scalar.
 
     Example:
       >>> import jax.numpy as jnp
@@ -150,7 +145,7 @@ def top_hessian_eigenvalue(
 
     Raises:
       ValueError: num_matvecs < 1.
-      TypeError: a loss that is no real scalar.
+      TypeError: a loss that is not a real scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -196,7 +191,7 @@ def hessian_trace(
 
     Raises:
       ValueError: fewer than two samples, which carry no error; no parameters.
-      TypeError: a loss that is no real scalar.
+      TypeError: a loss that is not a real scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -236,7 +231,7 @@ def perturbed_sharpness(value_fn: ValueFn, params: PyTree, rho: Scalar) -> jax.A
       A scalar.
 
     Raises:
-      TypeError: a loss that is no real scalar.
+      TypeError: a loss that is not a real scalar.
 
     Example:
       >>> import jax.numpy as jnp
@@ -260,8 +255,8 @@ def perturbed_sharpness(value_fn: ValueFn, params: PyTree, rho: Scalar) -> jax.A
 def difference_error(
     value_fn: ValueFn, params: PyTree, epsilon: Scalar, scheme: Scheme = "forward"
 ) -> DifferenceError:
-    r"""Tells in one call whether an ascent step is lost in rounding, or too long for the difference
-    to be the product.
+    r"""Tells whether an ascent step is lost in rounding, or too long for the difference to estimate
+    the product.
 
     Compares the difference along :math:`g` with the exact product :math:`Hg` in the precision of
     ``params``. In float32 the sweet spot is usually :math:`\epsilon` from 1e-3 to 1e-1; in bfloat16
@@ -280,7 +275,7 @@ def difference_error(
 
     Raises:
       ValueError: epsilon <= 0 (where concrete), or an unknown scheme.
-      TypeError: a loss that is no real scalar or has no second derivative.
+      TypeError: a loss that is not a real scalar or has no second derivative.
 
     Example:
       >>> import jax.numpy as jnp
@@ -290,17 +285,20 @@ def difference_error(
       1.0
     """
     caller = "difference_error"
-    grad_fn, step = _gradient(caller, value_fn, params), constant(caller, "epsilon", epsilon)
-    by_difference = difference(caller, step, scheme, None)
-    exactly = product(caller, "forward_over_reverse", None)
-    exact = exactly.estimate(Point(lambda p: (grad_fn(p), None), params))
-    estimate = by_difference.estimate(
-        Point(lambda p: (grad_fn(p), None), params, exact.gradient)
-    ).product
-    errors = jax.tree.map(lambda a, b: a - b.astype(a.dtype), estimate, exact.product)
+    grad, epsilon = _gradient(caller, value_fn, params), constant(caller, "epsilon", epsilon)(None)
+    check_choice(caller, "scheme", scheme, Scheme)
+    climb = stateless(caller, ascent_transformation(caller, None), params)
+
+    def grad_fn(params: PyTree) -> tuple[PyTree, None]:
+        return grad(params), None
+
+    exact = product(caller, grad_fn, params, climb, mode="forward_over_reverse")
+    given = exact.gradient
+    estimate = difference(grad_fn, params, climb, epsilon=epsilon, scheme=scheme, gradient=given)
+    errors = jax.tree.map(lambda a, b: a - b.astype(a.dtype), estimate.product, exact.product)
     error, size = global_norm(errors), global_norm(exact.product)
-    direction = jax.tree.map(conjugate, exact.gradient)
-    moved = shift(params, direction, -step(None) if scheme == "backward" else step(None))
+    direction, _ = climb(exact.gradient)
+    moved = shift(params, direction, -epsilon if scheme == "backward" else epsilon)
     wanted = sum(jnp.sum(d != 0) for d in jax.tree.leaves(direction))
     lost = sum(
         jnp.sum((d != 0) & (m == p))
@@ -357,7 +355,7 @@ def penalty_scale(
 
     Raises:
       ValueError: a fraction that is not one over a whole number, or that does not divide the batch.
-      TypeError: a loss that is no real scalar.
+      TypeError: a loss that is not a real scalar.
 
     Example:
       >>> import jax.numpy as jnp

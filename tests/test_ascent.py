@@ -382,7 +382,7 @@ def test_memory_is_refused_where_it_has_no_place(name):
         functools.partial(gr.fd_value_and_grad, loss_fn, gamma=GAMMA, epsilon=EPSILON),
         functools.partial(gr.dbp_value_and_grad, loss_fn, gamma=GAMMA),
     ):
-        with pytest.raises(TypeError, match=r"_value_and_grad: the ascent keeps state"):
+        with pytest.raises(TypeError, match=r"_value_and_grad: ascent must not keep state"):
             make(ascent=ascent)(params)
     with pytest.raises(ValueError, match=r"regularized_loss: the regularizer keeps state"):
         jax.grad(gr.regularized_loss(loss_fn, fd(ascent)))(params)

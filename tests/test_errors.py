@@ -132,9 +132,17 @@ def test_scalars_are_scalars():
         flooding(level=None)
     with says(ValueError, "flooding: value must be a scalar, got shape (3,)"):
         update(flooding(level=0.1), value=jnp.ones(3))
-    with says(TypeError, "fd_value_and_grad: gamma is a schedule", "gamma=schedule(step)"):
+    with says(
+        TypeError,
+        "fd_value_and_grad: gamma must be a number, got a schedule",
+        "gamma=schedule(step)",
+    ):
         fd_value_and_grad(loss_fn, gamma=lambda step: 0.1, epsilon=0.1)
-    with says(TypeError, "fd_value_and_grad: epsilon is a schedule", "epsilon=schedule(step)"):
+    with says(
+        TypeError,
+        "fd_value_and_grad: epsilon must be a number, got a schedule",
+        "epsilon=schedule(step)",
+    ):
         fd_value_and_grad(loss_fn, gamma=0.1, epsilon=lambda step: 0.1)
 
 

@@ -21,7 +21,8 @@ from gradreg_optax import (
     normalized,
     sam,
 )
-from gradreg_optax._estimators import Point, add_penalty, difference, global_norm
+from gradreg_optax._estimators import add_penalty, difference
+from gradreg_optax._numerics import global_norm
 
 SCHEMES = ("forward", "backward", "central")
 MODES = ("forward_over_reverse", "reverse_over_reverse")
@@ -423,8 +424,15 @@ def test_the_difference_of_narrow_gradients_is_formed_in_float32(dtype):
     before = jnp.asarray(rng.normal(size=200), dtype)
     after = before + jnp.asarray(0.01 * rng.normal(size=200), dtype)
     step, gamma = jnp.float32(0.3), jnp.float32(0.7)
-    point = Point(lambda _: (after, None), before, before)
-    product = difference("test", lambda _: step, "forward", None).estimate(point).product
+    estimate = difference(
+        lambda _: (after, None),
+        before,
+        lambda gradient: (gradient, ()),
+        epsilon=step,
+        scheme="forward",
+        gradient=before,
+    )
+    product = estimate.product
     assert product.dtype == jnp.float32
     exact = (np.asarray(after, np.float64) - np.asarray(before, np.float64)) / 0.3
     np.testing.assert_allclose(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradreg_optax._estimators import global_norm
+from gradreg_optax._numerics import global_norm
 from gradreg_optax.curvature import penalty_scale
 
 

@@ -142,7 +142,7 @@ def test_whole_numbers_stay_whole():
         assert int(after.step) == step + 1
     fd_gradreg(gamma=1.0, epsilon=1.0, interval=2**31 - 1)
     for interval, shown in ((2**31, "2147483648"), (2**40, "1099511627776"), (np.inf, "inf")):
-        says = f"interval must be .*, got {shown}: the largest is 2147483647"
+        says = f"interval must be .*, got {shown}. The largest is 2147483647"
         with pytest.raises(ValueError, match=says):
             fd_gradreg(gamma=1.0, epsilon=1.0, interval=interval)
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradreg_optax import (
-    _relative,
+    _self_tuning,
     adaptive,
     make_train_step,
     masked,
@@ -267,11 +267,11 @@ def test_a_gap_is_known_as_well_as_its_standard_error_says() -> None:
     @jax.vmap
     def along(losses: Any) -> Any:
         def step(state: Any, pair: Any) -> Any:
-            state = _relative._learnt(state, *pair)
-            gap = state.losses.recent[1] - state.losses.recent[0]
-            return state, (gap, _relative._error(state.losses))
+            state = _self_tuning._update_losses(state, *pair)
+            gap = state.recent[1] - state.recent[0]
+            return state, (gap, _self_tuning._gap_error(state))
 
-        state = relative_gradreg(strength=None).init(jnp.zeros(1))
+        state = relative_gradreg(strength=None).init(jnp.zeros(1)).losses
         return jax.lax.scan(step, state, losses)[1]
 
     gaps, errors = along(1.0 + noise)
