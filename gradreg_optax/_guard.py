@@ -77,7 +77,13 @@ def compare(
             _WATCHES[-1].append(sentence)
             warnings.warn(sentence, GradientMismatch, stacklevel=2)
 
-    jax.debug.callback(report, due, *_compared(grad_fn(params)[0], updates))
+    def evaluate() -> None:
+        jax.debug.callback(report, due, *_compared(grad_fn(params)[0], updates))
+
+    if due is True:
+        evaluate()
+    else:
+        jax.lax.cond(due, evaluate, lambda: None)
 
 
 class Comparison(NamedTuple):
