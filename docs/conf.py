@@ -91,13 +91,21 @@ def command_module(command):
     raise ModuleNotFoundError(f"conf.py: no module for the results of {command!r}")
 
 
+# Norms and primes as high as a letter, as TeX sets them.
+BAR = '<mo stretchy="false" lspace="0" rspace="0">\u2016</mo>'
+PRIME = '<mo stretchy="false" lspace="0" rspace="0">\u2032</mo>'
+
+
 def formula(as_block):
     """Write formulas as MathML, which needs no script; one in error is a warning."""
 
     def visit(translator, node):
         tex = re.sub(r"\\([bB]igg?)(?![A-Za-z])", r"\\\1l", node.astext())  # \big: not in docutils
         try:
-            translator.body.append(tex2mathml(tex, as_block=as_block))
+            markup = tex2mathml(tex, as_block=as_block)
+            translator.body.append(
+                markup.replace("<mo>\u2016</mo>", BAR).replace("<mo>'</mo>", PRIME)
+            )
         except MathError as error:
             logging.getLogger(__name__).warning("formula %r: %s", tex, error, location=node)
         raise nodes.SkipNode
@@ -112,6 +120,21 @@ def link_notebooks(app, docname, source):
     )
 
 
+ARRAY_LIKE = (
+    r"~[\w.]*Array \| ~numpy\.ndarray \| ~numpy\.bool \| ~numpy\.number \| bool \| int \| float"
+)
+ARRAY_LIKE += r" \| complex"
+
+
+def short_types(app, what, name, obj, options, signature, returns):
+    """Show ``ArrayLike`` and ``Schedule`` by name; autodoc expands aliases of types."""
+    if signature is None:
+        return None
+    signature = re.sub(ARRAY_LIKE, "ArrayLike", signature)
+    schedule = r"~collections\.abc\.Callable\[\[~[\w.]*Array\], ArrayLike\]"
+    return re.sub(schedule, "Schedule", signature), returns
+
+
 def setup(app):
     """Copy the notebooks to where Sphinx finds them, and register the above."""
     target = HERE / "notebooks"
@@ -122,3 +145,4 @@ def setup(app):
     app.config.html_math_renderer = "mathml"
     app.add_directive("results-table", ResultsTable)
     app.connect("source-read", link_notebooks)
+    app.connect("autodoc-process-signature", short_types)
