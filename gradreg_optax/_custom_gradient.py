@@ -119,16 +119,16 @@ class StaticPart:
 
 def _with_arguments(plain: Plain, rule: Rule, leaves: Leaves, penalised: Sequence[bool]) -> Output:
     """Apply ``with_gradient`` to functions that close over nothing that is traced."""
-    count = len(leaves)
     explicit, constants, (value, _) = _closed(plain, leaves)
+    count, last = len(leaves), len(leaves) + len(constants)  # closures must not hold the tracers
     inputs = (value, partition(leaves, penalised)[0]) if rule.from_gradient else ()
     function, further, _ = _closed(rule.function, leaves, *inputs)
 
     def of_arguments(leaves: Leaves, *inputs: Any) -> Any:
-        return function(leaves[count + len(constants) :], leaves[:count], *inputs)
+        return function(leaves[last:], leaves[:count], *inputs)
 
     return _with_gradient(
-        lambda leaves: explicit(leaves[count : count + len(constants)], leaves[:count]),
+        lambda leaves: explicit(leaves[count:last], leaves[:count]),
         rule._replace(function=of_arguments),
         [*leaves, *constants, *further],
         [*penalised, *(False for _ in (*constants, *further))],
@@ -233,13 +233,14 @@ def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _closed(function: Callable[..., Any], *inputs: Any) -> tuple[Any, Sequence[Any], Any]:
     """Return ``function`` of (arrays that it closes over, *inputs), these arrays, and its shape."""
-    jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(*inputs)
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*inputs)
+    jaxpr, structure = closed.jaxpr, jax.tree.structure(shape)
 
     def explicit(constants: Sequence[Any], *inputs: Any) -> Any:
-        outputs = jax.core.eval_jaxpr(jaxpr.jaxpr, constants, *jax.tree.leaves(inputs))
-        return jax.tree.unflatten(jax.tree.structure(shape), outputs)
+        outputs = jax.core.eval_jaxpr(jaxpr, constants, *jax.tree.leaves(inputs))
+        return jax.tree.unflatten(structure, outputs)
 
-    return explicit, jaxpr.consts, shape
+    return explicit, closed.consts, shape
 
 
 def _is_asked(leaf: Any, tangent: Any) -> bool:
