@@ -18,9 +18,12 @@ jax.config.update("jax_enable_x64", False)
 unoptimized = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 jax.config.update("jax_disable_most_optimizations", unoptimized == "1")
 hypothesis.settings.register_profile(
-    "strict", derandomize=True, deadline=None, database=None, max_examples=25
+    "strict", derandomize=True, deadline=None, database=None, max_examples=10
 )
-hypothesis.settings.load_profile("strict")
+hypothesis.settings.register_profile(
+    "nightly", hypothesis.settings.get_profile("strict"), max_examples=100
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "strict"))
 
 
 @pytest.fixture
