@@ -1,1 +1,1 @@
-"""Speed, memory and compile time beside peers; never part of the tests."""
+"""Speed, memory and compile time, compared with other implementations. Not part of the tests."""

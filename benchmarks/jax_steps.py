@@ -1,5 +1,5 @@
-"""The steps that are compared in JAX: plain SGD, ours by three ways in, the loop written by hand,
-and Optax's SAM.
+"""JAX train steps to compare: plain SGD, this package by three entry points, a loop written by
+hand, and Optax's SAM.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def steps(problem: Problem) -> dict[str, Callable[[], Step]]:
         "F-GR, fd_value_and_grad": lambda: _loop(problem, function, optax.sgd(RATE)),
         "F-GR, optax.chain": lambda: _chain(problem, penalty),
         "F-GR, make_train_step": lambda: _train_step(problem, penalty),
-        "F-GR lazy (1/4, 4), make_train_step": lambda: _train_step(problem, lazy, FRACTION),
+        "F-GR, lazy penalty, make_train_step": lambda: _train_step(problem, lazy, FRACTION),
         "relative, make_train_step": lambda: _train_step(problem, relative_gradreg()),
         "SAM, make_train_step": lambda: _train_step(problem, sam(rho=RHO)),
         "SAM, optax.chain": lambda: _chain(problem, sam(rho=RHO)),

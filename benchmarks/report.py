@@ -58,8 +58,8 @@ def table(document: dict[str, Any]) -> str:
         *_markdown(["step", *networks], _counts(document, networks)),
         "",
         (
-            "Ours beside the loop written by hand and beside Optax's SAM, time (± half the 95%"
-            " interval of the median):"
+            "Time relative to the loop written by hand and to Optax's SAM (± half the 95 %"
+            " confidence interval of the median):"
         ),
         "",
         *_markdown(["ratio", *networks], _duels(document, networks)),
@@ -122,7 +122,7 @@ def _counts(document: dict[str, Any], networks: list[str]) -> list[list[str]]:
 
 def _count(found: dict[str, Any], plain: dict[str, Any], label: str) -> str:
     flops = found["flops"] / plain["flops"]
-    if "lazy" in label:  # XLA counts the dearer branch, which is taken once in so many steps
+    if "lazy" in label:  # XLA counts the more expensive branch, which runs every INTERVAL-th step
         flops = (flops + INTERVAL - 1) / INTERVAL
     memory = found["memory"] / plain["memory"]
     trace, compilation = (

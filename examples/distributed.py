@@ -1,6 +1,6 @@
 """Regularized training on one process or on many: mesh, sharded batches, checkpoints that resume.
 
-On one machine with whatever devices it has:
+On one machine, with all its devices:
 
     python distributed.py --checkpoints /tmp/run
 
@@ -36,7 +36,7 @@ from gradreg_optax import fd_gradreg, make_train_step
 
 
 def load_data():
-    """Images in [0, 1] and labels, on the host. A larger data set would be memory-mapped: every
+    """Images in [0, 1] and labels, in CPU memory. A larger data set would be memory-mapped: every
     process reads its own rows only.
     """
     x, y = load_digits(return_X_y=True)
@@ -159,7 +159,10 @@ def parse_arguments(argv=None):
     )
     add = parser.add_argument
     add("--distributed", action="store_true", help="start jax.distributed: once in every process")
-    add("--coordinator", help="host:port of process 0; left out where JAX recognizes the cluster")
+    add(
+        "--coordinator",
+        help="address:port of process 0; not needed on clusters that JAX recognizes",
+    )
     add(
         "--processes",
         type=int,

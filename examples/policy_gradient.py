@@ -1,24 +1,23 @@
-"""A reward that can be hacked: gradient regularization in the place of a KL penalty.
+"""A reward that can be hacked: gradient regularization instead of a KL penalty.
 
-A small language model is fine-tuned by policy gradients to please a reward *model*, which was
-fitted to a few hundred judged samples and knows nothing of sequences unlike them. The further the
-policy moves, the more of the reward is imaginary: the model's reward goes on rising and the true
-one, which training never sees, falls. The usual remedy keeps the policy near where it began, by a
-penalty on the KL divergence. Ackermann et al. (arXiv:2602.18037) penalise the gradient norm
-instead, which prefers flat regions, where the reward model is more often right; with the embeddings
-and the head left out by name, and the climb clipped.
+A small language model is fine-tuned by policy gradients on a reward *model*, which was fitted to a
+few hundred samples and is unreliable on other sequences. As the policy moves away, the model's
+reward increases and the true reward, which training does not use, decreases. The usual remedy is a
+penalty on the KL divergence from the initial policy. Ackermann et al. (arXiv:2602.18037) penalise
+the gradient norm instead, which favours flat regions, where the reward model is more reliable. They
+exclude embeddings and head by name, and clip the ascent direction.
 
     python policy_gradient.py
 
-Strengths are chosen on some seeds and judged on others, each difference on the same seed.
+Strengths are selected on tuning seeds and evaluated on others, with differences paired by seed.
 
-What came out, with the settings below and eight seeds: without a penalty the true reward falls from
-.29 to .11 ± .12 while the model's rises to 1.2. The KL penalty gains .27 ± .12 over that.
-Gradient regularization gains -.07 ± .11: on this scale its effect does *not* show, and it did not
-at other strengths from .01 to 30, rates and sizes of the reward model. A likely reason is that a
-policy which has collapsed onto one sequence has no gradient left, and so is flat as well; language
-models in practice are stopped long before. Needs ``pip install gradreg-optax``; a minute on one
-core.
+Result with the settings below (eight seeds, ± one standard error): without a penalty the true
+reward decreases from 0.29 to 0.11 ± 0.12 while the model's increases to 1.2. The KL penalty gains
+0.27 ± 0.12. Gradient regularization gains -0.07 ± 0.11: at this scale it has *no* measurable
+effect, also at other strengths from 0.01 to 30, learning rates and sizes of the reward model. A
+likely reason: a policy that has collapsed onto one sequence has a gradient of zero, and is flat as well.
+Language models in practice are stopped long before. Needs ``pip install gradreg-optax``; it takes a
+minute on one core.
 """
 
 import argparse
@@ -87,7 +86,7 @@ def chosen(log_probs, tokens):
 
 
 def human_texts(key, count):
-    """What the policy is fitted to first: walks that rise more often than they fall."""
+    """Pretraining data: random sequences that increase more often than they decrease."""
     first, steps = jax.random.split(key)
     start = jax.random.randint(first, (count, 1), 0, VOCABULARY)
     moves = jax.random.randint(steps, (count, LENGTH - 1), -2, 4)
