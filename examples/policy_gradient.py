@@ -15,9 +15,9 @@ Result with the settings below (eight seeds, ± one standard error): without a p
 reward decreases from 0.29 to 0.11 ± 0.12 while the model's increases to 1.2. The KL penalty gains
 0.27 ± 0.12. Gradient regularization gains -0.07 ± 0.11: at this scale it has *no* measurable
 effect, also at other strengths from 0.01 to 30, learning rates and sizes of the reward model. A
-likely reason: a policy that has collapsed onto one sequence has a gradient of zero, and is flat as well.
-Language models in practice are stopped long before. Needs ``pip install gradreg-optax``; it takes a
-minute on one core.
+likely reason: a policy that has collapsed onto one sequence has a gradient of zero, and is flat as
+well. Language models in practice are stopped long before. Needs
+``pip install gradreg-optax``; it takes a minute on one core.
 """
 
 import argparse
