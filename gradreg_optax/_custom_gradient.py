@@ -199,14 +199,13 @@ def _accumulated(
     full = combine(gradients, partition(of_others, penalised)[1], penalised)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def push(leaves: Leaves, tangents: Leaves) -> Leaves:
+    def along(leaves: Leaves, given: Leaves) -> Leaves:
         chosen, rest = partition(leaves, asked)
-        given = partition(tangents, asked)[0]
         arrays: Leaves
         arrays = jax.jvp(lambda some: plain(combine(some, rest, asked))[1], (chosen,), (given,))[1]
         return arrays
 
-    return output, full, functools.partial(push, leaves)
+    return output, full, lambda tangents: along(leaves, partition(tangents, asked)[0])
 
 
 def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,16 +6,17 @@ import importlib
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from gradreg_optax._batching import batch_size
 from gradreg_optax._loss import TransformedLoss, check_own_keyword, signature_of, with_weight
 from gradreg_optax._microbatching import MicrobatchedLoss, pieces_of
 from gradreg_optax._numerics import global_norm
-from gradreg_optax._regularized_loss import RegularizedLoss, whole_step
+from gradreg_optax._regularized_loss import RegularizedLoss, bind_step
 from gradreg_optax._train_step import (
     Call,
     StepInfo,
@@ -25,6 +26,7 @@ from gradreg_optax._train_step import (
     is_penalized,
     penalty_arguments,
     regularized_pass,
+    static_arguments,
 )
 from gradreg_optax._types import Loss, LossFn, PyTree, Weighted
 from gradreg_optax._validation import (
@@ -34,8 +36,9 @@ from gradreg_optax._validation import (
     flag,
     fraction,
     is_inexact,
-    whole_number,
 )
+
+_LOSS = "nnx_regularized_loss"
 
 
 def make_nnx_train_step(
@@ -98,33 +101,35 @@ def make_nnx_train_step(
     """
     caller = "make_nnx_train_step"
     nnx, kept = _flax(caller), fraction(caller, "penalty_fraction", penalty_fraction)
-    # A regularizer in the optimizer's chain is given the part there, one in the step here.
-    here = regularized_pass(caller, regularizer, 1.0 if regularizer is None else kept)
-    loss, signature = _split_loss(caller, loss_fn, has_aux), _signature(loss_fn)
-    static = _static(caller, static_argnames, signature)
+    # The part of the batch is for the regularizer, in the step or in the optimizer's chain.
+    kept_here, kept_there = (1.0, kept) if regularizer is None else (kept, 1.0)
+    here = regularized_pass(caller, regularizer, kept_here)
+    loss, signature = _pure_loss(caller, nnx, loss_fn, has_aux), _signature(loss_fn)
+    static = _static_arguments(caller, loss_fn, static_argnames)
     check_own_keyword(caller, "held_out", loss_fn)
 
     def step(
         model: Any, optimizer: Any, *args: Any, held_out: PyTree = None, **kwargs: Any
     ) -> StepInfo:
+        bound = signature.bind(model, *args, **kwargs)
+        arguments, keywords = (*bound.args, *bound.kwargs.values()), tuple(bound.kwargs)
         _check_optimizer(caller, nnx, optimizer)
-        split = _Split.of(nnx, optimizer.wrt, signature.bind(model, *args, **kwargs))
-        _check_batch(caller, split.values, kept < 1 or held_out is not None)
-        state = here.init(split.params)
-        check_once(caller, loss_fn, split.params, state, optimizer.opt_state)
+        _check_batch(caller, arguments[1:2], kept, held_out)
+        params = _pure(nnx, nnx.state(model, optimizer.wrt))
+        state = here.init(params)
+        check_once(caller, loss_fn, params, state, optimizer.opt_state)
         _check_place(caller, regularizer is not None, state, optimizer.opt_state)
-        call = Call(functools.partial(loss, split), split.values, {}, held_out=held_out)
-        clean = call if regularizer is not None else call._replace(held_out=None)
-        with _explained(caller, lambda: call.value_fn(split.params)):
-            outcome = here.run(clean, split.params, counting(caller, state, optimizer.step[...]))
+        before, *values = nnx.clone(arguments)
+        on_copies = functools.partial(loss, before, _of_model(nnx, optimizer.wrt), keywords)
+        call = Call(on_copies, tuple(values), {})
+        with _explained(caller, lambda: call.value_fn(params)):
+            outcome = here.run(call, params, counting(caller, state, optimizer.step[...]))
         aux, changes = outcome.aux
         check_arrays(caller, "aux", aux)
-        split.put_back(changes)
-        extra = {"value_fn": call.value_fn}
-        if regularizer is None:
-            extra = penalty_arguments(caller, call, kept)
+        _write(nnx, arguments, changes)
+        extra = penalty_arguments(caller, call._replace(held_out=held_out), kept_there)
         updates = _refilled(nnx.state(model, optimizer.wrt), outcome.updates)
-        with _explained(caller, lambda: call.value_fn(split.params)):
+        with _explained(caller, lambda: call.value_fn(params)):
             optimizer.update(model, updates, value=outcome.value, grad=outcome.gradient, **extra)
         check_held_out(caller, extra)
         return StepInfo(outcome.value, global_norm(outcome.gradient), aux)
@@ -182,14 +187,13 @@ def nnx_regularized_loss(
       [[1.5]
        [1.5]]
     """
-    caller = "nnx_regularized_loss"
-    _flax(caller)
-    check_transformation(caller, "regularizer", regularizer)
-    loss: Any = _NNXRegularizedLoss(loss_fn, flag(caller, "has_aux", has_aux), regularizer, wrt)
+    _flax(_LOSS)
+    check_transformation(_LOSS, "regularizer", regularizer)
+    loss: Any = NNXRegularizedLoss(loss_fn, flag(_LOSS, "has_aux", has_aux), regularizer, wrt)
     return cast(Loss, loss)
 
 
-class _NNXRegularizedLoss(TransformedLoss):
+class NNXRegularizedLoss(TransformedLoss):
     """The loss that :func:`nnx_regularized_loss` returns."""
 
     def __init__(
@@ -197,129 +201,127 @@ class _NNXRegularizedLoss(TransformedLoss):
     ) -> None:
         """Store the regularizer and the filter; add ``step`` to the signature if it is missing."""
         super().__init__(loss_fn, has_aux)
-        self.regularizer, self._wrt = regularizer, wrt
-        self._caller = "nnx_regularized_loss"
-        self._loss = _split_loss(self._caller, loss_fn, has_aux)
-        signature = _signature(loss_fn)
-        self._takes_step = _takes(signature, "step")
-        self.__signature__ = signature if self._takes_step else _with_step(signature)
+        self.regularizer, self._nnx = regularizer, _flax(_LOSS)
+        self._selected = _of_model(self._nnx, wrt or self._nnx.Param)
+        self._loss = _pure_loss(_LOSS, self._nnx, loss_fn, has_aux)
+        self.__signature__, self._adds_step = _with_step(_signature(loss_fn))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array | None, Any]:
-        """Return the value with the regularized gradient, its weight and aux."""
-        nnx, bound = _flax(self._caller), self.__signature__.bind(*args, **kwargs)
-        step = _step(self._caller, bound, self._takes_step)
-        split = _Split.of(nnx, self._wrt or nnx.Param, bound)
-        check_params(self._caller, split.params)
+        """Return the mean with the regularized gradient, its weight and aux."""
+        nnx, bound = self._nnx, self.__signature__.bind(*args, **kwargs)
+        added = {"step": bound.arguments.pop("step", None)} if self._adds_step else {}
+        args, kwargs, step = bind_step(_LOSS, self.loss_fn, bound.args, bound.kwargs | added)
+        arguments = *args, *kwargs.values()
+        graphdef, variables, rest = nnx.split(arguments, self._selected, ...)
+        params, structure = _pure(nnx, variables), jax.tree.structure(variables)
+        check_params(_LOSS, params)
         init = optax.with_extra_args_support(self.regularizer).init
-        counting(self._caller, jax.eval_shape(init, split.params), step)
+        counting(_LOSS, jax.eval_shape(init, params), step)
 
-        def of_arrays(params: PyTree, rest: PyTree, values: Any) -> tuple[Any, Any]:
-            return self._loss(split._replace(rest=rest), params, *values)
+        def of_arrays(params: PyTree, rest: PyTree) -> tuple[Weighted, Any]:
+            variables = jax.tree.unflatten(structure, jax.tree.leaves(params))
+            model, *values = nnx.merge(graphdef, variables, rest)
+            return self._loss(model, self._selected, tuple(kwargs), params, *values)
 
-        arrays = split.params, split.rest, split.values
-        with _explained(self._caller, lambda: of_arrays(*arrays)):
-            pure = RegularizedLoss(of_arrays, True, self.regularizer, 0)
-            value, weight, (aux, changes) = pure.evaluate(*arrays, step=step)
-        split.put_back(changes)
+        with _explained(_LOSS, lambda: of_arrays(params, rest)):
+            regularized = RegularizedLoss(of_arrays, True, self.regularizer, 0)
+            value, weight, (aux, changes) = regularized.evaluate(params, rest, step=step)
+        _write(nnx, arguments, changes)
         return value, weight, aux
 
 
-class _Split(NamedTuple):
-    """The arguments of a loss, split into the state of their NNX objects and everything else.
+def _pure_loss(
+    caller: str, nnx: Any, loss_fn: LossFn, has_aux: bool
+) -> Callable[..., tuple[Weighted, Any]]:
+    """Return a loss of ``(model, selected, keywords, params, *values)`` that changes none of them.
 
-    Attributes:
-      nnx: the module ``flax.nnx``.
-      objects: ``(model, *values)``, of each argument the NNX objects alone.
-      graphdef: the static part of the objects.
-      selected: the structure of the selected parameters, with NNX's variables.
-      params: their arrays, by their path in the model.
-      rest: the other state of the objects before the call, and what the model contains apart from
-        objects.
-      values: the arguments after the model without their objects, the batch first.
-      names: the keywords of the last of them.
+    ``params`` take the place of the selected variables, and ``keywords`` are the names of the last
+    values. Its aux is (aux, what the loss changed): a dictionary from the number of a variable
+    among those of the arguments to its new arrays.
     """
-
-    nnx: Any
-    objects: tuple[Any, ...]
-    graphdef: Any
-    selected: Any
-    params: PyTree
-    rest: tuple[PyTree, PyTree]
-    values: tuple[Any, ...]
-    names: tuple[str, ...]
-
-    @classmethod
-    def of(cls, nnx: Any, wrt: Any, bound: inspect.BoundArguments) -> "_Split":
-        """Split the arguments of a call; ``wrt`` selects the parameters of the model."""
-        arguments, is_object = (*bound.args, *bound.kwargs.values()), _is_object(nnx)
-        objects = tuple(_objects_of(argument, is_object) for argument in arguments)
-        model, *values = jax.tree.map(
-            lambda x: None if is_object(x) else x, arguments, is_leaf=is_object
-        )
-        selects = nnx.filterlib.to_predicate(wrt)
-        graphdef, params, state = nnx.split(
-            objects, lambda path, leaf: path[0] == 0 and selects(path[1:], leaf), ...
-        )
-        pure = (getattr(nnx, "as_pure", None) or nnx.pure)(params)  # older than 0.12.8: pure
-        snapshot = jax.tree.map(lambda x: x, state)  # nnx.split returns the variables themselves
-        fixed = (nnx, objects, graphdef, jax.tree.structure(params))
-        params, rest = pure.get(0, nnx.State({})), (snapshot, model)
-        return cls(*fixed, params, rest, tuple(values), tuple(bound.kwargs))
-
-    def merged(self, params: PyTree) -> tuple[Any, ...]:
-        """Return copies of the objects with these parameters."""
-        variables = jax.tree.unflatten(self.selected, jax.tree.leaves(params))
-        objects: tuple[Any, ...]
-        objects = self.nnx.merge(self.graphdef, variables, self.rest[0], copy=True)
-        return objects
-
-    def called(self, loss_fn: LossFn, objects: tuple[Any, ...], values: Sequence[Any]) -> Any:
-        """Call a loss with these objects among the arguments."""
-        is_object, arguments = _is_object(self.nnx), [self.rest[1], *values]
-        arguments = jax.tree.map(
-            lambda o, x: x if o is None else o,
-            list(objects),
-            arguments,
-            is_leaf=lambda x: x is None or is_object(x),
-        )
-        positional = len(arguments) - len(self.names)
-        keywords = dict(zip(self.names, arguments[positional:], strict=True))
-        return loss_fn(*arguments[:positional], **keywords)
-
-    def variables(self, objects: tuple[Any, ...]) -> list[tuple[Any, Any]]:
-        """Return the pairs (path, variable or array) of the state of these objects."""
-        return list(self.nnx.to_flat_state(self.nnx.state(objects)))
-
-    def put_back(self, changes: Mapping[int, list[Any]]) -> None:
-        """Write the changes of a call, by the number of the variable, into the objects."""
-        variables = self.variables(self.objects)
-        changed = [(variables[i][0], _refilled(variables[i][1], new)) for i, new in changes.items()]
-        self.nnx.update(self.objects, self.nnx.from_flat_state(changed))
-
-
-def _split_loss(caller: str, loss_fn: LossFn, has_aux: bool) -> Callable[..., tuple[Weighted, Any]]:
-    """Return the loss of ``(split, params, *values)``; its aux is (aux, changes of the state)."""
     one, count = pieces_of(loss_fn)
     whole = with_weight(caller, one, has_aux)
 
-    def loss(split: _Split, params: PyTree, *values: Any) -> tuple[Weighted, Any]:
-        objects = split.merged(params)
-        before = [jax.tree.leaves(leaf) for _, leaf in split.variables(objects)]
-        mean, aux = split.called(whole, objects, values)
-        _check_structure(caller, split, objects)
-        after = [jax.tree.leaves(leaf) for _, leaf in split.variables(objects)]
-        pairs = enumerate(zip(before, after, strict=True))
+    def loss(
+        model: Any, selected: Any, keywords: Sequence[str], params: PyTree, *values: Any
+    ) -> tuple[Weighted, Any]:
+        arguments = nnx.clone((model, *values))
+        nnx.update(arguments, _refilled(nnx.state(arguments, selected), params))
+        objects = _objects(nnx, arguments)
+        graphdef, before = nnx.graphdef(objects), _arrays(nnx, objects)
+        positional = len(arguments) - len(keywords)
+        named = dict(zip(keywords, arguments[positional:], strict=True))
+        mean, aux = whole(*arguments[:positional], **named)
+        if nnx.graphdef(objects) != graphdef:
+            raise ValueError(
+                f"{caller}: the loss must leave the structure of its NNX objects as it is, but adds"
+                " variables (nnx.sow, a cache) or sets attributes (model.eval()). Do so before the"
+                " step; return intermediate values as aux, nnx.pop(model, nnx.Intermediate)."
+            )
+        pairs = enumerate(zip(before, _arrays(nnx, objects), strict=True))
         return mean, (aux, {i: new for i, (old, new) in pairs if not _same(old, new)})
 
-    def in_pieces(split: _Split, params: PyTree, *values: Any) -> tuple[Weighted, Any]:
-        def piece(params: PyTree, *values: Any, rest: Any) -> tuple[Weighted, Any]:
-            return loss(split._replace(rest=rest), params, *values)
+    def in_pieces(*split: Any) -> tuple[Weighted, Any]:
+        *fixed, params, batch = split[:5]
 
-        parts = MicrobatchedLoss(piece, True, count)
-        mean, (aux, changes) = parts.weighted(params, *values, rest=split.rest)
+        def piece(params: PyTree, batch: PyTree) -> tuple[Weighted, Any]:
+            return loss(*fixed, params, batch, *split[5:])
+
+        mean, (aux, changes) = MicrobatchedLoss(piece, True, count).weighted(params, batch)
         return mean, (aux, jax.tree.map(_merged, changes))
 
     return loss if count == 1 else in_pieces
+
+
+def _static_arguments(
+    caller: str, loss_fn: LossFn, names: str | Sequence[str]
+) -> dict[str, tuple[Any, ...]]:
+    """Return the static arguments of the step: its optimizer stands after the model."""
+    static = static_arguments(caller, loss_fn, names)
+    if "static_argnums" in static:
+        static["static_argnums"] = tuple(number + 1 for number in static["static_argnums"])
+    return static
+
+
+def _of_model(nnx: Any, wrt: Any) -> Callable[[Any, Any], bool]:
+    """Return a filter for ``(model, *values)``: the variables of the model that ``wrt`` selects."""
+    selects = nnx.filterlib.to_predicate(wrt)
+    return lambda path, leaf: path[0] == 0 and selects(path[1:], leaf)
+
+
+def _objects(nnx: Any, arguments: PyTree) -> list[Any]:
+    """Return the NNX objects among the leaves of the arguments."""
+
+    def is_object(x: Any) -> bool:
+        return isinstance(x, nnx.Variable) or nnx.graph.is_graph_node(x)
+
+    return list(filter(is_object, jax.tree.leaves(arguments, is_leaf=is_object)))
+
+
+def _arrays(nnx: Any, objects: list[Any]) -> list[list[Any]]:
+    """Return the arrays of each variable of the objects."""
+    return [jax.tree.leaves(leaf) for _, leaf in nnx.to_flat_state(nnx.state(objects))]
+
+
+def _write(nnx: Any, arguments: PyTree, changes: Mapping[int, list[Any]]) -> None:
+    """Write what a loss changed into the objects among the arguments."""
+    objects = _objects(nnx, arguments)
+    variables = list(nnx.to_flat_state(nnx.state(objects)))
+    changed = [(variables[i][0], _refilled(variables[i][1], new)) for i, new in changes.items()]
+    nnx.update(objects, nnx.from_flat_state(changed))
+
+
+def _same(old: list[Any], new: list[Any]) -> bool:
+    return len(old) == len(new) and all(map(operator.is_, old, new))
+
+
+def _refilled(tree: PyTree, arrays: PyTree) -> PyTree:
+    """Return the first tree, NNX's variables in it, with the leaves of the second."""
+    return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(arrays))
+
+
+def _pure(nnx: Any, state: Any) -> Any:
+    return (getattr(nnx, "as_pure", None) or nnx.pure)(state)  # the older name, before 0.12.8
 
 
 def _merged(stacked: jax.Array) -> jax.Array:
@@ -329,81 +331,24 @@ def _merged(stacked: jax.Array) -> jax.Array:
     return stacked[0]
 
 
-def _same(old: list[Any], new: list[Any]) -> bool:
-    return len(old) == len(new) and all(map(operator.is_, old, new))
-
-
-def _refilled(tree: PyTree, arrays: PyTree) -> PyTree:
-    """Return the structure of the first tree, NNX's variables in it, with the second's leaves."""
-    return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(arrays))
-
-
-def _is_object(nnx: Any) -> Callable[[Any], bool]:
-    return lambda x: isinstance(x, nnx.Variable) or nnx.graph.is_graph_node(x)
-
-
-def _objects_of(argument: PyTree, is_object: Callable[[Any], bool]) -> PyTree:
-    """Return the argument with None in place of all leaves but objects, None if it has none."""
-    tree = jax.tree.map(lambda x: x if is_object(x) else None, argument, is_leaf=is_object)
-    return tree if jax.tree.leaves(tree, is_leaf=is_object) else None
-
-
 def _signature(loss_fn: LossFn) -> inspect.Signature:
     return signature_of(loss_fn) or inspect.signature(lambda *args, **kwargs: None)
 
 
-def _takes(signature: inspect.Signature, name: str) -> bool:
-    """Return whether a function with this signature takes a keyword."""
-    kinds = [p.kind for p in signature.parameters.values()]
-    return name in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds
+def _with_step(signature: inspect.Signature) -> tuple[inspect.Signature, bool]:
+    """Add an argument ``step`` where the loss has none; return whether that was done.
 
-
-def _with_step(signature: inspect.Signature) -> inspect.Signature:
-    """Add an argument ``step``, positional where it can be: nnx.grad takes no keyword-only ones."""
+    It is positional where it can be: nnx.grad passes all arguments by position.
+    """
     parameters = list(signature.parameters.values())
-    positional = [p for p in parameters if p.kind < inspect.Parameter.VAR_POSITIONAL]
-    others = parameters[len(positional) :]
-    variadic = any(p.kind is p.VAR_POSITIONAL for p in others)
-    kind = inspect.Parameter.KEYWORD_ONLY if variadic else inspect.Parameter.POSITIONAL_OR_KEYWORD
-    step = inspect.Parameter("step", kind, default=None)
-    parameters = [*parameters, step] if variadic else [*positional, step, *others]
-    return signature.replace(parameters=parameters)
-
-
-def _step(caller: str, bound: inspect.BoundArguments, takes_step: bool) -> Any:
-    """Return the step of the regularizer; remove it from the arguments if the loss has none."""
-    step = bound.kwargs.get("step", bound.arguments.get("step"))
-    if not takes_step:
-        bound.arguments.pop("step", None)
-    if step is None or (takes_step and not whole_step(step)):
-        return None
-    return whole_number(caller, "step", step)
-
-
-def _static(
-    caller: str, names: str | Sequence[str], signature: inspect.Signature
-) -> dict[str, tuple[Any, ...]]:
-    """Return the arguments of nnx.jit that make arguments of the loss static."""
-    names = (names,) if isinstance(names, str) else tuple(names)
-    model, *known = [*signature.parameters]
-    for name in names:
-        if name == model or (name not in known and not _takes(signature, name)):
-            raise ValueError(
-                f"{caller}: static_argnames must name arguments of the loss after the model, got"
-                f" {name!r}. Choose from {known}."
-            )
-    numbers = tuple(known.index(name) + 2 for name in names if name in known)
-    return {"static_argnames": names, "static_argnums": numbers} if names else {}
-
-
-def _check_structure(caller: str, split: _Split, objects: tuple[Any, ...]) -> None:
-    """Check that the loss changed arrays only."""
-    if split.nnx.graphdef(objects) != split.graphdef:
-        raise ValueError(
-            f"{caller}: the loss must leave the structure of its NNX objects as it is, but adds or"
-            " removes variables (nnx.sow, a cache) or sets attributes (model.eval()). Do so before"
-            " the step; return intermediate values as aux, nnx.pop(model, nnx.Intermediate)."
-        )
+    kinds = [p.kind for p in parameters]
+    if "step" in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds:
+        return signature, False
+    step = inspect.Parameter("step", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        step = step.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+    parameters = sorted([*parameters, step], key=lambda p: p.kind)
+    return signature.replace(parameters=parameters), True
 
 
 def _check_optimizer(caller: str, nnx: Any, optimizer: Any) -> None:
@@ -414,12 +359,15 @@ def _check_optimizer(caller: str, nnx: Any, optimizer: Any) -> None:
         )
 
 
-def _check_batch(caller: str, values: tuple[Any, ...], needed: bool) -> None:
-    if needed and not values:
+def _check_batch(caller: str, batch: Sequence[Any], kept: float, held_out: PyTree) -> None:
+    """Check that there is a batch, which can be split, where an option needs it."""
+    if not batch and (kept < 1 or held_out is not None):
         raise TypeError(
             f"{caller}: penalty_fraction and held_out= need a batch, the first argument of the loss"
             " after the model. Pass the batch to the loss."
         )
+    if kept < 1:
+        batch_size(caller, "penalty_fraction", batch[0])
 
 
 def _check_place(caller: str, here: bool, state: optax.OptState, chain: optax.OptState) -> None:

@@ -148,38 +148,6 @@ def test_an_evaluation_is_that_of_the_loss_and_moves_the_model_as_the_loss_does(
     assert counter.read() == (2, 2)
 
 
-def test_a_newcomers_loop_changes_one_line():
-    """Three steps of the tutorial's loop, with the regularized loss and with a train step of this
-    package."""
-
-    def train(loss):
-        model = network()
-        optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
-        metrics = nnx.MultiMetric(loss=nnx.metrics.Average("loss"))
-
-        @nnx.jit
-        def train_step(model, optimizer, metrics, x, y):
-            (value, logits), grads = nnx.value_and_grad(loss, has_aux=True)(model, x, y)
-            metrics.update(loss=value, logits=logits, labels=y)
-            optimizer.update(model, grads)
-
-        for _ in range(3):
-            train_step(model, optimizer, metrics, *batch())
-        return model, float(metrics.compute()["loss"])
-
-    found, mean = train(nnx_regularized_loss(loss_with_logits, FD, has_aux=True))
-    model = network()
-    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
-    step = gr.make_nnx_train_step(loss_with_logits, FD, has_aux=True)
-    losses = [float(step(model, optimizer, *batch()).loss) for _ in range(3)]
-    states = (nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (found, model))
-    assert relative(*states) < 1e-5
-    np.testing.assert_allclose(mean, np.mean(losses), rtol=1e-5)
-    plain, _ = train(loss_with_logits)
-    states = (nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (plain, model))
-    assert relative(*states) > 1e-3
-
-
 def test_micro_batches_of_a_module_average_statistics_and_gradients():
     def linear(model, batch):
         return jnp.mean((model(batch) - 1) ** 2)
