@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 
 from gradreg_optax._ascent import ascent_transformation, stateless
 from gradreg_optax._estimators import Estimate, add_penalty, difference, product
 from gradreg_optax._loss import arguments_at, keeps_signature, with_aux
-from gradreg_optax._types import Ascent, GradFn, LossFn, Mode, PyTree, Scalar, Scheme
+from gradreg_optax._types import Ascent, AtStep, GradFn, LossFn, Mode, PyTree, Scalar, Scheme
 from gradreg_optax._validation import check_choice, check_inexact, constant
-
-Penalised: TypeAlias = tuple[PyTree, Any]  # gradient, (value, aux)
 
 
 def fd_value_and_grad(
@@ -81,12 +79,11 @@ def fd_value_and_grad(
     check_choice(caller, "scheme", scheme, Scheme)
     tx = ascent_transformation(caller, ascent)
 
-    def penalised(grad_fn: GradFn, params: PyTree) -> Penalised:
+    def estimate(grad_fn: GradFn, params: PyTree) -> Estimate:
         climb, epsilon = stateless(caller, tx, params), epsilon_at(None)
-        estimate = difference(grad_fn, params, climb, epsilon=epsilon, scheme=scheme)
-        return _add(gamma_at(None), estimate)
+        return difference(grad_fn, params, climb, epsilon=epsilon, scheme=scheme)
 
-    return _value_and_grad(caller, loss_fn, penalised, argnums=argnums, has_aux=has_aux)
+    return _value_and_grad(caller, loss_fn, gamma_at, estimate, argnums=argnums, has_aux=has_aux)
 
 
 def dbp_value_and_grad(
@@ -144,21 +141,17 @@ def dbp_value_and_grad(
     check_choice(caller, "mode", mode, Mode)
     tx = ascent_transformation(caller, ascent)
 
-    def penalised(grad_fn: GradFn, params: PyTree) -> Penalised:
-        climb = stateless(caller, tx, params)
-        return _add(gamma_at(None), product(caller, grad_fn, params, climb, mode=mode))
+    def estimate(grad_fn: GradFn, params: PyTree) -> Estimate:
+        return product(caller, grad_fn, params, stateless(caller, tx, params), mode=mode)
 
-    return _value_and_grad(caller, loss_fn, penalised, argnums=argnums, has_aux=has_aux)
-
-
-def _add(gamma: jax.Array, estimate: Estimate) -> Penalised:
-    return add_penalty(estimate.gradient, gamma, estimate.product), estimate.aux
+    return _value_and_grad(caller, loss_fn, gamma_at, estimate, argnums=argnums, has_aux=has_aux)
 
 
 def _value_and_grad(
     caller: str,
     loss_fn: LossFn,
-    penalised: Callable[[GradFn, PyTree], Penalised],
+    gamma_at: AtStep,
+    estimate: Callable[[GradFn, PyTree], Estimate],
     *,
     argnums: int | Sequence[int],
     has_aux: bool,
@@ -174,7 +167,9 @@ def _value_and_grad(
             output, gradient = evaluate(params)
             return gradient, output
 
-        gradient, (value, aux) = penalised(grad_fn, params)
+        estimated = estimate(grad_fn, params)
+        value, aux = estimated.aux
+        gradient = add_penalty(estimated.gradient, gamma_at(None), estimated.product)
         return ((value, aux) if has_aux else value), gradient
 
     return keeps_signature(value_and_grad, loss_fn)

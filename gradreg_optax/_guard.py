@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def compare(
     reported: list[str] = []
 
     def report(due: Any, *numbers: Any) -> None:
-        sentence = _sentence(caller, Comparison(*map(float, numbers)))
+        sentence = _sentence(caller, *map(float, numbers))
         if due and sentence and _WATCHES and not reported:
             reported.append(sentence)
             _WATCHES[-1].append(sentence)
@@ -86,26 +86,8 @@ def compare(
         jax.lax.cond(due, evaluate, lambda: None)
 
 
-class Comparison(NamedTuple):
-    """The own gradient and the incoming one.
-
-    Attributes:
-      own: norm of the gradient of the loss.
-      incoming: norm of the updates.
-      apart: norm of their difference.
-      cosine: of the angle between them.
-      tolerance: how far rounding may take them apart, relative to their norms.
-    """
-
-    own: Any
-    incoming: Any
-    apart: Any
-    cosine: Any
-    tolerance: Any
-
-
-def _compared(gradient: PyTree, updates: PyTree) -> Comparison:
-    """The own gradient and the incoming one, in single precision."""
+def _compared(gradient: PyTree, updates: PyTree) -> tuple[Any, ...]:
+    """The norms of both and of their difference, their cosine, and its tolerance for rounding."""
     own, incoming = (
         [jnp.asarray(x).astype(jnp.complex64) for x in jax.tree.leaves(tree)]
         for tree in (gradient, updates)
@@ -116,22 +98,20 @@ def _compared(gradient: PyTree, updates: PyTree) -> Comparison:
     cosine = inside / jnp.maximum(lengths[0] * lengths[1], np.finfo(np.float32).tiny)
     leaves = jax.tree.leaves((gradient, updates))
     rounding = max((float(jnp.finfo(jax.typeof(x).dtype).eps) for x in leaves), default=0.0)
-    tolerance = jnp.asarray(max(rounding, 1e-7) ** 0.5, jnp.float32)
-    return Comparison(*lengths, apart, cosine, tolerance)
+    return *lengths, apart, cosine, jnp.asarray(max(rounding, 1e-7) ** 0.5, jnp.float32)
 
 
-def _sentence(caller: str, between: Comparison) -> str | None:
-    """What is wrong, if something is, and its likely cause."""
-    if np.isfinite(between.apart) and between.apart <= between.tolerance * max(
-        between.own, between.incoming
-    ):
+def _sentence(caller: str, own: float, incoming: float, *others: float) -> str | None:
+    """The mismatch and its likely cause; None where the two agree."""
+    apart, cosine, tolerance = others
+    if np.isfinite(apart) and apart <= tolerance * max(own, incoming):
         return None
-    size = max(between.own, 1e-30)
-    if not np.isfinite(between.apart):
+    size = max(own, 1e-30)
+    if not np.isfinite(apart):
         cause = "one of the two is not finite"
-    elif between.cosine > 1 - between.tolerance:
+    elif cosine > 1 - tolerance:
         cause = (
-            f"they are {between.incoming / size:.3g} times as long and point the same way: clipping"
+            f"they are {incoming / size:.3g} times as long and point the same way: clipping"
             " or a loss scale before it, or a sum where the loss is a mean"
         )
     else:
@@ -142,6 +122,6 @@ def _sentence(caller: str, between: Comparison) -> str | None:
         )
     return (
         f"{caller}: the updates that came in are not the gradient of the loss: they differ by"
-        f" {between.apart / size:.3g} of its norm. Likely cause: {cause}. Put it first, hand it"
+        f" {apart / size:.3g} of its norm. Likely cause: {cause}. Put it first, hand it"
         " the same loss, or pass reuse_updates=False."
     )

@@ -266,23 +266,17 @@ def flooding(
     caller = "flooding"
     level_at, bind = hyperparameter(caller, "level", level), late_loss(caller, loss_fn, has_aux)
 
-    def update(
-        updates: PyTree,
-        state: optax.OptState,
-        params: PyTree | None = None,
-        *,
-        value: Any = None,
-        **extra_args: Any,
-    ) -> tuple[PyTree, GradregState]:
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Penalised:
         check_same_state(caller, state, _initial_state())
         check_inexact(caller, "updates", updates)
-        if value is None and loss_fn is None and extra_args.get("value_fn") is None:
+        value = extra.get("value")
+        if value is None and loss_fn is None and extra.get("value_fn") is None:
             raise ValueError(
                 "flooding: has no loss: pass update(grads, state, params, value=loss), value_fn=,"
                 " or flooding(loss_fn, ...)."
             )
         if value is None:
-            value = bind(params, extra_args)(params)
+            value = bind(params, extra)(params)
         loss = widen(scalar(caller, "value", value))
         sign = jnp.sign(loss - level_at(state.step).astype(loss.dtype))
         flooded = jax.tree.map(lambda u: cast(scale(sign, jnp.asarray(u)), u), updates)
@@ -543,30 +537,23 @@ def penalized(
     caller: str, bind: LateLoss, penalty: Penalty, schedule: Schedule, reuse_updates: bool
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation that applies ``penalty`` on the updates of ``schedule``."""
-    reuse_by_default = flag(caller, "reuse_updates", reuse_updates)
+    flag(caller, "reuse_updates", reuse_updates)
 
     def init(params: PyTree) -> Any:
         check_params(caller, params)
         return owned(penalty.init(params))
 
-    def update(
-        updates: PyTree,
-        state: optax.OptState,
-        params: PyTree | None = None,
-        *,
-        reuse_updates: bool = reuse_by_default,
-        **extra_args: Any,
-    ) -> tuple[PyTree, Any]:
-        grad_fn = _gradient_of(bind(params, extra_args))
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Penalised:
+        reuse = flag(caller, "reuse_updates", extra.pop("reuse_updates", reuse_updates))
+        grad_fn = _gradient_of(bind(params, extra))
         check_like(caller, "updates", updates, params)
         check_same_state(caller, state, jax.eval_shape(penalty.init, params))
-        reuse = flag(caller, "reuse_updates", reuse_updates)
         gamma = schedule.times_interval(penalty.gamma_at(state.step))
         due = True if schedule.always else schedule.due(check_step(caller, state.step))
         if reuse:
             compare(caller, grad_fn, params, updates, due)
         grad_fn = grad_fn if schedule.always else jax.jit(grad_fn)  # a branch traces it once
-        at = Evaluation(grad_fn, params, gamma, reuse, extra_args)
+        at = Evaluation(grad_fn, params, gamma, reuse, extra)
         penalize = functools.partial(penalty.penalize, at)
         if schedule.always:
             updates, state = penalize(updates, state)

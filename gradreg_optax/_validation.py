@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from typing import Any, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,55 +18,39 @@ import optax
 from gradreg_optax._numerics import default_float
 from gradreg_optax._types import AtStep, PyTree
 
-
-class Rule(NamedTuple):
-    """The range of a real argument.
-
-    Attributes:
-      holds: a predicate of (number, smallest normal number of its width).
-      says: the same in words, after "must".
-      remedy: what to do instead.
-      step: whether it is a length of a step, which a warm-up may schedule from zero, as a schedule
-        or an array of JAX, and which a schedule may make negative.
-    """
-
-    holds: Callable[[float, float], bool]
-    says: str
-    remedy: str
-    step: bool = False
-
-
-def _positive(remedy: str) -> Rule:
-    return Rule(lambda x, tiny: tiny <= x < math.inf, "be finite and > 0", remedy, step=True)
-
-
-def _not_negative(remedy: str) -> Rule:
-    return Rule(lambda x, tiny: 0 <= x < math.inf, "be finite and >= 0", remedy)
-
+Rule: TypeAlias = tuple[Callable[[float, float], bool], str, str]
 
 _BACKWARD = 'For a difference on the descent side use scheme="backward"'
 _ZERO = f"{_BACKWARD}, for no penalty gamma=0, for the limit epsilon -> 0"
-RULES = {
+
+
+def _positive(remedy: str) -> Rule:
+    return lambda x, tiny: tiny <= x < math.inf, "be finite and > 0", remedy
+
+
+def _not_negative(remedy: str) -> Rule:
+    return lambda x, _: 0 <= x < math.inf, "be finite and >= 0", remedy
+
+
+# A predicate of (number, smallest normal number of its width), the same in words, and a remedy
+RULES: dict[str, Rule] = {
     "gamma": _not_negative("To reward large gradients, negate the loss"),
     "epsilon": _positive(f"{_ZERO} dbp_gradreg"),
     "fd_value_and_grad: epsilon": _positive(f"{_ZERO} dbp_value_and_grad"),
     "gradient_norm_penalty: epsilon": _positive(f"{_ZERO} dbp_gradreg(..., ascent=normalized)"),
     "difference_error: epsilon": _positive(f"{_BACKWARD}, for the limit hessian_vector_product"),
     "rho": _not_negative(
-        "For a difference on the descent side use"
-        ' gradient_norm_penalty(..., scheme="backward"), for no penalty rho=0'
-    )._replace(step=True),
-    "reach": _positive(f"{_BACKWARD}, for no penalty strength=0")._replace(step=False),
-    "perturbed_sharpness: rho": Rule(
-        lambda x, tiny: math.isfinite(x), "be finite", "A negative rho steps downhill"
+        'For the descent side use gradient_norm_penalty(..., scheme="backward"), for none rho=0'
     ),
-    "level": Rule(lambda x, tiny: x == x, "be a number", "Use a value of the loss"),
+    "perturbed_sharpness: rho": (lambda x, _: math.isfinite(x), "be finite", "Use a length"),
+    "reach": _positive(f"{_BACKWARD}, for no penalty strength=0"),
+    "level": (lambda x, _: x == x, "be a number", "Use a value of the loss"),
     "strength": _not_negative("Use a relative strength from 0 to 1"),
-    "decay": Rule(lambda x, tiny: 0 <= x < 1, "lie in [0, 1)", "Try 0.9"),
-    "penalty_fraction": Rule(
-        lambda x, tiny: 0 < x <= 1, "lie in (0, 1]", "Use 1 for the whole batch"
-    ),
+    "decay": (lambda x, _: 0 <= x < 1, "lie in [0, 1)", "Try 0.9"),
+    "penalty_fraction": (lambda x, _: 0 < x <= 1, "lie in (0, 1]", "Use 1 for the whole batch"),
 }
+# A warm-up may start a step at zero, as a schedule or an array, and a schedule may be negative
+_STEPS = {"epsilon", "rho"}
 WHOLE_NUMBERS = {  # the least that is allowed, and what it means
     "interval": (1, "Use 1 for a penalty on every update"),
     "start": (0, "Use 0 for a penalty from the first update on"),
@@ -98,12 +82,13 @@ def scalar(
     with np.errstate(over="ignore"):  # what is too large becomes inf, which the rule refuses
         number: jax.Array = array.astype(dtype)
         concrete = np.nan if is_traced(value) else float(np.asarray(value).astype(dtype))
-    if rule is None or is_traced(value) or (scheduled and rule.step):
+    if rule is None or is_traced(value) or (scheduled and name in _STEPS):
         return number
-    warm_up = rule.step and isinstance(value, jax.Array) and concrete == 0
-    if not (warm_up or rule.holds(concrete, float(np.finfo(dtype).tiny))):
-        got = value if rule.step else f"{concrete:g}"
-        raise ValueError(f"{caller}: {name} must {rule.says}, got {got}. {rule.remedy}.")
+    holds, says, remedy = rule
+    warm_up = name in _STEPS and isinstance(value, jax.Array) and concrete == 0
+    if not (warm_up or holds(concrete, float(np.finfo(dtype).tiny))):
+        got = value if name in _STEPS else f"{concrete:g}"
+        raise ValueError(f"{caller}: {name} must {says}, got {got}. {remedy}.")
     return number
 
 
@@ -183,8 +168,9 @@ def check_transformation(caller: str, name: str, value: Any) -> None:
     if isinstance(value, type) or not all(methods):
         made = ", made by calling it" if callable(value) else ""
         got = getattr(value, "__name__", type(value).__name__)
-        ours = "fd_gradreg(gamma=..., epsilon=...)"
-        example = ours if name == "regularizer" else "optax.adam(1e-3)"
+        example = {"regularizer": "fd_gradreg(gamma=..., epsilon=...)"}.get(
+            name, "optax.adam(1e-3)"
+        )
         raise TypeError(
             f"{caller}: {name} must be an Optax transformation{made}, got {got}. Write"
             f" {name}={example}."

@@ -12,6 +12,7 @@ import pytest
 import gradreg_optax as gr
 from gradreg_optax import curvature
 from gradreg_optax._batching import first_fraction
+from gradreg_optax._estimators import difference
 from gradreg_optax._sharding import leading_devices
 from gradreg_optax._validation import fraction
 
@@ -177,9 +178,14 @@ def test_a_difference_of_narrow_gradients_is_not_rounded_before_it_is_divided():
     loss = jax.custom_vjp(lambda p: p)
     loss.defvjp(lambda p: (p, p), lambda p, c: (jnp.where(p > 1, ahead, here) * c,))
     params = jnp.asarray(1.0, jnp.bfloat16)
-    estimator = gr.penalty.difference("f", lambda step: jnp.float32(0.3), "forward", None)
-    point = gr.penalty.Point(lambda p: (jax.grad(loss)(p), None), params)
-    product = estimator.estimate(point).product
+    estimate = difference(
+        lambda p: (jax.grad(loss)(p), None),
+        params,
+        lambda gradient: (gradient, ()),
+        epsilon=jnp.float32(0.3),
+        scheme="forward",
+    )
+    product = estimate.product
     assert product.dtype == jnp.float32
     np.testing.assert_allclose(product, 257.75 / 0.3, rtol=1e-6)
 
