@@ -16,7 +16,7 @@ from gradreg_optax._types import PyTree
 from gradreg_optax._validation import is_inexact, is_traced
 
 Leaves: TypeAlias = list[Any]
-Output: TypeAlias = tuple[jax.Array, Leaves]  # (value, arrays beside it)
+Output: TypeAlias = tuple[jax.Array, Leaves]  # (value, further arrays)
 Plain: TypeAlias = Callable[[Leaves], Output]
 
 
@@ -38,8 +38,8 @@ def with_gradient(
 ) -> tuple[jax.Array, Leaves]:
     """Evaluate ``plain``, with a gradient of its own in the penalised leaves.
 
-    The derivative in the other leaves, that of the arrays, and the derivative in whatever ``plain``
-    closes over are those of ``plain``. Forward and reverse mode work, and further derivatives. Each
+    The derivatives in the other leaves, those of the arrays, and those in the values that ``plain``
+    closes over are the derivatives of ``plain``. Forward and reverse mode work, and further derivatives. Each
     function is evaluated only where its result is needed.
 
     Where the call is recorded (inside ``jax.jit``, ``jax.lax.scan``, ...) its derivative may be
@@ -211,7 +211,7 @@ def _accumulated(
 def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``function`` with a derivative that evaluates it again instead of storing it.
 
-    JAX drops ``jax.checkpoint`` inside the known part of a rule; beside a tangent it stays.
+    JAX drops ``jax.checkpoint`` in the known part of a rule, and keeps it where a tangent enters.
     """
     evaluate = jax.custom_jvp(function)
 
@@ -256,7 +256,7 @@ def _inner_product(gradients: Leaves, tangents: Leaves, asked: list[bool]) -> ja
 def _tangents_of_arrays(
     push: _Push, leaves: Leaves, tangents: Leaves, asked: list[bool], arrays: Leaves
 ) -> list[Any]:
-    """Return the tangents of the arrays beside the value."""
+    """Return the tangents of the arrays."""
     zeros = [SymbolicZero(jax.typeof(x).to_tangent_aval()) for x in arrays]
     inexact = [is_inexact(x) for x in arrays]
     if not (any(inexact) and any(asked)):

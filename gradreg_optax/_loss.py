@@ -294,7 +294,7 @@ def positional(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A call of ``loss_fn`` with all arguments by position that can be: at least parameters, batch.
 
-    Whoever binds keywords may name them as the loss does.
+    Keyword arguments use the names of the loss.
     """
     signature = signature_of(loss_fn)
     if signature is not None:

@@ -52,7 +52,7 @@ def regularized_loss(
     gradients.
 
     Cost: of an evaluation, that of the loss; of a gradient, that of the transformation. Gradients
-    with respect to other arguments cost nothing where nobody asks for them.
+    with respect to other arguments cost nothing where they are not taken.
 
     Args:
       loss_fn: ``loss_fn(params, *args, **kwargs)``, a real scalar, or ``(scalar, aux)`` with

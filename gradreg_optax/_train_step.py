@@ -108,14 +108,14 @@ def make_train_step(
       penalty_fraction: take the penalty on the first f of the batch's leading axis (rounded up),
         with that sub-batch's own gradient. A sub-batch of b samples penalises
         :math:`\|g\|^2 + \operatorname{tr}\Sigma / b` on average, with :math:`\Sigma` the covariance
-        of the samples' gradients, so a smaller f wants a smaller gamma. Only transformations of
+        of the samples' gradients, so a smaller f needs a smaller gamma. Only transformations of
         this package know what to do with a part.
       ascent_groups: split the batch into m groups, each of which climbs along its own gradient, and
         average the results (m-sharpness). On a data-parallel mesh with m a multiple of the devices
         this takes one all-reduce where the global ascent takes two. It regularizes the mean of the
         groups' :math:`\|g_m\|^2`, which is larger than :math:`\|g\|^2`. Where the groups weigh
         differently (a mean over unpadded tokens), let the loss return ``Weighted``. What a
-        regularizer keeps beside its counter is averaged as well.
+        regularizer keeps in addition to its counter is averaged as well.
       donate: let the step reuse the memory of the state it is given, which must not be used
         afterwards.
       static_argnames: names of further arguments of the loss that are not arrays (a mode, a
@@ -256,7 +256,7 @@ class Call(NamedTuple):
         return mean_of(self.loss(params, *self.args, **self.kwargs)[0])
 
     def value_and_more(self, params: PyTree) -> tuple[jax.Array, tuple[Any, Any]]:
-        """The loss, and (its weight, what it returns beside its value)."""
+        """The loss, and (its weight, aux)."""
         mean, aux = self.loss(params, *self.args, **self.kwargs)
         return mean_of(mean), (mean.weight, aux)
 
@@ -272,7 +272,7 @@ class Pass(NamedTuple):
 
     Attributes:
       value: the loss.
-      aux: what it returns beside its value.
+      aux: what it returns with its value.
       gradient: its gradient.
       updates: what the regularizer makes of the gradient.
       state: the regularizer's state afterwards.
@@ -346,7 +346,7 @@ def regularized_pass(
 
 
 def penalty_arguments(caller: str, call: Call, kept: float) -> dict[str, Any]:
-    """What a regularizer is told beside the value: which loss it penalises, on which samples."""
+    """Return the extra arguments of a regularizer: the loss that it penalises, on which samples."""
     penalised, flags = call, dict[str, Any]()
     if kept < 1:
         penalised = call.on(first_fraction(caller, "penalty_fraction", call.args[0], kept))
@@ -385,7 +385,7 @@ def check_once(caller: str, loss_fn: LossFn, params: PyTree, *states: optax.OptS
 
 
 def regularizer_of(loss_fn: Any) -> optax.GradientTransformation | None:
-    """Return the regularizer inside a loss, whatever wraps it (``jax.jit``, a partial)."""
+    """Return the regularizer inside a loss, under any wrapper (``jax.jit``, a partial)."""
     while loss_fn is not None:
         if isinstance(loss_fn, TransformedLoss) and loss_fn.regularizer is not None:
             return loss_fn.regularizer
@@ -399,7 +399,7 @@ def counting(caller: str, state: optax.OptState, step: Any) -> optax.OptState:
     def counter(leaf: Any) -> GradregState:
         if not isinstance(leaf, GradregState) or jax.tree.leaves(leaf.ascent):
             raise ValueError(
-                f"{caller}: the regularizer keeps state of its own beside a step counter, which has"
+                f"{caller}: the regularizer keeps more state than a step counter, which has"
                 " no place here: put it in front of the optimizer, optax.chain(regularizer, tx),"
                 " and train with make_train_step or make_nnx_train_step."
             )

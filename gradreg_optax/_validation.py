@@ -69,7 +69,7 @@ def scalar(
 ) -> jax.Array:
     """``value`` as a real scalar of the default float width, or its own if that is wider.
 
-    A number stays on the host: a transformation may be built before
+    A number stays in NumPy: a transformation may be built before
     ``jax.distributed.initialize()``, which must precede everything that uses a device.
     """
     array = _real(caller, name, value, wanted)
@@ -79,7 +79,7 @@ def scalar(
             " values."
         )
     dtype, rule = _float_dtype(array.dtype), RULES.get(f"{caller}: {name}", RULES.get(name))
-    with np.errstate(over="ignore"):  # what is too large becomes inf, which the rule refuses
+    with np.errstate(over="ignore"):  # what is too large becomes inf, which the rule rejects
         number: jax.Array = array.astype(dtype)
         concrete = np.nan if is_traced(value) else float(np.asarray(value).astype(dtype))
     if rule is None or is_traced(value) or (scheduled and name in _STEPS):
@@ -198,7 +198,7 @@ def check_state(caller: str, state: Any, kind: type) -> None:
 
 
 def check_same_state(caller: str, state: Any, expected: Any) -> None:
-    """A state of the structure that ``init`` makes, whatever its counter."""
+    """A state of the structure that ``init`` makes, with any counter."""
     check_state(caller, state, type(expected))
     for name in expected._fields:
         given: Any = jax.tree.structure(getattr(state, name))
@@ -211,7 +211,7 @@ def check_same_state(caller: str, state: Any, expected: Any) -> None:
 
 
 def check_params(caller: str, params: PyTree) -> None:
-    """Parameters with a gradient, none of them hidden by ``optax.masked``."""
+    """Parameters with a gradient, not hidden by ``optax.masked``."""
     if params is None:
         raise ValueError(f"{caller}: needs the parameters: call update(grads, state, params).")
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))

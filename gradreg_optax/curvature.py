@@ -131,7 +131,7 @@ def top_hessian_eigenvalue(
 
     The largest Ritz value approaches it from below, and an eigenvalue of H lies within ``residual``
     of it. Where the Krylov space is exhausted (repeated eigenvalues, a Hessian of low rank) the
-    iteration goes on from a random direction. Costs ``num_matvecs`` + 1 Hessian-vector products and
+    iteration continues from a random direction. Costs ``num_matvecs`` + 1 Hessian-vector products and
     the memory of ``num_matvecs`` copies of the parameters.
 
     Args:

@@ -34,7 +34,7 @@ def x64() -> Iterator[None]:
 
 
 class Counter:
-    """Counts at run time, whatever the compiler shares, how often a loss is evaluated and how often
+    """Counts at run time, also what the compiler shares, how often a loss is evaluated and how often
     its gradient is."""
 
     def __init__(self) -> None:

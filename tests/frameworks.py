@@ -22,7 +22,7 @@ PENALTY = {"gamma": GAMMA, "epsilon": EPSILON}
 
 
 class Framework(NamedTuple):
-    """``loss_fn(params, batch, net_state, key)``, which returns the new state beside the loss.
+    """``loss_fn(params, batch, net_state, key)``, which returns the new state with the loss.
 
     The argument is called ``net_state`` because ``state`` is Optax's own name in ``update``.
     """

@@ -1,4 +1,4 @@
-"""Stacks of transformations of a loss with arguments of every kind, ways in, and their references.
+"""Stacks of transformations of a loss with arguments of every kind, entry points, and their references.
 
 The reference of a regularized loss needs no rule of its own: with R the penalty's gradient by hand,
 the function ``loss(p) + sum(stop_gradient(R) * (p - stop_gradient(p)))`` has the value of the loss,
@@ -137,7 +137,7 @@ def of_equinox_module(loss):
     return of_params
 
 
-# way in -> (ours, the reference)
+# entry point -> (ours, the reference)
 WAYS = {
     "regularized_loss": (lambda f: regularized_loss(f, FD), penalised),
     "nnx_regularized_loss": (of_nnx_module, penalised),
@@ -249,7 +249,7 @@ def leaf_of(kind):
     return LEAVES.get(kind.removeprefix("closed-over "), lambda: None)()
 
 
-# kind of leaf -> what becomes of a way in
+# kind of leaf -> what becomes of a entry point
 FORMS = {kind: lambda way: way for kind in LEAVES} | {"static": with_word}
 FORMS |= {f"closed-over {kind}": closing_inside for kind in LEAVES}
 

@@ -208,7 +208,7 @@ def test_a_random_direction_is_another_on_every_step_and_a_closed_over_key_is_no
 def test_a_loss_budget_raises_the_linearised_loss_by_as_much(x64):
     params = initial()
     g = jax.grad(loss_fn)(params)
-    for scale in (1e-3, 1.0, 50.0):  # whatever the scale of the gradient
+    for scale in (1e-3, 1.0, 50.0):  # for any scale of the gradient
         d = budget(optax.tree.scale(scale, g), params)
         np.testing.assert_allclose(scale * optax.tree.vdot(g, d), 0.05, rtol=1e-12)
     tx = gr.fd_gradreg(gamma=1.0, epsilon=1.0, ascent=budget)
@@ -442,7 +442,7 @@ FAMILIES = {
 )
 def test_a_bad_batch_leaves_no_trace_but_in_the_counter(x64, name, family):
     """With NaN at a step that takes the penalty the update is NaN, so that a guard behind it skips
-    the step, and state and parameters go on as if that batch had not been.
+    the step, and state and parameters continue as if that batch had not been.
     """
     tx = FAMILIES[family](ASCENTS[name])
     chain = optax.chain(tx, optax.apply_if_finite(optax.sgd(RATE), 3))

@@ -59,7 +59,7 @@ MEAN = {"rtol": 1e-7}  # the running mean of MultiSteps divides in float32
 
 
 # Every wrapper that forwards extra arguments, around or behind a transformation T in chain(T, sgd):
-# none of them changes the answer.
+# no rearrangement changes the answer.
 WRAPPERS = {
     "named_chain": lambda make, options, sgd: optax.named_chain(
         ("gradreg", make(**options)), ("sgd", sgd)

@@ -146,7 +146,7 @@ def test_every_way_in_costs_what_the_loop_written_by_hand_costs(network):
 def test_a_lazy_penalty_on_a_quarter_of_the_batch_costs_half_a_gradient_where_it_is_due(
     network, plain
 ):
-    # XLA counts the dearer branch, with two gradients on a quarter of the batch: 1 + 2/4
+    # XLA counts the more expensive branch, with two gradients on a quarter of the batch: 1 + 2/4
     lazy = train_step_flops(
         network, fd_gradreg(gamma=GAMMA, epsilon=EPSILON, interval=4), penalty_fraction=0.25
     )

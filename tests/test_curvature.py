@@ -109,7 +109,7 @@ def test_an_eigenvalue_lies_within_the_residual_and_none_is_overestimated(seed):
         assert value <= spectrum[-1] + 1e-12
         assert (
             residual > 1e-6
-        )  # six steps in forty dimensions cannot be exact, and the residual says so
+        )  # six steps in forty dimensions cannot be exact, and the residual shows it
 
 
 @jax.jit

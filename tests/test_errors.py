@@ -1,4 +1,4 @@
-"""What is wrong is said at once: the function, the value, the remedy."""
+"""Arguments are validated early; errors name the function, the value and the remedy."""
 
 import functools
 import re

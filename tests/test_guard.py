@@ -1,4 +1,4 @@
-"""The guard sees every way in which what comes in is not the gradient, and nothing else."""
+"""The guard sees every case of updates that are not the gradient, and no other."""
 
 import functools
 import warnings

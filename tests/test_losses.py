@@ -303,7 +303,7 @@ def test_the_step_comes_as_a_keyword(name):
     for step in range(4):
         updates, state = update(state)
         close(flat(gradient(params, step)), flat(updates))
-    assert loss(params, *args) == loss_fn(params, *args)  # nobody needs the step for the value
+    assert loss(params, *args) == loss_fn(params, *args)  # the value does not need the step
     with pytest.raises(TypeError, match=r"step"):
         jax.grad(loss)(params, *args)
 

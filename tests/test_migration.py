@@ -221,7 +221,7 @@ def train_parts(tx):
 
 @pytest.mark.parametrize("warmup", [0, 2])
 def test_trl_as_long_as_nothing_is_clipped(warmup):
-    """Each name that takes part, and the others once they are given their second gradient."""
+    """Each name that is included, and the others once they are given their second gradient."""
     theirs = train_with_trl(1e3, 1e3, warmup)
     np.testing.assert_allclose(flat(train_parts(trl(warmup=warmup))), flat(theirs), **close)
 

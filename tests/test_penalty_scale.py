@@ -15,7 +15,7 @@ from gradreg_optax.curvature import penalty_scale
 
 
 def linear_loss(params, batch):
-    """Its gradient is the batch's mean, whatever the parameters."""
+    """Its gradient is the batch's mean, for any parameters."""
     return jnp.mean(batch @ params)
 
 

@@ -1,4 +1,4 @@
-"""Generated cases against formulas in NumPy: any tree, any of the families, any way in.
+"""Generated cases against formulas in NumPy: any tree, any of the families, any entry point.
 
 The loss is a sum of waves and half the square of the sum of all parameters, averaged over a batch,
 so that gradient and Hessian are known in closed form and no derivative of JAX's is trusted. More

@@ -76,7 +76,7 @@ def test_the_derivative_in_gamma_is_there_at_zero_too():
     def update(gamma):
         return updated(fd_gradreg(gamma=gamma, epsilon=0.5), params)
 
-    # (g(2 + .5 * 4) - g(2)) / .5 = (16 - 4) / .5
+    # (g(2 + 0.5 * 4) - g(2)) / 0.5 = (16 - 4) / 0.5
     np.testing.assert_allclose(jax.grad(update)(0.0), 24.0, rtol=1e-6)
 
 

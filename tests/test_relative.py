@@ -1,4 +1,4 @@
-"""The penalty's share of the step: what it is, what leaves it as it is, and how it finds itself."""
+"""The relative strength: its definition, its invariances, and the self-tuned one."""
 
 from typing import Any
 
@@ -281,7 +281,7 @@ def test_a_gap_is_known_as_well_as_its_standard_error_says() -> None:
 
 
 def test_a_gap_within_its_noise_asks_for_nothing() -> None:
-    """All progress carries over, and few held-out samples say so: without the standard error a
+    """All progress carries over, with few held-out samples: without the standard error a
     strength would be found in one update of seven.
     """
     noise = np.random.default_rng(0).normal(size=(20, 2, 400)) * np.array([[[0.1], [0.3]]])
@@ -325,7 +325,9 @@ def test_a_gap_before_anything_is_learnt_counts_for_nothing() -> None:
     noise = np.random.default_rng(0).normal(size=60) / 100
     warming_up = list(2.3 + noise)
     found = _tuned(warming_up + FALLING, [x + 0.3 for x in warming_up + FALLING])
-    assert not found.any()  # as it falls with the training loss, it is not memory of late either
+    assert (
+        not found.any()
+    )  # as it falls with the training loss, it is no recent memorisation either
 
 
 def test_a_held_out_set_that_is_harder_by_itself_is_not_taken_for_memory() -> None:
@@ -336,7 +338,7 @@ def test_a_held_out_set_that_is_harder_by_itself_is_not_taken_for_memory() -> No
 
 
 def test_a_small_share_of_the_progress_may_be_memorised() -> None:
-    last = [max(x, 0.08) for x in FALLING]  # of late nothing carries over, and it is little
+    last = [max(x, 0.08) for x in FALLING]  # recently nothing carries over, and it is little
     assert _tuned(FALLING, last)[-1] < 0.05
 
 

@@ -36,7 +36,7 @@ SCALARS = {
 @pytest.mark.parametrize("kind", SCALARS)
 @pytest.mark.parametrize("wide", [False, True])
 def test_every_kind_of_scalar_gives_the_same_update_and_dtype(kind, wide):
-    with jax.enable_x64(wide):  # float32 trees stay float32 under x64, whatever the width of gamma
+    with jax.enable_x64(wide):  # float32 trees stay float32 under x64, for any width of gamma
         params, batch = (
             params_of(dtype=jnp.float32),
             jax.tree.map(lambda x: x.astype(jnp.float32), batch_of()),

@@ -70,7 +70,7 @@ def test_the_state_is_a_counter_of_fixed_type():
 
 MOMENTUM, ADAM = optax.trace(0.9), optax.scale_by_adam()
 FD = {"gamma": 0.3, "epsilon": 0.2}
-KEY, STRENGTH = jax.random.key(0), jnp.asarray(0.5)  # arrays that the caller goes on using
+KEY, STRENGTH = jax.random.key(0), jnp.asarray(0.5)  # arrays that the caller continues to use
 FAMILIES = {
     **{name: make() for name, make in REGULARIZERS.items()},
     "flooding": flooding(level=0.1),

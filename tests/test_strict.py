@@ -1,4 +1,4 @@
-"""The same numbers under every strict mode of JAX, through every public way in."""
+"""The same numbers under every strict mode of JAX, through every public entry point."""
 
 import contextlib
 

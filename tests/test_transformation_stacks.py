@@ -1,4 +1,4 @@
-"""Generated stacks of transformations around and inside every way in.
+"""Generated stacks of transformations around and inside every entry point.
 
 The reference applies the same stack in Python: loops, conditions and no transformation at all. More
 cases: ``GRADREG_CASES=3000 pytest tests/test_transformation_stacks.py`` for 250 of each theorem.

@@ -1,4 +1,4 @@
-"""The hosts broadcast and warn as they like."""
+"""Trainers may broadcast and warn."""
 
 import pathlib
 from collections.abc import Iterator

@@ -81,7 +81,7 @@ def train(
     make=gr.make_train_step,
     **options,
 ):
-    """STEPS steps of ``make_train_step``: (parameters, the collectives of one step, whether all
+    """Train with ``make_train_step``: (parameters, the collectives of one step, whether all
     parameters stayed where they were)."""
     init, step = make(loss, optax.adam(1e-2), regularizer, **options)
     params, data = initial_params(), batch()
@@ -104,7 +104,7 @@ def train(
 
 
 def plain_loop(loss, optimizer, regularizer):
-    """A loop that knows nothing of regularizers, on a regularized loss."""
+    """A loop without a regularizer, on a regularized loss."""
     gradient = jax.grad(gr.regularized_loss(loss, regularizer))
 
     def init(params):

@@ -89,7 +89,7 @@ def chain_run():
 
 
 def relative_run():
-    """A strength that tunes itself: its state remembers norms and losses."""
+    """A self-tuned strength: its state remembers norms and losses."""
     tx = gr.relative_gradreg(strength=None, interval=3)
     init, step_fn = gr.make_train_step(loss_fn, optax.adam(1e-2), tx)
 

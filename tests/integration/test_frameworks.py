@@ -1,4 +1,4 @@
-"""One step of a network with BatchNorm and dropout, in every framework and by every way in."""
+"""One step of a network with BatchNorm and dropout, in every framework and by every entry point."""
 
 import jax
 import numpy as np

@@ -80,7 +80,7 @@ def test_bfloat16_compute_drowns_a_small_ascent_step_in_rounding():
         # The exact product has bfloat16's rounding, 2**-8, through a few layers, and no 1 /
         # epsilon.
         (gr.dbp_value_and_grad(loss_in(jnp.bfloat16), gamma=GAMMA), 0.1),
-        # A long step: its rounding is below its truncation, which F-GR wants anyway.
+        # A long step: its rounding is below its truncation, which F-GR needs in any case.
         (gr.fd_value_and_grad(loss_in(jnp.bfloat16), gamma=GAMMA, epsilon=0.3), 0.4),
     ],
     ids=["exact product", "long step"],

@@ -34,7 +34,7 @@ def free_port():
 
 @contextlib.contextmanager
 def processes(count, *options):
-    """``count`` processes of the example, one CPU device each; whatever happens, none of them
+    """``count`` processes of the example, one CPU device each; in every case, no process
     outlives the test."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     command = [
