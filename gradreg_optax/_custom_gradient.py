@@ -39,8 +39,8 @@ def with_gradient(
     """Evaluate ``plain``, with a gradient of its own in the penalised leaves.
 
     The derivatives in the other leaves, those of the arrays, and those in the values that ``plain``
-    closes over are the derivatives of ``plain``. Forward and reverse mode work, and further derivatives. Each
-    function is evaluated only where its result is needed.
+    closes over are the derivatives of ``plain``. Forward and reverse mode work, and further
+    derivatives. Each function is evaluated only where its result is needed.
 
     Where the call is recorded (inside ``jax.jit``, ``jax.lax.scan``, ...) its derivative may be
     taken after the recording has ended, so that no function may close over a traced value. The

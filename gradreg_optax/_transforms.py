@@ -112,9 +112,9 @@ def fd_gradreg(
       start: apply it from this update on, from where ``interval`` counts; nothing is evaluated
         before.
       reuse_updates: take the incoming updates for :math:`g`. With False :math:`g` is evaluated
-        here, and the penalty is added to the incoming updates: after clipping, on another batch, with
-        accumulated gradients. A keyword ``reuse_updates=`` of ``update`` overrides this for one
-        call.
+        here, and the penalty is added to the incoming updates: after clipping, on another batch,
+        with accumulated gradients. A keyword ``reuse_updates=`` of ``update`` overrides this for
+        one call.
       has_aux: whether ``loss_fn`` returns ``(value, aux)``; ``value_fn`` always returns the value
         alone.
 

@@ -131,8 +131,8 @@ def top_hessian_eigenvalue(
 
     The largest Ritz value approaches it from below, and an eigenvalue of H lies within ``residual``
     of it. Where the Krylov space is exhausted (repeated eigenvalues, a Hessian of low rank) the
-    iteration continues from a random direction. Costs ``num_matvecs`` + 1 Hessian-vector products and
-    the memory of ``num_matvecs`` copies of the parameters.
+    iteration continues from a random direction. Costs ``num_matvecs`` + 1 Hessian-vector products
+    and the memory of ``num_matvecs`` copies of the parameters.
 
     Args:
       value_fn: the loss as a function of the parameters.

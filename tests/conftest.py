@@ -34,8 +34,8 @@ def x64() -> Iterator[None]:
 
 
 class Counter:
-    """Counts at run time, also what the compiler shares, how often a loss is evaluated and how often
-    its gradient is."""
+    """Counts at run time how often a loss and its gradient are evaluated, also if they are shared
+    by the compiler."""
 
     def __init__(self) -> None:
         self.values = self.gradients = 0

@@ -1,4 +1,4 @@
-"""Stacks of transformations of a loss with arguments of every kind, entry points, and their references.
+"""Stacks of transformations of a loss with arguments of every kind, and their references.
 
 The reference of a regularized loss needs no rule of its own: with R the penalty's gradient by hand,
 the function ``loss(p) + sum(stop_gradient(R) * (p - stop_gradient(p)))`` has the value of the loss,
