@@ -354,8 +354,8 @@ def _with_step(signature: inspect.Signature) -> tuple[inspect.Signature, bool]:
 def _check_optimizer(caller: str, nnx: Any, optimizer: Any) -> None:
     if not isinstance(optimizer, nnx.Optimizer):
         raise TypeError(
-            f"{caller}: step(model, optimizer, ...) takes an nnx.Optimizer(model, tx,"
-            f" wrt=nnx.Param) in the second place, got {type(optimizer).__name__}."
+            f"{caller}: the second argument of the step must be an nnx.Optimizer(model, tx,"
+            f" wrt=nnx.Param), got {type(optimizer).__name__}. Call step(model, optimizer, ...)."
         )
 
 
@@ -371,20 +371,19 @@ def _check_batch(caller: str, batch: Sequence[Any], kept: float, held_out: PyTre
 
 
 def _check_place(caller: str, here: bool, state: optax.OptState, chain: optax.OptState) -> None:
-    """There is a regularizer, and it is one."""
-    chained = is_penalized(chain)
+    """Check that the step or the optimizer has a regularizer."""
     if here and not is_penalized(state):
         raise ValueError(
-            f"{caller}: what stands in the regularizer's place is no transformation of this package"
-            f" (an optimizer?): write {caller}(loss_fn, fd_gradreg(...)), and leave the optimizer"
-            " in nnx.Optimizer(model, tx, wrt=nnx.Param)."
+            f"{caller}: the regularizer must be a transformation of this package, got another one"
+            f" (an optimizer?). Write {caller}(loss_fn, fd_gradreg(...)), and put the optimizer in"
+            " nnx.Optimizer(model, tx, wrt=nnx.Param)."
         )
-    if not (here or chained):
+    if not (here or is_penalized(chain)):
         raise ValueError(
-            f"{caller}: there is a regularizer neither in the optimizer's chain nor in {caller}:"
-            f" write {caller}(loss_fn, fd_gradreg(...)) or nnx.Optimizer(model,"
-            " optax.chain(fd_gradreg(...), tx), wrt=nnx.Param); to train without one use"
-            " nnx.value_and_grad."
+            f"{caller}: the step needs a regularizer, as an argument of {caller} or in the"
+            f" optimizer's chain, got neither. Write {caller}(loss_fn, fd_gradreg(...)) or"
+            " nnx.Optimizer(model, optax.chain(fd_gradreg(...), tx), wrt=nnx.Param). To train"
+            " without a regularizer, use nnx.value_and_grad."
         )
 
 
@@ -396,8 +395,8 @@ def _explained(caller: str, clean: Callable[[], Any]) -> Iterator[None]:
     except (TypeError, AttributeError) as error:
         clean()
         raise TypeError(
-            f"{caller}: the regularizer failed: {error} {caller} passes it the loss, so that it"
-            " needs no loss of its own: write fd_gradreg(gamma=..., epsilon=...)."
+            f"{caller}: the regularizer failed ({error}). It needs no loss of its own, because"
+            f" {caller} passes one: write fd_gradreg(gamma=..., epsilon=...)."
         ) from error
 
 
