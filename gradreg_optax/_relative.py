@@ -207,11 +207,11 @@ def relative_gradreg(
             scheme=scheme,
             gradient=gradient,
         )
-        trees = updates, gradient, estimate.product
-        now = Norms(*(global_norm(tree).astype(dtype) for tree in trees))
-        state, gamma = _measured(state, now, decay_at(state.step).astype(dtype))
+        now = Norms(*(global_norm(x).astype(dtype) for x in (updates, gradient, estimate.product)))
+        state, gamma = _measured(
+            state._replace(ascent=ascent), now, decay_at(state.step).astype(dtype)
+        )
         penalised = add_penalty(updates, at.gamma.astype(dtype) * gamma, estimate.product)
-        state = state._replace(ascent=ascent)
         return penalised, keep_finite(state, before, now)  # a norm is finite where its tree is
 
     penalty = Penalty(init, lambda _: jnp.ones([], default_float()), penalize)
