@@ -233,7 +233,7 @@ class NNXRegularizedLoss(TransformedLoss):
 def _pure_loss(
     caller: str, nnx: Any, loss_fn: LossFn, has_aux: bool
 ) -> Callable[..., tuple[Weighted, Any]]:
-    """Return a loss of ``(model, selected, keywords, params, *values)`` that changes none of them.
+    """Return a loss of ``(model, selected, keywords, params, *values)`` that changes not one.
 
     ``params`` take the place of the selected variables, and ``keywords`` are the names of the last
     values. Its aux is (aux, what the loss changed): a dictionary from the number of a variable

@@ -1,7 +1,7 @@
 """Transformations of JAX, Flax NNX and Equinox around and inside the gradient of our losses.
 
 A stack of transformations of our loss equals the same stack of the reference of ``stacks.py``.
-Every kind of leaf on its own, every pair and every way in: ``pytest -m slow``.
+Every kind of leaf on its own, every pair and every entry point: ``pytest -m slow``.
 """
 
 import functools
@@ -76,7 +76,7 @@ KINDS = ["all", "closed-over all"]
 
 
 def cells(pairs):
-    """Of a way in and a stack each, with names that can be read."""
+    """Of an entry point and a stack each, with names that can be read."""
     return [
         pytest.param(*pair, id=f"{' of '.join(pair[1]) or 'none'}, {pair[0]}") for pair in pairs
     ]
