@@ -46,6 +46,7 @@ def with_gradient(
     taken after the recording has ended, so that no function may close over a traced value. The
     functions are then traced here, and the values they close over become arguments.
     """
+    leaves = _varying_like_the_value(plain, leaves)
     if isinstance(jax.lax.add(0.0, 0.0), jax.core.Tracer):  # recorded
         return _with_arguments(plain, rule, leaves, penalised)
     try:
@@ -151,11 +152,15 @@ def _with_gradient(plain: Plain, rule: Rule, leaves: Leaves, penalised: Sequence
         of_value = _inner_product(gradients, tangents, asked).astype(output[0].dtype)
         return output, (of_value, _tangents_of_arrays(push, leaves, tangents, asked, output[1]))
 
+    output: Output = evaluate(leaves)
+    return output
+
+
+def _varying_like_the_value(plain: Plain, leaves: Leaves) -> Leaves:
+    """Let numbers vary over the mesh axes of the value: their gradients are sums over devices."""
     inexact = [is_inexact(leaf) for leaf in leaves]
     numbers, others = partition(leaves, inexact)
-    numbers = varying(numbers, axes_of_value(plain, leaves))
-    output: Output = evaluate(combine(numbers, others, inexact))
-    return output
+    return combine(varying(numbers, axes_of_value(plain, leaves)), others, inexact)
 
 
 # A pushforward: the tangents of the leaves, zeros among them, -> those of the arrays

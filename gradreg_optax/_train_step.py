@@ -149,11 +149,11 @@ def make_train_step(
     check_transformation(caller, "optimizer", optimizer)
     groups = whole_number(caller, "ascent_groups", ascent_groups)
     donated = (0,) if flag(caller, "donate", donate) else ()
-    static = static_arguments(caller, loss_fn, static_argnames)
     regularized = regularized_pass(caller, regularizer, penalty_fraction, groups)
     loss = with_array_aux(caller, loss_fn, has_aux, in_parts=groups > 1)
     second = optax.with_extra_args_support(optimizer)
     check_own_keyword(caller, "held_out", loss_fn)
+    static = static_arguments(caller, loss_fn, static_argnames)
 
     def init(params: PyTree) -> TrainState:
         check_inexact(caller, "the parameters", params)
