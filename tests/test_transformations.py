@@ -283,10 +283,7 @@ def test_a_jit_or_checkpoint_inside_of_the_gradient_costs_nothing():
     assert flops(jax.grad(jax.jit(pieces)), *args) == pytest.approx(one, rel=0.005)
 
 
-LEAK = pytest.mark.xfail(strict=True, reason="the derivative holds a list of traced constants")
-
-
-@pytest.mark.parametrize("way", ["regularized_loss", pytest.param("microbatched", marks=LEAK)])
+@pytest.mark.parametrize("way", ["regularized_loss", "microbatched"])
 def test_no_tracer_leaks(way):
     """One argument and one closed-over value, both differentiated."""
 
