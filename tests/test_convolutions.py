@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from gradreg_optax import (
     _convolutions,
-    _frame,
+    _transforms,
     curvature,
     dbp_gradreg,
     fd_gradreg,
@@ -274,7 +274,7 @@ def test_without_a_convolution_a_lazy_update_is_what_cond_alone_gives(
     rewritten = jaxpr(convolved)
     monkeypatch.setattr(_convolutions, "_rewritten", pytest.fail)  # nothing is to be rewritten
     ours = jaxpr(dense)
-    monkeypatch.setattr(_frame, "canonical_convolutions", lambda fun: fun)
+    monkeypatch.setattr(_transforms, "canonical_convolutions", lambda fun: fun)
     assert ours == jaxpr(dense)
     assert "cond[" in ours
     if jax.default_backend() == "cpu":
