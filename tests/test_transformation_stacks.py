@@ -1,7 +1,7 @@
 """Generated stacks of transformations around and inside every entry point.
 
 The reference applies the same stack in Python: loops, conditions and no transformation at all. More
-cases: ``GRADREG_CASES=3000 pytest tests/test_transformation_stacks.py`` for 250 of each theorem.
+cases: ``GRADREG_CASES=5000 pytest tests/test_transformation_stacks.py`` for 250 of each theorem.
 """
 
 import os
@@ -33,7 +33,7 @@ from stacks import (
     twice,
 )
 
-CASES = max(int(os.environ.get("GRADREG_CASES", "60")) // 12, 1)
+CASES = max(int(os.environ.get("GRADREG_CASES", "60")) // 20, 1)
 
 
 def same(f):
