@@ -67,10 +67,6 @@ def batch_of():
     return {"x": x, "y": jnp.arange(4) % 2, "seen": jnp.asarray([True, False, True, True])}
 
 
-def plain(loss):
-    return loss
-
-
 def penalised(loss, hessian_product=False):
     """The loss with the regularized gradient of its first argument, without a rule of its own."""
 
@@ -90,10 +86,12 @@ def penalised(loss, hessian_product=False):
     return surrogate
 
 
-def in_parts(loss, count):
+def in_two_parts(loss):
+    """The mean over the micro-batches, whose stacks may take other branches than the batch's."""
+
     def mean(params, batch, *args, **kwargs):
-        parts = [jax.tree.map(lambda x, j=j: x[j::count], batch) for j in range(count)]
-        return sum(loss(params, part, *args, **kwargs) for part in parts) / count
+        parts = [jax.tree.map(lambda x, j=j: x[j::2], batch) for j in range(2)]
+        return sum(loss(params, part, *args, **kwargs) for part in parts) / 2
 
     return mean
 
@@ -142,11 +140,14 @@ WAYS = {
     "regularized_loss": (lambda f: regularized_loss(f, FD), penalised),
     "nnx_regularized_loss": (of_nnx_module, penalised),
     "Equinox": (of_equinox_module, penalised),
-    "microbatched": (lambda f: microbatched(f, 2), plain),
-    "micro-batches regularized": (lambda f: regularized_loss(microbatched(f, 2), FD), penalised),
+    "microbatched": (lambda f: microbatched(f, 2), in_two_parts),
+    "micro-batches regularized": (
+        lambda f: regularized_loss(microbatched(f, 2), FD),
+        lambda f: penalised(in_two_parts(f)),
+    ),
     "regularized micro-batches": (
         lambda f: microbatched(regularized_loss(f, FD), 2),
-        lambda f: in_parts(penalised(f), 2),
+        lambda f: in_two_parts(penalised(f)),
     ),
     "product": (
         lambda f: regularized_loss(f, dbp_gradreg(gamma=GAMMA)),
