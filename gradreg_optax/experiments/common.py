@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 
-class CommandError(Exception):
+class CommandError(ValueError):
     """Settings, data or files that a command cannot work with; one sentence says what to do."""
 
 

@@ -90,7 +90,7 @@ def test_a_changed_source_makes_every_part_anew(tmp_path, monkeypatch):
     shutil.copytree(results._PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
     assert results.sources(package) == results.sources()
     keep(tmp_path)
-    module = package / "penalty.py"
+    module = package / "_estimators.py"
     module.write_text(module.read_text() + "# edited\n")
     results.sources.cache_clear()
     changed = results.sources(package)
