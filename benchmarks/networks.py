@@ -33,26 +33,53 @@ class Problem(NamedTuple):
 
 
 def problem(name: str, seed: int = 0) -> Problem:
-    """One of the networks of ``SHAPES``, with its loss on made-up data."""
-    shape, rng = SHAPES[name], np.random.default_rng(seed)
+    """Return one of the networks of ``SHAPES``, with its loss on random data."""
+    shape = SHAPES[name]
     if name == "transformer":
-        network, loss_fn = _transformer(width=64, layers=2), _next_token_loss
-        batch: Any = jnp.asarray(rng.integers(VOCABULARY, size=(shape[0], shape[1] + 1)))
-        return Problem(
-            lambda params, tokens: loss_fn(network, params, tokens),
-            network.init(jax.random.key(seed)),
-            batch,
-        )
-    network = {
-        "mlp": lambda: build("mlp", shape[1:], 10, width=256, depth=3),
-        "resnet": lambda: residual_network(8),
-        "tiny": lambda: build("mlp", shape[1:], 10, width=8, depth=1),
-    }[name]()
-    batch = (
-        jnp.asarray(rng.normal(size=shape), jnp.float32),
-        jnp.asarray(rng.integers(10, size=shape[0])),
-    )
-    return Problem(cross_entropy(network.apply), network.init(jax.random.key(seed)), batch)
+        return transformer(batch=shape[0], length=shape[1], width=64, layers=2, seed=seed)
+    if name == "resnet":
+        return residual(batch=shape[0], side=shape[1], width=8, seed=seed)
+    width, depth = {"mlp": (256, 3), "tiny": (8, 1)}[name]
+    return _classification(build("mlp", shape[1:], 10, width=width, depth=depth), shape, seed)
+
+
+def transformer(
+    *, batch: int, length: int, width: int, layers: int, seed: int = 0, dtype: str = "float32"
+) -> Problem:
+    """Return a causal transformer with its next-token loss; it computes in ``dtype``."""
+    network = _transformer(width, layers, heads=max(4, width // 64))
+    tokens = np.random.default_rng(seed).integers(VOCABULARY, size=(batch, length + 1))
+
+    def loss_fn(params: Any, tokens: jax.Array) -> jax.Array:
+        return _next_token_loss(network, _cast(params, dtype), tokens)
+
+    return Problem(loss_fn, network.init(jax.random.key(seed)), jnp.asarray(tokens))
+
+
+def residual(
+    *, batch: int, side: int, width: int, seed: int = 0, dtype: str = "float32"
+) -> Problem:
+    """Return a residual network for square images; it computes in ``dtype``."""
+    return _classification(residual_network(width), (batch, side, side, 3), seed, dtype)
+
+
+def _classification(
+    network: Model, shape: tuple[int, ...], seed: int, dtype: str = "float32"
+) -> Problem:
+    rng, loss_fn = np.random.default_rng(seed), cross_entropy(network.apply)
+    x = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    batch = x, jnp.asarray(rng.integers(10, size=shape[0]))
+    params = network.init(jax.random.key(seed))
+    return Problem(lambda params, batch: loss_fn(*_cast((params, batch), dtype)), params, batch)
+
+
+def _cast(tree: Any, dtype: str) -> Any:
+    """Cast the floating-point leaves."""
+
+    def one(x: Any) -> Any:
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(one, tree)
 
 
 def _transformer(width: int, layers: int, heads: int = 4) -> Model:
@@ -109,5 +136,5 @@ def _normal(key: jax.Array, *shape: int) -> jax.Array:
 
 
 def _next_token_loss(network: Model, params: Any, tokens: jax.Array) -> jax.Array:
-    logits = network.apply(params, tokens[:, :-1])
+    logits = network.apply(params, tokens[:, :-1]).astype(jnp.float32)
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))

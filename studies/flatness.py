@@ -4,7 +4,7 @@ rounded weights, noisy inputs and a second task leave of the accuracy.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradreg_optax.experiments import compare, data, plots, runs, statistics, tables
+from gradreg_optax.experiments import compare, data, plots, runs, statistics
 from gradreg_optax.experiments.models import PyTree
+from gradreg_optax.experiments.report import Report, Table
 from gradreg_optax.experiments.trainer import Array, Pool, Problem
 
 LABELS = ("SGD", "DB", "F-GR", "lazy F-GR", "SAM", "relative")
@@ -167,16 +168,16 @@ _TABLES = (
 )
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> Report:
     """The quantities as text: those of SGD, and paired differences with p-values."""
-    lines = []
+    lines: list[Table | str] = []
     for (name,), found in runs.groups(results["runs"], "dataset"):
         of_methods = {label: quantities(rows) for label, rows in compare.methods(found)}
         recipe = results["recipes"][name]
         lines.append(f"{compare.described(name, recipe)}, {len(set(found['seed']))} seeds")
         for names in _TABLES:
             shown = [one for one in names if recipe["label_noise"] or one != "ECE, noisy"]
-            lines += [tables.aligned(["", *shown], _rows(of_methods, shown)), ""]
+            lines += [Table("", ["", *shown], list(_rows(of_methods, shown))), ""]
     lines.append(
         "means over seeds ± standard error; in brackets p of the paired t-test. Accuracies and ECE"
         " (expected calibration error) in points, NLL and loss in nats. ECE, noisy: on labels as"
@@ -184,7 +185,7 @@ def table(results: dict[str, Any]) -> str:
         " training loss, as all weights are rounded to B bits, with noise on the inputs (in their"
         " standard deviations), and after fine-tuning on a second task."
     )
-    return "\n".join(lines)
+    return Report(*lines)
 
 
 def _rows(of_methods: Mapping[str, Mapping[str, Array]], names: Sequence[str]) -> Iterator[Any]:
@@ -205,7 +206,7 @@ def _spec(name: str) -> str:
     return ".3f" if name == "NLL" or "loss" in name else ".1f"
 
 
-def plot(results: dict[str, Any], output: Path) -> list[Path]:
+def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
     """Draws flatness.png: calibration, accuracy against bits and against noise, and what is kept of
     the first task against what is learnt of the second.
     """
@@ -223,7 +224,7 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
         line[2].set(xlabel="noise on the inputs, standard deviations", ylabel="test accuracy %")
         line[3].set(xlabel="accuracy on the second task %", ylabel="then on the first %")
     np.atleast_2d(axes)[0, 2].legend(frameon=False, fontsize=8, loc="lower left")
-    return plots.save(made, output, "flatness")
+    return plots.save(made, output / "flatness", formats)
 
 
 def _draw(axes: Any, label: str, rows: runs.Columns, place: int) -> None:

@@ -10,7 +10,7 @@ the gamma of the full penalty times :func:`gradreg_optax.curvature.penalty_scale
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradreg_optax import curvature, fd_gradreg
-from gradreg_optax.experiments import common, data, plots, runs, statistics, tables
+from gradreg_optax.experiments import common, data, plots, report, runs, statistics
 from gradreg_optax.experiments.common import CommandError
 from gradreg_optax.experiments.models import PyTree
+from gradreg_optax.experiments.report import Report, Table
 from gradreg_optax.experiments.runs import Columns, select
 from gradreg_optax.experiments.trainer import (
     METHODS,
@@ -296,16 +297,16 @@ def starts(steps: int) -> list[Method]:
 # Table and figure.
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> Report:
     """The cells of each optimizer as text: cost, accuracy, paired difference to the full penalty,
     and the share of its gain over SGD.
     """
-    lines: list[str] = []
+    lines: list[Table | str] = []
     for (name,), cells in runs.groups(results["cells"], "optimizer"):
         full, plain = select(cells, **_FULL), select(cells, method="plain")
         shown = [rows for key, rows in runs.groups(cells, *_CELL) if key[1:4] != (1.0, 1, "rule")]
         lines.append(f"{name}, learning rate {results['learning_rates'][name]:g}")
-        lines.append(tables.aligned(_HEAD, [_row(rows, full, plain) for rows in shown]))
+        lines.append(Table("", _HEAD, [_row(rows, full, plain) for rows in shown]))
         lines += ["", *_rule_lines(results, name), "", *_search_lines(results, name), ""]
     if "warmup" in results:
         lines += _warmup_lines(results["warmup"])
@@ -317,7 +318,7 @@ def table(results: dict[str, Any]) -> str:
         " by more than one standard error.",
         "Costs are per step, relative to the plain optimizer; twice the steps is twice the budget.",
     ]
-    return "\n".join(lines)
+    return Report(*lines)
 
 
 _HEAD = ["method", "f", "k", "gamma", "by", "gradients", "FLOPs", "test accuracy %"]
@@ -329,7 +330,7 @@ def _row(cell: Columns, full: Columns, plain: Columns) -> list[str]:
     found = [method] + ([f"{fraction:g}", f"{interval:g}"] if method == "F-GR" else ["", ""])
     found += [f"{gamma:g}" if choice else "", choice]
     found += [f"{cell[name][0]:.3f}" for name in ("gradients", "flops")]
-    found.append(statistics.percent(cell["accuracy"], ".2f"))
+    found.append(report.percent(spec=".2f")(cell))
     if (method, fraction, interval, choice) == tuple(_FULL.values()):
         return [*found, "", "", "", ""]
     difference = statistics.points(cell, full)
@@ -400,7 +401,7 @@ def _rule_lines(results: dict[str, Any], optimizer: str) -> list[str]:
     ]
 
 
-def _search_lines(results: dict[str, Any], optimizer: str) -> list[str]:
+def _search_lines(results: dict[str, Any], optimizer: str) -> list[Table | str]:
     """The mean accuracies on the choosing seeds; with SGD also the kick of the step that takes the
     penalty.
     """
@@ -413,21 +414,21 @@ def _search_lines(results: dict[str, Any], optimizer: str) -> list[str]:
     title = "test accuracy % on the seeds that choose gamma"
     head = ["f", "k", *(f"gamma {gamma:g}" for gamma in axes["gamma"])]
     end = ", and the kick eta lambda (1 + k gamma lambda)" if known else ""
-    return [title + end, tables.aligned(head, rows, left=0)]
+    return [title + end, Table("", head, rows, left=0)]
 
 
-def _warmup_lines(warmup: Columns) -> list[str]:
+def _warmup_lines(warmup: Columns) -> list[Table | str]:
     found, rows = runs.by(warmup, "method"), []
     for start, of_start in found.items():
         minus = statistics.points(of_start, found["gamma from the start"])
         compared = "" if start == "gamma from the start" else str(minus)
-        rows.append([start, statistics.percent(of_start["accuracy"], ".2f"), compared])
+        rows.append([start, report.percent(spec=".2f")(of_start), compared])
     title = f"adam, learning rate warmed up over {warmup['warmup_steps'][0]:g} steps"
     head = ["start", "test accuracy %", "minus gamma from the start"]
-    return [f"{title}, F-GR with gamma {warmup['penalty'][0]:g}", tables.aligned(head, rows), ""]
+    return [f"{title}, F-GR with gamma {warmup['penalty'][0]:g}", Table("", head, rows), ""]
 
 
-def plot(results: dict[str, Any], output: Path) -> list[Path]:
+def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
     """Draws frontier.png: accuracy against the cost of a step; diamonds are cells whose gamma comes
     from the rule.
     """
@@ -448,7 +449,7 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
         axis.plot([], [], "D", ms=5, **rule)
         axis.legend(loc="center right", frameon=False, fontsize=8)
     axes[0].set_ylabel("test accuracy %")
-    return plots.save(made, output, "frontier")
+    return plots.save(made, output / "frontier", formats)
 
 
 def _color(method: str, fraction: float) -> str:

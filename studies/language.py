@@ -4,14 +4,16 @@ files, beside plain AdamW for as many steps and for as much compute.
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gradreg_optax import relative_gradreg
-from gradreg_optax.experiments import common, data, plots, runs, statistics, tables
+from gradreg_optax.experiments import common, data, plots, report, runs, statistics
 from gradreg_optax.experiments.common import CommandError
+from gradreg_optax.experiments.report import Report, Table
 from gradreg_optax.experiments.runs import Columns, select
 from gradreg_optax.experiments.trainer import METHODS, SELF_TUNED, Method, Recipe
 from studies import corpus
@@ -202,16 +204,16 @@ def gain(rows: Columns, over: Columns) -> statistics.Difference:
     return statistics.paired(rows["test_loss"], over["test_loss"])
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> Report:
     """The rows as text: losses, and paired differences to plain AdamW, which are better the lower
     they are.
     """
     found, search = reported(results), select(results["runs"], role="search")
     text, held_out = results["text"]["training"], results["text"]["held out"]
-    lines = [
+    lines: list[Table | str] = [
         f"{text['bytes'] / 1e6:.1f} MB of source code in {text['files']} files, tested on"
         f" {held_out['files']} others (digest {results['text']['digest']})",
-        tables.aligned(_HEAD, [_row(*row, found) for row in found.items()], left=2),
+        Table("", _HEAD, [_row(*row, found) for row in found.items()], left=2),
         "",
     ]
     for row, tried in runs.by(search, "row").items():
@@ -225,12 +227,12 @@ def table(results: dict[str, Any]) -> str:
         " evaluations, in those of AdamW; equal compute: plain AdamW of as much, or the next less;"
         " lazy: on a quarter of the batch in every 4th step; late: in the last quarter of steps."
     )
-    return "\n".join(lines)
+    return Report(*lines)
 
 
 def _row(name: str, rows: Columns, found: dict[str, Columns]) -> list[str]:
     plain, loss = found["AdamW"], statistics.estimate(rows["test_loss"])
-    cells = [name, tables.setting(rows, _SYMBOLS), f"{rows['gradients'][0]:.3g}"]
+    cells = [name, report.settings(_SYMBOLS)(rows), f"{rows['gradients'][0]:.3g}"]
     cells += [f"{rows['steps'][0]}", f"{compute(rows) / compute(plain):.3g}"]
     cells += [f"{loss:.3f}", f"{loss.mean / np.log(2):.3f}"]
     cells.append(f"{statistics.estimate(rows['train_loss']).mean:.3f}")
@@ -241,7 +243,7 @@ def _row(name: str, rows: Columns, found: dict[str, Columns]) -> list[str]:
     return cells
 
 
-def plot(results: dict[str, Any], output: Path) -> list[Path]:
+def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
     """Draws language.png: the loss on held-out files against the compute, and its difference to
     plain AdamW, with the single seeds.
     """
@@ -267,4 +269,4 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
     right.set_yticks(range(len(found)), list(found), fontsize=9)
     right.invert_yaxis()
     right.set(xlabel="nats a byte more than AdamW (left is better)")
-    return plots.save(made, output, "language")
+    return plots.save(made, output / "language", formats)

@@ -7,7 +7,7 @@ every k/2-th step; or a k-th more of plain steps.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import optax
 
 from gradreg_optax import relative_gradreg
-from gradreg_optax.experiments import common, compare, data, plots, runs, statistics, tables
+from gradreg_optax.experiments import common, compare, data, plots, report, runs, statistics
 from gradreg_optax.experiments.common import CommandError
+from gradreg_optax.experiments.report import Report, Table
 from gradreg_optax.experiments.trainer import METHODS, Method, Recipe
 
 PLAIN, ALWAYS, LONGER = "SGD", "every step", "SGD for longer"
@@ -134,21 +135,21 @@ def _early(strength: Any, interval: Any, until: int) -> optax.GradientTransforma
     )
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> Report:
     """The ways as text: cost, the chosen strength, accuracy, and paired differences."""
-    lines = []
+    lines: list[Table | str] = []
     head = ["penalty", "k", "cost", "r", "test accuracy %", "minus SGD", "p", "minus every step"]
     for name, found in _reported(results).items():
         ways = runs.groups(found, "method", "share")
         rows = [_row(label, share, rows, found) for (label, share), rows in ways]
         title = f"{_title(results, name)}, {len(set(found['seed']))} seeds"
-        lines += [title, tables.aligned(head, rows), ""]
+        lines += [title, Table("", head, rows), ""]
     lines.append(
         "means over seeds ± standard error, paired differences in points; p: paired t-test against"
         " SGD. cost: of the training, relative to SGD's. k: the penalty costs a k-th of what it"
         " costs in every step. r: strength of relative_gradreg, chosen on other seeds."
     )
-    return "\n".join(lines)
+    return Report(*lines)
 
 
 def _title(results: dict[str, Any], name: str) -> str:
@@ -169,13 +170,13 @@ def gain(rows: runs.Columns, found: runs.Columns, over: str = PLAIN) -> statisti
 def _row(label: str, share: float, rows: runs.Columns, found: runs.Columns) -> list[str]:
     numbers = [f"{share:g}", f"{rows['cost'][0]:.4g}", f"{rows['strength'][0]:g}"]
     cells = [label, *(number.replace("nan", "") for number in numbers)]
-    cells.append(statistics.percent(rows["accuracy"]))
+    cells.append(report.percent()(rows))
     over = gain(rows, found)
     cells += ["", ""] if label == PLAIN else [f"{over:+.1f}", over.chance]
     return [*cells, "" if label == ALWAYS else f"{gain(rows, found, ALWAYS):+.1f}"]
 
 
-def plot(results: dict[str, Any], output: Path) -> list[Path]:
+def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
     """Draws late.png: what each way gains over plain steps, at each price."""
     tasks = _reported(results)
     made, axes = plots.figure(len(tasks), width=5.0)
@@ -195,4 +196,4 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
         axis.set_title(_title(results, name), fontsize=11)
     axes[0].set_ylabel("gain in test accuracy, points")
     axes[0].legend(frameon=False, loc="lower right")
-    return plots.save(made, output, "late")
+    return plots.save(made, output / "late", formats)

@@ -8,7 +8,7 @@ on a quarter of it in every fourth.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import numpy as np
 import optax
 
 from gradreg_optax import fd_gradreg
-from gradreg_optax.experiments import common, data, plots, runs, statistics, tables
+from gradreg_optax.experiments import common, data, plots, runs, statistics
+from gradreg_optax.experiments.report import Report, Table
 from gradreg_optax.experiments.runs import Columns, select
 from gradreg_optax.experiments.trainer import (
     METHODS,
@@ -304,9 +305,9 @@ def cells(results: dict[str, Any]) -> Iterator[Cell]:
             )
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> Report:
     """The tasks as text: plain training, and paired differences to it with standard errors."""
-    found, lines = list(cells(results)), []
+    found, lines = list(cells(results)), list[Table | str]()
     strengths = list(found[0].constant)
     titles = {
         "accuracy": "test accuracy in %, and differences to plain training in points",
@@ -317,7 +318,7 @@ def table(results: dict[str, Any]) -> str:
         if of_kind:
             head = [*_HEAD, "gamma", "searched", *(f"r = {r:g}" for r in strengths)]
             head += ["self-tuned", "p", "kept", "r early, late", "minus plain on all"]
-            lines += [title, tables.aligned(head, map(_row, of_kind), left=3), ""]
+            lines += [title, Table("", head, [_row(cell) for cell in of_kind], left=3), ""]
     lines += [*_stopping(found), *_verdicts(found)]
     seeds = []
     for role in ("plain", "search"):
@@ -332,7 +333,7 @@ def table(results: dict[str, Any]) -> str:
         + ", ".join(f"{part} {value:.2f}" for part, value in cost.items())
         + "."
     )
-    return "\n".join(lines)
+    return Report(*lines)
 
 
 def _row(cell: Cell) -> list[str]:
@@ -379,7 +380,7 @@ def _verdicts(found: list[Cell]) -> list[str]:
     return [*lines, ""]
 
 
-def plot(results: dict[str, Any], output: Path) -> list[Path]:
+def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
     """Draws strength.png: the gain in accuracy of every cell against the strength, and against the
     coefficient.
     """
@@ -407,7 +408,7 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
     right.set(xscale="log", xlabel="coefficient $\\gamma$ of fd_gradreg ($\\epsilon = \\gamma$)")
     right.set(title="the coefficient has: another for every task, and a cliff")
     left.legend(frameon=False, fontsize=8)
-    return plots.save(made, output, "strength")
+    return plots.save(made, output / "strength", formats)
 
 
 def _points(plain: Columns, rows: Columns) -> float:

@@ -168,7 +168,8 @@ def _execute(program: Program, command: str, config: Any) -> None:
         found = results.load(path, command)
         print(f"results: {path}")
     try:  # figures before anything is printed: a closed pipe loses none
-        figures, text = module.plot(found, config.output), module.table(found)
+        figures = module.plot(found, config.output, config.format)
+        table = module.table(found)
     except (LookupError, TypeError, ValueError) as error:
         if not config.redraw:
             raise
@@ -176,7 +177,9 @@ def _execute(program: Program, command: str, config: Any) -> None:
             f"{config.output} does not hold results of this version of {called} ({error!r}). Run"
             " the command without --redraw."
         ) from error
-    print("\n".join([text, *(f"figure: {figure}" for figure in figures)]))
+    (config.output / "table.csv").write_text(table.csv())
+    lines = [table, f"table: {config.output / 'table.csv'}"]
+    print("\n".join([*lines, *(f"figure: {figure}" for figure in figures)]))
 
 
 def _interrupted(output: Path | None, *_: Any) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -27,6 +27,8 @@ class Common:
     """The first seed."""
     redraw: bool = False
     """Print the table and draw the figures from the results on disk, without a run."""
+    format: tuple[Literal["png", "pdf", "svg"], ...] = ("png",)
+    """File formats of the figures."""
 
     from_zero: ClassVar[tuple[str, ...]] = ("seed",)
     """The whole numbers that may be zero; all others count something."""
@@ -124,7 +126,7 @@ def some_of(name: str, values: Iterable[str], known: Iterable[str], remedy: str 
 
 def settings(config: Any) -> dict[str, Any]:
     """The fields that numbers depend on."""
-    left = ("output", "redraw")
+    left = ("output", "redraw", "format")
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in left}
 
 

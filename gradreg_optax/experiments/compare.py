@@ -3,11 +3,14 @@ accuracy, training loss and curvature, and what it costs.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gradreg_optax.experiments import common, data, plots, runs, statistics, tables
+import numpy as np
+
+from gradreg_optax.experiments import common, data, plots, report, runs, statistics
+from gradreg_optax.experiments.report import Report, Table
 from gradreg_optax.experiments.trainer import METHODS, SELF_TUNED, Recipe
 
 # Two rows that the sweep does not have: one needs a part of the batch, one held-out samples.
@@ -76,15 +79,6 @@ PAIRS = (
     ("relative", "SAM"),
     ("self-tuned", "SGD"),
 )
-_SYMBOLS = {
-    "gamma": "γ",
-    "epsilon": "ε",
-    "rho": "ρ",
-    "level": "b",
-    "strength": "r",
-    "fraction": "f",
-    "interval": "k",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,44 +170,56 @@ def _signed(chosen: Recipe, seeds: Any) -> list[runs.Run]:
     return wanted
 
 
-def table(results: dict[str, Any]) -> str:
-    """The comparison as text: for each data set accuracies with standard errors over seeds, paired
-    differences to SGD with p-values, curvature and cost.
+def table(results: dict[str, Any]) -> Report:
+    """Return for each data set accuracies, paired differences to SGD with p-values, curvature and
+    cost, and the accuracies along the signed ascent step.
     """
     best, signed = (runs.select(results["runs"], role=role) for role in ("best", "signed"))
-    lines = []
-    for (name,), found in runs.groups(best, "dataset"):
-        rows = [_row(row, found, cost(results, name, label)) for label, row in methods(found)]
-        title = described(name, results["recipes"][name])
-        lines += [f"{title}, {len(set(found['seed']))} seeds", tables.aligned(_HEAD, rows, left=2)]
-        lines += ["", *statistics.pairs(dict(methods(found)), PAIRS), ""]
+    parts: list[Table | str] = []
+    for name, rows in runs.by(best, "dataset").items():
+        found = runs.by(rows, "method")
+        title = f"{described(name, results['recipes'][name])}, {len(set(rows['seed']))} seeds"
+        flops = {label: cost(results, name, label) for label in found}
+        columns = _columns(found["SGD"], flops)
+        parts += [report.table(title, found, columns, left=2), "", report.pairs(found, PAIRS), ""]
     if len(signed["seed"]):
-        rows = [
-            [label, f"{step:g}", statistics.percent(found["accuracy"])]
+        cells = [
+            [label, report.Number(step), report.percent()(found)]
             for (label, step), found in runs.groups(signed, "method", "step")
         ]
-        lines.append(
-            f"digits at gamma = {COMMON_GAMMA:g}, against the signed ascent step (B-GR < 0, DB = 0,"
-            " F-GR > 0):"
-        )
-        lines += [tables.aligned(["method", "epsilon", "test accuracy %"], rows), ""]
-    lines.append(
-        "means over seeds ± standard error; p: paired t-test. gradients and FLOPs: a step's,"
-        " relative to SGD. lazy: on the part f of the batch in every k-th step. self-tuned: holds a"
-        " tenth of the training samples out, which all others train on."
-    )
-    return "\n".join(lines)
+        title = f"digits at γ = {COMMON_GAMMA:g}, by signed ascent step: B-GR < 0, DB = 0, F-GR > 0"
+        parts += [Table(title, ["method", "ε", "test accuracy %"], cells), ""]
+    return Report(*parts, _NOTE)
 
 
-_HEAD = ["method", "setting", "gradients", "FLOPs", "test accuracy %", "minus SGD", "p"]
-_HEAD += ["train loss", "top eigenvalue"]
+_NOTE = (
+    "Means ± standard errors over seeds; p: paired t-test. Gradients and FLOPs per step, relative"
+    " to SGD. Lazy: on the fraction f of the batch in every k-th step. Self-tuned: holds out a"
+    " tenth of the training samples, on which all other methods train."
+)
+
+
+def _columns(plain: runs.Columns, flops: Mapping[str, float]) -> dict[str, report.Column]:
+    gain, chance = report.minus(plain)
+    return {
+        "setting": report.settings(),
+        "gradients": report.first("gradients", ".4g"),
+        "FLOPs": lambda rows: report.Number(flops[rows["method"][0]], ".2f"),
+        "test accuracy %": report.percent(),
+        "minus SGD": gain,
+        "p": chance,
+        "training loss": report.mean("train_loss", ".3f"),
+        "top eigenvalue": report.mean("eigenvalue", ".2f"),
+    }
 
 
 def described(name: str, recipe: Mapping[str, Any]) -> str:
     """What is trained on, as a title."""
     size, noise = recipe["train_size"], recipe["label_noise"]
     samples = f", {size} training samples" if size is not None and size == size else ""
-    return f"{TASKS[name].title}{samples}, " + (f"{noise:.0%} wrong labels" if noise else "clean")
+    return f"{TASKS[name].title}{samples}, " + (
+        f"{100 * noise:g} % label noise" if noise else "clean"
+    )
 
 
 def methods(rows: runs.Columns) -> list[tuple[str, runs.Columns]]:
@@ -226,18 +232,7 @@ def cost(results: dict[str, Any], name: str, label: str) -> float:
     return float(runs.select(results["costs"], dataset=name, method=label)["flops"][0])
 
 
-def _row(rows: runs.Columns, best: runs.Columns, flops: float) -> list[str]:
-    label = rows["method"][0]
-    gain = statistics.points(rows, runs.select(best, method="SGD"))
-    cells = [label, tables.setting(rows, _SYMBOLS)]
-    cells += [f"{rows['gradients'][0]:.3g}", f"{flops:.2f}"]
-    cells.append(statistics.percent(rows["accuracy"]))
-    cells += ["", ""] if label == "SGD" else [f"{gain:+.1f}", gain.chance]
-    cells.append(f"{statistics.estimate(rows['train_loss']).mean:.3f}")
-    return [*cells, f"{statistics.estimate(rows['eigenvalue']):.2f}"]
-
-
-def plot(results: dict[str, Any], output: Path) -> list[Path]:
+def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
     """Draws compare.png: accuracy against the cost of a step on each data set, and accuracy against
     the signed ascent step.
     """
@@ -252,21 +247,23 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
     if len(signed["seed"]):
         plain = runs.select(best, dataset=SIGNED_ON, method="SGD")
         _draw_signed(axes[-1], signed, plain)
-    return plots.save(made, output, "compare")
+    return plots.save(made, output / "compare", formats)
 
 
 def _draw_costs(axis: Any, rows: runs.Columns) -> None:
-    marks = []
-    for label, found in methods(rows):
-        place = found["gradients"][0]
-        mean = plots.mean(axis, place, 100 * found["accuracy"], label, ms=6)
-        marks.append((place, mean, label))
-    plain = next((mean for _, mean, label in marks if label == "SGD"), None)
-    if plain is not None:
+    marks, found = [], runs.by(rows, "method")
+    for label, of_method in found.items():
+        place, lost = of_method["gradients"][0], int(np.sum(of_method["diverged"]))
+        look: Any = {"ms": 6, "fillstyle": "none" if lost else "full"}
+        mean = plots.mean(axis, place, 100 * of_method["accuracy"], label, **look)
+        name = f"{label} ({lost} of {len(of_method['seed'])} diverged)" if lost else label
+        marks.append((place, mean, name))
+    if "SGD" in found:
+        plain = statistics.estimate(100 * found["SGD"]["accuracy"]).mean
         axis.axhline(plain, ls="--", lw=1, color=plots.color("SGD"), zorder=0)
-    axis.set(xlabel="cost of a step, in gradients", xlim=(0.8, 3.75), xticks=(1, 2, 3))
+    axis.set(xlabel="cost of a step (gradient evaluations)", xlim=(0.8, 4.2), xticks=(1, 2, 3))
     axis.margins(y=0.1)
-    plots.label(axis, marks)
+    plots.label(axis, [mark for mark in marks if np.isfinite(mark[1])])
 
 
 def _draw_signed(axis: Any, signed: runs.Columns, plain: runs.Columns) -> None:

@@ -9,7 +9,7 @@ process, and given as ratios to plain SGD. Source: Karakida et al., ICML 2023.
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ import numpy as np
 import optax
 
 from gradreg_optax import dbp_gradreg, fd_gradreg, flooding, make_train_step, sam
-from gradreg_optax.experiments import common, plots, runs, tables
+from gradreg_optax.experiments import common, plots, runs
 from gradreg_optax.experiments.models import Model, PyTree, build
+from gradreg_optax.experiments.report import Number, Report, Table
 from gradreg_optax.experiments.timing import Floats, Program, interleave, ratio
 from gradreg_optax.experiments.timing import build as compile_step
 from gradreg_optax.experiments.trainer import cross_entropy
@@ -180,52 +181,45 @@ def _matrix_product(params: PyTree, batch: int) -> float:
     return float(2 * batch * sum(kernel.size for kernel in kernels) / len(kernels))
 
 
-def table(results: dict[str, Any]) -> str:
-    """The costs as ratios to plain SGD, for the largest network of each family, and the ratios that
-    the paper speaks of for all.
-
-    Args:
-      results: what :func:`run` returned.
-
-    Returns:
-      Lines of text. Times come with their quartiles over rounds, ``[lower, upper]``.
+def table(results: dict[str, Any]) -> Report:
+    """Return the costs relative to plain SGD for the largest network of each family, and the time
+    ratios of the paper for all sizes.
     """
-    lines, head = [], ["", "FLOPs", "time", "memory", "compile"]
     families = {family: family_costs(results, family) for family in AXES}
+    parts: list[Table | str] = []
     for family, found in families.items():
-        rows = []
-        for i, name in enumerate(found["methods"]):
-            numbers = [
-                f"{found[key][-1][i] / found[key][-1][0]:.2f}"
-                for key in ("flops", "memory", "compile")
-            ]
-            time = str(ratio(found["seconds"][-1][i], found["seconds"][-1][0]))
-            rows.append([name, numbers[0], time, *numbers[1:]])
-        title = f"{family}, {AXES[family]} = {found['sizes'][-1]:g}; as multiples of {PLAIN}:"
-        lines += [title, tables.aligned(head, rows), ""]
-    return "\n".join([*lines, *_headlines(families)])
+        shares = {key: found[key][-1] / found[key][-1][0] for key in ("flops", "memory", "compile")}
+        times = [ratio(row, found["seconds"][-1][0]) for row in found["seconds"][-1]]
+        rows = [
+            [name, Number(flops, ".2f"), time, Number(memory, ".2f"), Number(compiling, ".2f")]
+            for name, time, flops, memory, compiling in zip(
+                found["methods"], times, *shares.values(), strict=True
+            )
+        ]
+        title = f"{family}, {AXES[family]} = {found['sizes'][-1]:g}; relative to {PLAIN}"
+        parts += [Table(title, ["method", "FLOPs", "time", "memory", "compile time"], rows), ""]
+    ratios = Table("", ["ratio of times", "network", "size", "ratio"], _ratios(families))
+    return Report(*parts, ratios, "Times are medians over rounds, with quartiles in brackets.")
 
 
-def _headlines(families: dict[str, Any]) -> list[str]:
+def _ratios(families: dict[str, Any]) -> list[list[Any]]:
     pairs = [("F-GR", PLAIN)]
     pairs += [(f"DB {mode}", "F-GR") for mode in ("forward-over-reverse", "reverse-over-reverse")]
-    lines = []
+    rows = []
     for (above, below), (family, found) in itertools.product(pairs, families.items()):
         a, b = (found["methods"].index(name) for name in (above, below))
-        shown = [
-            f"{ratio(rows[a], rows[b])} at {size:g}"
-            for size, rows in zip(found["sizes"], found["seconds"], strict=True)
-        ]
-        lines.append(f"time {above} / {below}, {family}: {', '.join(shown)}")
-    return lines
+        for size, seconds in zip(found["sizes"], found["seconds"], strict=True):
+            rows.append([f"{above} / {below}", family, Number(size), ratio(seconds[a], seconds[b])])
+    return rows
 
 
-def plot(results: dict[str, Any], output: Path) -> list[Path]:
+def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
     """Draws FLOPs in matrix products against depth, and times relative to plain SGD.
 
     Args:
       results: what :func:`run` returned, or the same read from disk.
       output: the folder for ``cost.png``.
+      formats: file formats.
 
     Returns:
       The path of the figure.
@@ -238,7 +232,7 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
     axes[2].set_yticks([1, 2, 3, 5, 10], ["1", "2", "3", "5", "10"])
     look: Any = {"loc": "outside lower center", "frameon": False, "fontsize": "small"}
     made.legend(*axes[1].get_legend_handles_labels(), ncols=len(METHODS), **look)
-    return plots.save(made, output, "cost")
+    return plots.save(made, output / "cost", formats)
 
 
 def _plot_products(axes: Any, found: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ Source: Karakida et al., ICML 2023; flooding: Ishida et al., ICML 2020.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -32,9 +33,10 @@ import numpy as np
 import optax
 
 from gradreg_optax import curvature, fd_value_and_grad, flooding, make_train_step
-from gradreg_optax.experiments import common, data, models, plots, runs, statistics, tables
+from gradreg_optax.experiments import common, data, models, plots, runs
 from gradreg_optax.experiments.common import CommandError
 from gradreg_optax.experiments.models import PyTree
+from gradreg_optax.experiments.report import Number, Report, Table, mean
 from gradreg_optax.experiments.trainer import Array, cross_entropy
 
 Order: TypeAlias = Literal["ascent, descent", "descent, ascent"]
@@ -349,43 +351,43 @@ def _trainer(level: Any, learning_rate: Any, momentum: Any) -> Any:
     )
 
 
-def table(results: dict[str, Any]) -> str:
-    """The deviations from the identities, and the last quarter of every training run: mean and
-    standard error over seeds.
-    """
-    return f"{_identity_table(results['identity'])}\n\n{_training_table(results)}"
+def table(results: dict[str, Any]) -> Report:
+    """Return the deviations from the identities, and the last quarter of every training run."""
+    note = "Means over the last quarter of the training ± standard errors over seeds."
+    return Report(*_identity_parts(results["identity"]), "", _training_table(results), note)
 
 
-def _identity_table(identity: runs.Columns) -> str:
-    ends = [f"eta = {end:g}" for end in (min(identity["eta"]), max(identity["eta"]))]
+def _identity_parts(identity: runs.Columns) -> list[Table | str]:
+    ends = [f"η = {end:g}" for end in (min(identity["eta"]), max(identity["eta"]))]
     head = ["two steps", "case", "largest deviation", *(f"relative, {end}" for end in ends)]
     rows, drifts = [], []
     for (case, order), found in runs.groups(identity, "case", "order"):
         numbers = max(found["largest"]), found["relative"][0], found["relative"][-1]
-        rows.append([order, case, *(f"{number:.1e}" for number in numbers)])
+        rows.append([order, case, *(Number(number, ".1e") for number in numbers)])
         if case == "same batch":
             ends_of = zip(found["drift"][[0, -1]], ends, strict=True)
             moved = " and ".join(f"by {drift:.1e} at {end}" for drift, end in ends_of)
-            drifts.append(f"{order}: the penalty itself moves {moved}")
-    title = "two steps of flooding against one step of F-GR's (ascent, descent) or B-GR's (descent,"
-    lines = [f"{title} ascent) penalty, float64", tables.aligned(head, rows, left=2)]
-    return "\n".join([*lines, *drifts])
+            drifts.append(f"{order}: the penalty itself moves the parameters {moved}")
+    title = "two steps of flooding compared with one step of the penalty (F-GR or B-GR), float64"
+    return [Table(title, head, rows, left=2), *drifts]
 
 
-def _training_table(results: dict[str, Any]) -> str:
+def _training_table(results: dict[str, Any]) -> Table:
     columns = {
         "loss": "batch loss",
         "alternation": "sign changes",
         "grad_norm": "gradient norm",
-        "eigenvalue": "eigenvalue",
-        "accuracy": "test acc.",
+        "eigenvalue": "top eigenvalue",
+        "accuracy": "test accuracy",
     }
     rows = [
-        [name, *(f"{statistics.estimate(late(part[column])):.4f}" for column in columns)]
+        [name, *(mean(column, ".4f")({column: late(part[column])}) for column in columns)]
         for name, part in curves(results).items()
     ]
-    title = f"training at flood level {results['level']:g}, step {results['learning_rate']:g}"
-    return f"{title}: means over the last quarter\n" + tables.aligned(["", *columns.values()], rows)
+    title = (
+        f"training at flood level {results['level']:g}, learning rate {results['learning_rate']:g}"
+    )
+    return Table(title, ["variant", *columns.values()], rows)
 
 
 def late(values: Array) -> Array:
@@ -393,7 +395,7 @@ def late(values: Array) -> Array:
     return np.asarray(values[:, -max(1, values.shape[1] // 4) :].mean(axis=1))
 
 
-def plot(results: dict[str, Any], output: Path) -> list[Path]:
+def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
     """Draws the deviations from the identities against the step, and loss, sign, gradient norm and
     eigenvalue over time.
 
@@ -418,7 +420,7 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
         panel.axhline(level, color="0.7", linestyle="--", zorder=0)
     panels[1, 1].annotate(r"$\sqrt{2}/\eta$", (0, edge))
     panels[1, 1].legend(fontsize=8)
-    return plots.save(made, output, "flooding")
+    return plots.save(made, output / "flooding", formats)
 
 
 def _draw_identity(panel: Any, identity: runs.Columns) -> None:

@@ -17,7 +17,7 @@ duality. Sources: Karakida et al., ICML 2023; Woodworth et al., COLT 2020 (the e
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -30,8 +30,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gradreg_optax import dbp_value_and_grad, fd_value_and_grad
-from gradreg_optax.experiments import common, plots, runs, statistics, tables
+from gradreg_optax.experiments import common, plots, runs
 from gradreg_optax.experiments.common import CommandError
+from gradreg_optax.experiments.report import Number, Report, Table, mean
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Array: TypeAlias = Any  # of NumPy or of JAX
@@ -393,28 +394,29 @@ def _relative(found: Floats, expected: Floats) -> Floats:
     return np.asarray(np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1))
 
 
-def table(results: dict[str, Any]) -> str:
-    """The table of every kind of data sets: mean and standard error over data sets, and the largest
-    disagreement with the theory.
+def table(results: dict[str, Any]) -> Report:
+    """Return a table for every kind of data sets: means with standard errors, and the largest
+    deviation from the theory.
     """
-    return "\n\n".join(_part_table(case(results, name), TITLES[name]) for name in TITLES)
+    parts = [part for name in TITLES for part in _parts(case(results, name), TITLES[name])]
+    return Report(*parts, "Means ± standard errors over data sets.")
 
 
-def _part_table(part: dict[str, Floats], title: str) -> str:
-    columns = {"scale": "alpha_eff/alpha", "l1": "L1 / teacher's", "error": "squared error"}
+def _parts(part: dict[str, Floats], title: str) -> list[Table | str]:
+    columns = {"scale": "alpha_eff / alpha", "l1": "L1 / teacher's", "error": "squared error"}
     columns["risk"] = "test loss"
     rows = []
     for i, label in enumerate(labels(part["epsilon"].tolist())):
-        cells = [f"{statistics.estimate(part[column][:, i]):.4f}" for column in columns]
-        worst = [f"{part[column][:, i].max():.1e}" for column in ("agreement", "agreement_y")]
+        cells = [mean(column, ".4f")({column: part[column][:, i]}) for column in columns]
+        worst = [Number(part[column][:, i].max(), ".1e") for column in ("agreement", "agreement_y")]
         rows.append([label, *cells, *worst])
-    head = ["flow", *columns.values(), "off prediction", "the same for y"]
+    head = ["flow", *columns.values(), "deviation", "deviation for y"]
     falls = np.all(np.diff(part["scale"][:, 1:], axis=1) < 0, axis=1)
-    end = f"alpha_eff falls strictly with epsilon in {falls.sum()} of {len(falls)} data sets"
-    return "\n".join([f"{title} ({len(falls)} data sets)", tables.aligned(head, rows), end])
+    end = f"alpha_eff decreases strictly with epsilon in {falls.sum()} of {len(falls)} data sets"
+    return [Table(f"{title} ({len(falls)} data sets)", head, rows), end, ""]
 
 
-def plot(results: dict[str, Any], output: Path) -> list[Path]:
+def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
     """Draws scale, L1 norm and error against epsilon, and reached against predicted weights, for
     inputs of mean one and of mean zero.
 
@@ -435,7 +437,7 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
         _draw_weights(row[3], part)
         row[0].set_title(TITLES[name], loc="left")
     panels[0, 2].legend()
-    return plots.save(made, output, "implicit_bias")
+    return plots.save(made, output / "implicit_bias", formats)
 
 
 def _draw_column(panel: Any, epsilon: Floats, values: Floats) -> None:

@@ -69,27 +69,51 @@ def note(axis: Any, text: str, place: tuple[float, float], away: Any, **look: An
     axis.annotate(text, place, away, textcoords="offset points", **{"fontsize": 9} | look)
 
 
-def label(axis: Any, marks: Sequence[tuple[float, float, str]], apart: float = 0.055) -> None:
-    """Writes the name of each mark to its right, names at one place below each other.
+def label(axis: Any, marks: Sequence[tuple[float, float, str]], apart: float = 0.06) -> None:
+    """Write the name of each mark to its right, with a line from the mark to its name.
+
+    Names of marks at one place keep the order of their heights and do not overlap.
 
     Args:
-      axis: the axis, with its limits as they will be.
-      marks: place, height and name of each.
-      apart: the least distance of two names, as a share of the axis' height.
+      axis: the axis, with its final limits.
+      marks: place, height and name of each; the first word of a name is its method.
+      apart: smallest distance of two names, relative to the height of the axis.
     """
-    low, high = axis.get_ylim()
-    left, right = axis.get_xlim()
-    free: dict[float, float] = {}  # where the last name at a place stands
-    for place, height, name in sorted(marks, key=lambda mark: (mark[0], -mark[1])):
-        wanted = min(height, free.get(place, high + height) - apart * (high - low))
-        free[place] = wanted
-        text: Any = {"fontsize": 9, "va": "center", "color": color(name)}
-        text["bbox"] = {"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8}
-        axis.annotate(name, (place, height), (place + 0.04 * (right - left), wanted), **text)
+    (low, high), (left, right) = axis.get_ylim(), axis.get_xlim()
+    for place in {place for place, _, _ in marks}:
+        here = sorted(mark for mark in marks if mark[0] == place)
+        heights = spread([height for _, height, _ in here], apart * (high - low))
+        for (_, height, name), wanted in zip(here, heights, strict=True):
+            chosen = color(name.split(" (")[0])
+            line: Any = {"arrowstyle": "-", "color": chosen, "lw": 0.8, "shrinkA": 0, "shrinkB": 2}
+            text: Any = {"fontsize": 9, "va": "center", "color": chosen, "arrowprops": line}
+            text["bbox"] = {"fc": "white", "ec": "none", "pad": 0.5}
+            axis.annotate(name, (place, height), (place + 0.07 * (right - left), wanted), **text)
 
 
-def save(made: Figure, output: Path, name: str) -> list[Path]:
-    """Writes a PNG under ``output`` and returns its path, in a list."""
-    output.mkdir(parents=True, exist_ok=True)
-    made.savefig(output / f"{name}.png", dpi=140)
-    return [output / f"{name}.png"]
+def spread(heights: Sequence[float], apart: float) -> list[float]:
+    """Move increasing numbers as little as possible until neighbours are ``apart``."""
+    groups: list[list[float]] = []  # each is centred on the mean of its numbers
+    for height in heights:
+        groups.append([height])
+        while len(groups) > 1 and _start(groups[-1], apart) < _end(groups[-2], apart) + apart:
+            last = groups.pop()
+            groups[-1] += last
+    return [_start(group, apart) + i * apart for group in groups for i in range(len(group))]
+
+
+def _start(group: Sequence[float], apart: float) -> float:
+    return sum(group) / len(group) - (len(group) - 1) * apart / 2
+
+
+def _end(group: Sequence[float], apart: float) -> float:
+    return sum(group) / len(group) + (len(group) - 1) * apart / 2
+
+
+def save(made: Figure, path: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
+    """Write a figure under a path without suffix, once in each format, and return the paths."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    paths = [path.with_name(f"{path.name}.{suffix}") for suffix in formats]
+    for one in paths:
+        made.savefig(one, dpi=140)
+    return paths

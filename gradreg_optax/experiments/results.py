@@ -20,7 +20,7 @@ from gradreg_optax.experiments.common import CommandError, MissingError
 
 FILE = "results.json"
 LAYOUT = 2  # of the file; 1 nested a dict for each method
-_PACKAGE = Path(__file__).parents[1]
+PACKAGES = [Path(__file__).parents[1]]  # whose sources the numbers depend on
 
 
 def prepare(output: Path) -> None:
@@ -124,13 +124,18 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
+def sources() -> str:
+    """Return a digest of all modules of :data:`PACKAGES`: an edited module makes new numbers."""
+    return _digest(*PACKAGES)
+
+
 @functools.cache
-def sources(package: Path = _PACKAGE) -> str:
-    """A digest of all modules of the package: whoever edits one gets new numbers, not old ones."""
+def _digest(*packages: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
-        digest.update(path.read_bytes() + b"\0")
+    for package in packages:
+        for path in sorted(package.rglob("*.py")):
+            digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
+            digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()[:20]
 
 

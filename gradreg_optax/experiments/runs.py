@@ -52,20 +52,108 @@ def grid(
     seeds: Sequence[int],
     **tags: Any,
 ) -> list[Run]:
-    """All combinations of the values of a method's settings, each on all seeds.
+    """Return all combinations of values, each on all seeds.
 
     Args:
       method: the method.
       recipe: the recipe.
-      values: for each of the method's settings, and for "interval" if wanted, the value or the
-        values to take; what other methods need may be among them.
+      values: one value or several for each of the method's settings, for "interval", and for any
+        field of the recipe, such as "learning_rate"; other names are ignored.
       seeds: the seeds.
       **tags: further columns of their rows.
     """
-    names = [name for name in (*method.settings, "interval") if name in values]
+    fields = {field.name for field in dataclasses.fields(recipe)}
+    names = [name for name in values if name in fields | {*method.settings, "interval"}]
     combined = itertools.product(*(np.atleast_1d(values[name]).tolist() for name in names))
-    settings = [dict(zip(names, chosen, strict=True)) for chosen in combined]
-    return [Run(method, recipe, one, int(seed), tags) for one in settings for seed in seeds]
+    wanted = []
+    for chosen in combined:
+        given = dict(zip(names, chosen, strict=True))
+        changes = {name: given.pop(name) for name in names if name in fields}
+        how = dataclasses.replace(recipe, **changes) if changes else recipe
+        wanted += [Run(method, how, given, int(seed), tags | changes) for seed in seeds]
+    return wanted
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A row of a comparison: a method, its recipe, and the values to choose from.
+
+    Attributes:
+      method: the method.
+      recipe: the recipe.
+      values: see :func:`grid`.
+      tags: further columns of its runs, which with the method's label identify it.
+    """
+
+    method: Method
+    recipe: Recipe
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def runs(self, seeds: Sequence[int], role: str, values: Any = None) -> list[Run]:
+        """Return the runs of all values; ``values`` replaces some of them."""
+        chosen = {**self.values, **(values or {})}
+        return grid(self.method, self.recipe, chosen, seeds, role=role, **self.tags)
+
+    @property
+    def names(self) -> list[str]:
+        """The columns that its values fill."""
+        runs = self.runs([0], "")
+        return [name for name in self.values if any(name in {**r.settings, **r.tags} for r in runs)]
+
+
+def select_then_report(
+    dataset: Dataset,
+    candidates: Sequence[Candidate],
+    tuning: Sequence[int],
+    evaluation: Sequence[int],
+    store: "Store | None" = None,
+    *,
+    score: Callable[[Columns], float] | None = None,
+    required: bool = True,
+    **options: Any,
+) -> Columns:
+    """Tune every candidate on some seeds and evaluate its best setting on others.
+
+    All candidates with one seed share data, initial parameters and batches, so that differences
+    between them are paired.
+
+    Args:
+      dataset: the data.
+      candidates: what is compared.
+      tuning: seeds of the tuning runs, which try all values; if empty, every candidate must have
+        one setting.
+      evaluation: other seeds.
+      store: see :func:`train`.
+      score: the number that the best setting maximizes, given its runs; by default their mean
+        accuracy.
+      required: raise an error where all settings of a candidate diverged, instead of leaving out
+        its evaluation.
+      **options: further arguments of :func:`train`.
+
+    Returns:
+      One row a run, as from :func:`train`, with a "role": "choose" or "report".
+
+    Raises:
+      CommandError: seeds that are used twice, or a candidate whose settings all diverged.
+    """
+    if set(tuning) & set(evaluation):
+        raise common.CommandError("tuning and evaluation seeds must differ.")
+    tried = [one.runs(tuning, "choose") for one in candidates]
+    found = train(dataset, [run for runs in tried for run in runs], store, **options)
+    chosen, start = list[Run](), 0
+    for candidate, runs in zip(candidates, tried, strict=True):
+        rows = {name: values[start : start + len(runs)] for name, values in found.items()}
+        start += len(runs)
+        setting = best(rows, *candidate.names, score=score) if runs else {}
+        if setting is not None:
+            chosen += candidate.runs(evaluation, "report", setting)
+        elif required:
+            raise common.CommandError(
+                f"{candidate.method.label} diverged with every setting: choose smaller values."
+            )
+    again = train(dataset, chosen, store, **options)
+    return stack(*(part for part in (found, again) if part))
 
 
 class Store:
@@ -257,18 +345,22 @@ def blocks(columns: Mapping[str, Any], *axes: str) -> dict[str, Array]:
     return found
 
 
-def best(columns: Mapping[str, Any], *names: str) -> dict[str, float] | None:
-    """The setting with the best mean accuracy among those where no run diverged.
+def best(
+    columns: Mapping[str, Any], *names: str, score: Callable[[Columns], float] | None = None
+) -> dict[str, float] | None:
+    """Return the setting with the best score among those where no run diverged.
 
     Args:
       columns: the runs of one method.
       names: the columns that make a setting.
+      score: see :func:`select_then_report`.
 
     Returns:
       Its values, of equals the first; None if every setting diverged.
     """
+    score = score or (lambda rows: float(np.mean(rows["accuracy"])))
     sound = [
-        (float(np.mean(rows["accuracy"])), dict(zip(names, values, strict=True)))
+        (score(rows), dict(zip(names, values, strict=True)))
         for values, rows in groups(columns, *names)
         if not np.any(rows["diverged"])
     ]

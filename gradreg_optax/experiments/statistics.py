@@ -1,7 +1,7 @@
 """Means with their errors and paired tests; a run that diverged is NaN and enters none of them."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,26 +55,9 @@ class Difference(NamedTuple):
         return f"{self:+.2f}" + (f" (p = {self.chance})" if self.chance else "")
 
 
-def percent(values: Any, spec: str = ".1f") -> str:
-    """The mean of shares with its error, in percent, and how many runs diverged."""
-    found = estimate(100 * np.asarray(values, float))
-    lost = np.size(values) - found.size
-    return f"{found:{spec}}" + (f" ({lost} of {np.size(values)} diverged)" if lost else "")
-
-
 def points(rows: Mapping[str, Any], over: Mapping[str, Any]) -> Difference:
     """The paired difference of the accuracies of two methods' runs, in points."""
     return paired(100 * rows["accuracy"], 100 * over["accuracy"])
-
-
-def pairs(methods: Mapping[str, Any], wanted: Iterable[tuple[str, str]]) -> list[str]:
-    """The paired difference in points of the first method's runs minus the second's, a line for
-    each pair that is there.
-    """
-    there = [pair for pair in wanted if set(pair) <= set(methods)]
-    gains = {" minus ".join(pair): points(*(methods[label] for label in pair)) for pair in there}
-    width = max(map(len, gains), default=0)
-    return [f"{pair:<{width}}  {gain!s}, {gain.size} seeds" for pair, gain in gains.items()]
 
 
 def estimate(values: Any) -> Estimate:

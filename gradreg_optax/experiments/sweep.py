@@ -7,13 +7,22 @@ changed configuration starts afresh.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gradreg_optax.experiments import common, data, models, plots, runs, statistics, tables
+from gradreg_optax.experiments import common, data, models, plots, runs, statistics
 from gradreg_optax.experiments.common import CommandError
+from gradreg_optax.experiments.report import (
+    HYPERPARAMETERS,
+    Number,
+    Report,
+    Table,
+    pairs,
+    percent,
+)
 from gradreg_optax.experiments.trainer import METHODS, OptimizerName, Recipe
 
 PAIRS = (
@@ -98,18 +107,16 @@ def run(config: Config) -> dict[str, Any]:
     """
     dataset, recipe = data.load(config.dataset, config.data_dir), _recipe(config)
     first = config.seed + config.seeds
-    seeds, fresh = range(config.seed, first), range(first, first + config.report_seeds)
-    store, grids, chosen, report = runs.Store(config.output), _grids(config), [], []
-    for label in config.methods:
-        chosen += runs.grid(METHODS[label], recipe, grids, seeds, role="choose")
-    found = runs.train(dataset, chosen, store, lanes=config.lanes, what="choosing")
-    for label in config.methods:
-        names = METHODS[label].settings
-        setting = runs.best(runs.select(found, method=label), *names)
-        if setting is not None:
-            report += runs.grid(METHODS[label], recipe, grids | setting, fresh, role="report")
-    again = runs.train(dataset, report, store, lanes=config.lanes, what="reporting")
-    table = runs.stack(found, again)
+    table = runs.select_then_report(
+        dataset,
+        [runs.Candidate(METHODS[label], recipe, _grids(config)) for label in config.methods],
+        range(config.seed, first),
+        range(first, first + config.report_seeds),
+        runs.Store(config.output),
+        required=False,
+        lanes=config.lanes,
+        what="sweep",
+    )
     return {"dataset": dataset.name, "recipe": recipe.describe(), "runs": table}
 
 
@@ -119,30 +126,29 @@ def reported(results: dict[str, Any], label: str) -> Any:
     return rows["accuracy"] if len(rows["seed"]) else None
 
 
-def table(results: dict[str, Any]) -> str:
-    """The chosen settings with their accuracy on the report seeds, and the paired differences
-    between methods.
+def table(results: dict[str, Any]) -> Report:
+    """Return the chosen settings with their accuracy on the evaluation seeds, and paired
+    differences between methods.
     """
     choose, report = (runs.select(results["runs"], role=role) for role in ("choose", "report"))
-    names = [name for name in ("gamma", "epsilon", "rho", "level", "strength") if name in choose]
-    head = ["method", *names, "gradients", "test accuracy %", "diverged"]
-    rows, reports = [], {}
+    reports, rows = runs.by(report, "method"), []
+    names = [name for name in HYPERPARAMETERS if name in choose and name != "interval"]
     for label, tried in runs.by(choose, "method").items():
-        found = runs.select(report, method=label)
-        shown, values = "every setting diverged", [""] * len(names)
-        if len(found["seed"]):
-            reports[label] = found
-            shown = statistics.percent(found["accuracy"], ".2f")
-            values = [f"{found[name][0]:g}".replace("nan", "") for name in names]
+        cells = [label, *[""] * len(names), Number(tried["gradients"][0]), "every setting diverged"]
+        if label in reports:
+            found = reports[label]
+            cells[1:] = [Number(float(found[name][0])) for name in names]
+            cells += [Number(found["gradients"][0]), percent(spec=".2f")(found)]
         lost = f"{np.sum(tried['diverged']):g}/{len(tried['seed'])}"
-        rows.append([label, *values, f"{tried['gradients'][0]:g}", shown, lost])
+        rows.append([*cells, lost])
     numbers = [len(set(part["seed"])) for part in (choose, report)]
-    title = f"{results['dataset']}: settings chosen on {numbers[0]} seeds, reported on {numbers[1]}"
-    lines = [f"{title} others", tables.aligned(head, rows), ""]
-    return "\n".join([*lines, *statistics.pairs(reports, PAIRS)])
+    title = f"{results['dataset']}: tuned on {numbers[0]} seeds, evaluated on {numbers[1]} others"
+    head = ["method", *names, "gradients", "test accuracy %", "diverged"]
+    note = "Means ± standard errors over the evaluation seeds; p: paired t-test."
+    return Report(Table(title, head, rows), "", pairs(reports, PAIRS), "", note)
 
 
-def plot(results: dict[str, Any], output: Path) -> list[Path]:
+def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
     """Draws sweep.png: mean accuracy over gamma and the signed ascent step, and the chosen settings
     on the report seeds.
     """
@@ -152,7 +158,7 @@ def plot(results: dict[str, Any], output: Path) -> list[Path]:
     if len(report["seed"]):
         plots.seeds(right, runs.by(report, "method"))
     right.set(title=f"chosen setting on {len(set(report['seed']))} other seeds")
-    return plots.save(made, output, "sweep")
+    return plots.save(made, output / "sweep", formats)
 
 
 def _grids(config: Config) -> dict[str, Any]:

@@ -33,10 +33,3 @@ def test_one_seed_has_no_p():
     assert str(alone) == "+2.00"
     found = statistics.paired([3.0, 5.0, 4.0], [1.0, 1.0, 1.0])
     assert str(found) == f"{found}" == "+3.00 ± 0.58 (p = 0.04)"
-    assert statistics.pairs(
-        {"A": {"accuracy": np.array([0.5])}, "B": {"accuracy": np.array([0.4])}}, [("A", "B")]
-    ) == ["A minus B  +10.00, 1 seeds"]
-
-
-def test_a_diverged_run_is_named_and_not_averaged():
-    assert statistics.percent([0.5, 0.7, np.nan]) == "60.0 ± 10.0 (1 of 3 diverged)"

@@ -81,8 +81,8 @@ def test_the_best_sound_setting_is_chosen_on_some_seeds_and_reported_on_others(t
     )
     assert len(runs.select(choose, method="F-GR")["seed"]) == 4 * 3
     text = sweep.table(found)
-    assert "F-GR minus SGD   +19.90 ± 0.00" in text
-    assert "F-GR minus SAM   +19.90 ± 0.00" in text
+    assert "F-GR minus SGD     +19.90 ± 0.00" in text
+    assert "F-GR minus SAM     +19.90 ± 0.00" in text
     assert [path.name for path in sweep.plot(found, tmp_path)] == ["sweep.png"]
 
 

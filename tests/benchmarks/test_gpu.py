@@ -1,0 +1,45 @@
+"""The GPU benchmark runs at toy size on a CPU and writes what it measured."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import gpu, networks
+
+
+@pytest.mark.slow
+def test_toy_run_has_times_of_every_method_in_both_precisions_and_a_sweep(tmp_path, capsys):
+    gpu.main(gpu.Config(output=tmp_path, size="toy", rounds=2))
+    document = json.loads((tmp_path / "gpu.json").read_text())
+    assert set(document["steps"]) == {
+        f"{name}, {dtype}" for name in gpu.SIZES["toy"] for dtype in ("float32", "bfloat16")
+    }
+    for found in document["steps"].values():
+        assert set(found["methods"]) == set(gpu.METHODS)
+        assert not found["failed"]
+        assert all(
+            len(row["seconds"]) == 2 and row["flops"] > 0 for row in found["methods"].values()
+        )
+    assert set(document["sweep"]["runs"]["method"]) == set(gpu.GRID["methods"])
+    assert "tuned on 1 seeds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", gpu.SIZES["toy"])
+def test_bfloat16_computes_in_bfloat16_and_returns_gradients_in_float32(name):
+    problem = gpu.BUILDERS[name]("bfloat16", gpu.SIZES["toy"][name])
+    gradient = jax.eval_shape(jax.grad(problem.loss_fn), problem.params, problem.batch)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+    text = jax.jit(problem.loss_fn).lower(problem.params, problem.batch).as_text()
+    products = [
+        line for line in text.splitlines() if "dot_general" in line or "convolution(" in line
+    ]
+    assert products
+    assert all("bf16" in line for line in products)
+
+
+def test_the_sizes_of_the_cpu_benchmark_are_those_of_its_table():
+    for name, shape in networks.SHAPES.items():
+        problem = networks.problem(name)
+        assert jax.tree.leaves(problem.batch)[0].shape[0] == shape[0]
