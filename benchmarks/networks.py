@@ -106,7 +106,7 @@ def _transformer(width: int, layers: int, heads: int = 4) -> Model:
 
     def apply(params: Any, tokens: jax.Array) -> jax.Array:
         length = tokens.shape[1]
-        x = params["embed"][tokens] + params["position"][:length]
+        x = params["embed"][tokens] + params["position"][None, :length]
         for block in params["blocks"]:
             x = x + _attention(_layer_norm(x) @ block["qkv"], heads) @ block["out"]
             x = x + jax.nn.gelu(_layer_norm(x) @ block["up"]) @ block["down"]
@@ -122,7 +122,7 @@ def _attention(qkv: jax.Array, heads: int) -> jax.Array:
     )
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(width // heads)
     causal = jnp.tril(jnp.ones((length, length), bool))
-    weights = jax.nn.softmax(jnp.where(causal, scores, -1e9), axis=-1)
+    weights = jax.nn.softmax(jnp.where(causal[None, None], scores, -1e9), axis=-1)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, length, width)
 
 
