@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gradreg_optax import (
@@ -92,7 +92,6 @@ def convolutions(draw: st.DrawFn) -> tuple[Callable[..., jax.Array], tuple[jax.A
     ), operands
 
 
-@settings(max_examples=12)
 @given(convolutions())
 def test_values_and_derivatives_are_those_of_the_convolution(case: Any) -> None:
     with jax.enable_x64(True):

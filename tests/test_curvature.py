@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
@@ -98,7 +98,6 @@ def test_the_iteration_survives_spectra_that_exhaust_the_krylov_space(name, wide
         assert residual <= rounding
 
 
-@settings(max_examples=10)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_an_eigenvalue_lies_within_the_residual_and_none_is_overestimated(seed):
     with jax.enable_x64(True):

@@ -29,6 +29,7 @@ def test_policy_gradient_compares_three_methods_on_fresh_seeds():
     assert "On fresh seeds, 2 to 3" in out
 
 
+@pytest.mark.slow
 def test_language_model_resumes_and_reports_pairs(tmp_path):
     pytest.importorskip("flax")
     pytest.importorskip("orbax.checkpoint")

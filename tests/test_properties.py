@@ -35,7 +35,7 @@ from gradreg_optax import (
     sam,
 )
 
-CASES = int(os.environ.get("GRADREG_CASES", "60")) // 6  # over six theorems
+CASES = int(os.environ.get("GRADREG_CASES", "30")) // 6  # over six theorems
 MODES = [mode for mode in os.environ.get("GRADREG_MODE", "").split(",") if mode]
 cases = hypothesis.settings(max_examples=max(CASES, 1))
 SIZE = 4  # of a batch

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gradreg_optax import (
@@ -67,7 +67,6 @@ def train(
 
 
 @pytest.mark.usefixtures("x64")
-@settings(max_examples=10)
 @given(
     seed=st.integers(0, 99),
     dim=st.integers(1, 5),
@@ -289,7 +288,6 @@ def test_a_gap_within_its_noise_asks_for_nothing() -> None:
     assert np.mean(found > 0) < 0.02
 
 
-@settings(max_examples=20)
 @given(
     seed=st.integers(0, 99),
     size=st.floats(1e-3, 1e2),
@@ -355,7 +353,6 @@ def test_a_loss_that_is_not_finite_changes_nothing(lost: float) -> None:
     assert before == after
 
 
-@settings(max_examples=50)
 @given(
     st.lists(st.sampled_from([-1e3, 0.0, 0.1, 2.3, 1e3, np.inf, np.nan]), min_size=8, max_size=8)
 )

@@ -120,6 +120,7 @@ MODES = {
     "no jit": lambda: jax.disable_jit(),
     "x64 switched on late": lambda: jax.enable_x64(True),
 }
+TOGETHER = ("promotion", "nans", "infs", "leaks")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -145,16 +146,25 @@ def expected(compiled):
     return {name: use() for name, use in USES.items()}
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_every_use_gives_the_same_numbers_in_every_strict_mode(expected, mode):
+@pytest.mark.parametrize(
+    "modes",
+    [
+        pytest.param(TOGETHER, id="together"),
+        *(pytest.param((mode,), id=mode, marks=pytest.mark.slow) for mode in TOGETHER),
+        *(pytest.param((mode,), id=mode) for mode in MODES if mode not in TOGETHER),
+    ],
+)
+def test_every_use_gives_the_same_numbers_in_every_strict_mode(expected, modes):
+    late = "x64 switched on late" in modes
     for name, use in USES.items():
-        if mode == "x64 switched on late" and name in ("self-tuned", "trace"):
+        if late and name in ("self-tuned", "trace"):
             continue  # a state of default floats, and other random signs
         with contextlib.ExitStack() as stack:
-            stack.enter_context(MODES[mode]())
+            for mode in modes:
+                stack.enter_context(MODES[mode]())
             found = use()
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected[name]), strict=True):
             # float32, one gradient divided by epsilon, summed in another order
-            np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5, err_msg=f"{name}, {mode}")
-            if mode != "x64 switched on late":
+            np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5, err_msg=f"{name}, {modes}")
+            if not late:
                 assert jnp.asarray(a).dtype == jnp.asarray(b).dtype

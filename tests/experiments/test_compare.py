@@ -124,6 +124,7 @@ def both(tmp_path_factory):
         )
 
 
+@pytest.mark.slow
 def test_each_data_set_is_compared_with_itself_and_a_dear_one_on_half_of_the_seeds(both, tmp_path):
     seeds = {name: set(part["seed"]) for (name,), part in runs.groups(both["runs"], "dataset")}
     assert seeds == {"digits": {0, 1, 2, 3}, "mnist1d": {0, 1}}
@@ -133,6 +134,7 @@ def test_each_data_set_is_compared_with_itself_and_a_dear_one_on_half_of_the_see
     assert compare.plot(both, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_lazy_penalty_is_counted_over_its_steps(both):
     """A quarter of the batch on every fourth step costs 1 + 2 (1/4) / 4 gradients, and so it does
     in operations, but for the few of the optimizer."""

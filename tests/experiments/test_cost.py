@@ -41,6 +41,7 @@ def test_the_noise_covers_the_true_median_nineteen_times_in_twenty():
     assert np.mean([r.noise for r in found]) == pytest.approx(expected, rel=0.3)
 
 
+@pytest.mark.slow
 def test_an_mlp_of_equal_layers_costs_three_matrix_products_per_layer(tmp_path, monkeypatch):
     kept = ("SGD", "F-GR", "DB forward-over-reverse", "DB reverse-over-reverse")
     monkeypatch.setattr(

@@ -84,6 +84,7 @@ def relative(found, expected):
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
+@pytest.mark.slow
 def test_two_processes_and_one_end_at_the_same_parameters(example, two_processes, tmp_path, capsys):
     folder, printed = two_processes
     alone = trained_here(example, tmp_path)
@@ -97,6 +98,7 @@ def test_two_processes_and_one_end_at_the_same_parameters(example, two_processes
     ]
 
 
+@pytest.mark.slow
 def test_one_process_resumes_what_two_have_begun(example, two_processes, tmp_path, capsys):
     folder, _ = two_processes
     shutil.copytree(folder / "6", tmp_path / "6")

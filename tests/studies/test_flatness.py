@@ -135,6 +135,7 @@ def test_without_noise_and_without_a_step_nothing_changes(measured):
     assert found["accuracy_noise_3"] < found["accuracy"] - 0.2
 
 
+@pytest.mark.slow
 def test_noise_is_as_large_as_it_says_in_deviations_of_the_inputs():
     problem = copy.copy(trainer.problem(DIGITS, Recipe(width=4)))
     seen, apply = [], problem.model.apply

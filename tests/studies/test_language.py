@@ -159,6 +159,7 @@ def test_more_steps_than_the_text_lasts_for_are_refused():
         language.Config(width=6)
 
 
+@pytest.mark.slow
 def test_the_training_loss_is_that_of_as_many_samples_as_are_wanted():
     dataset, seeds = corpus.source_code(8, packages=True), jnp.arange(1, dtype=jnp.uint32)
     recipe = language._recipe(language.Config(**TINY), dataset)

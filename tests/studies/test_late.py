@@ -64,6 +64,7 @@ def way(label, share):
     return next(one for one in late._ways(recipe, (share,)) if one.method.label == label), recipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("label", "due"),
     [

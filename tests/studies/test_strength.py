@@ -88,6 +88,7 @@ def test_what_is_kept_is_the_share_of_the_best_gain():
     assert cell.gain(columns(np.nan, 0.7)).mean == pytest.approx((-50 + 10) / 2)  # nan: diverged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fraction", "lazy"), [(1.0, 1 + 4 / 3 / 4), (0.25, 1 + (1 / 2 + 1 / 3) / 4)]
 )
@@ -103,6 +104,7 @@ def test_the_price_of_self_tuning_is_an_evaluation_of_held_out_samples(fraction,
     assert tuned - plain == pytest.approx(1 / 3, abs=0.06)
 
 
+@pytest.mark.slow
 def test_what_is_held_out_is_not_trained_on():
     recipe = Recipe(train_size=40, held_out=8, batch_size=8, width=4, steps=9, eigenvalue=False)
     dataset = data.load("digits")
@@ -126,6 +128,7 @@ def test_source_code_continues_itself():
         assert 0 <= x.min() <= x.max() < text.classes
 
 
+@pytest.mark.slow
 def test_the_transformer_does_not_look_ahead():
     network = corpus.transformer(11, 8, width=8)
     tokens = jnp.arange(8)[None] % 11
