@@ -135,11 +135,19 @@ def _config(program: Program, command: str, arguments: Sequence[str]) -> Any:
 
     called = f"{program.name} {command}"
     text = f"{summary}\n\nTakes about {duration}.\n\nExample: {called} {example}"
+    options = tyro.cli(_unchecked(module.Config), prog=called, description=text, args=arguments)
     try:
-        return tyro.cli(module.Config, prog=called, description=text, args=list(arguments))
+        return module.Config(**vars(options))
     except CommandError as error:
         print(f"{called}: {error} See {called} --help.", file=sys.stderr)
         sys.exit(2)
+
+
+def _unchecked(config: Any) -> Any:
+    """Return a subclass without validation, whose errors tyro would print with the class's name."""
+    return type(
+        "Options", (config,), {"__post_init__": lambda self: None, "__doc__": config.__doc__}
+    )
 
 
 def execute(program: Program, command: str, config: Any) -> None:

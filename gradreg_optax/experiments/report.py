@@ -76,8 +76,9 @@ class Table(NamedTuple):
             record: dict[str, Any] = {"table": self.title}
             for name, cell in zip(self.head, row, strict=True):
                 value = cell.value if isinstance(cell, Number) else cell
-                record[name] = getattr(value, "mean", value)
-                if hasattr(value, "error"):
+                estimated = isinstance(value, (statistics.Estimate, statistics.Difference))
+                record[name] = value.mean if estimated else value
+                if estimated:
                     record[f"{name} (standard error)"] = value.error
                 if isinstance(cell, Number) and cell.note:
                     record[f"{name} (note)"] = cell.note.strip()

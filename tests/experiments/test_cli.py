@@ -1,5 +1,6 @@
 """Command lines of ``gradreg`` and ``python -m studies``."""
 
+import csv
 import dataclasses
 import importlib.metadata
 import json
@@ -181,6 +182,18 @@ def test_a_figure_is_redrawn_without_the_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "sweep.png").unlink()
     error = refused("cost", "--redraw", "--output", str(tmp_path))
     assert "holds results of 'gradreg sweep', not of 'cost'" in error
+
+
+@pytest.mark.parametrize("command", PROGRAM.commands)
+def test_every_command_writes_its_figures_in_each_format_and_its_tables_as_csv(command, tmp_path):
+    name = {"sweep": "sweep_digits_others"}.get(command, command.replace("-", "_"))
+    shutil.copy(ROOT / "notebooks/results" / name / "results.json", tmp_path)
+    run(command, "--redraw", "--output", str(tmp_path), "--format", "svg", "pdf")
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv", ".svg", ".pdf"}
+    table = PROGRAM.module(command).table(results.load(tmp_path, command))
+    rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    assert len(rows) == sum(len(part.rows) for part in table.tables)
+    assert not [value for row in rows for value in row.values() if "object at" in value]
 
 
 @every_command
