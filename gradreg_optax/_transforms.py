@@ -1,9 +1,9 @@
 """Optax transformations: gradient regularization in a chain.
 
 The loss is ``loss_fn`` given at construction, with its further arguments picked by name from
-``update``'s extra arguments, or Optax's ``value_fn=``. By default the incoming updates are taken
-for the gradient of that loss, so that these transformations come first in a chain. With
-``reuse_updates=False`` they evaluate the gradient and add the penalty to the incoming updates.
+``update``'s extra arguments, or Optax's ``value_fn=``. By default the incoming updates must be the
+gradient of that loss, so these transformations come first in a chain. With ``reuse_updates=False``
+they evaluate the gradient themselves and add the penalty to the incoming updates.
 """
 
 from __future__ import annotations
@@ -53,10 +53,9 @@ class GradregState(NamedTuple):
     """State of every transformation with a fixed strength.
 
     Attributes:
-      step: number of updates so far, skipped ones included; shape (), int32. Schedules, ``start``
-        and ``interval`` go by it.
-      ascent: the state of an ``ascent`` that is an Optax transformation; without one it has no
-        leaves.
+      step: number of updates so far, including those without a penalty; shape (), int32. Schedules,
+        ``start`` and ``interval`` use it.
+      ascent: the state of an ``ascent`` that is an Optax transformation; otherwise without leaves.
     """
 
     step: jax.Array
@@ -77,9 +76,9 @@ def fd_gradreg(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gradient regularization by a finite difference (F-GR, B-GR, C-GR).
 
-    Turns the gradient :math:`g = \nabla L(\theta)` into an estimate of the gradient of
-    :math:`L(\theta) + \tfrac{\gamma}{2}\|\nabla L(\theta)\|^2`, with :math:`d = g` or the direction
-    that ``ascent`` makes of it:
+    Replaces the gradient :math:`g = \nabla L(\theta)` by an estimate of the gradient of
+    :math:`L(\theta) + \tfrac{\gamma}{2}\|\nabla L(\theta)\|^2`. The parameters are perturbed along
+    :math:`d`, which is :math:`g` or the direction that ``ascent`` computes from it:
 
     ========  =====================================================================  ====  =====
     scheme    result                                                                 cost  error
@@ -89,32 +88,34 @@ def fd_gradreg(
     central   the mean of these two                                                  2     O(ε²)
     ========  =====================================================================  ====  =====
 
-    The cost is in gradient evaluations beyond :math:`g` itself; one more with
-    ``reuse_updates=False``, and none on the updates that ``interval`` skips (a ``lax.cond``, which
-    a ``vmap`` over the step counter turns into a select that computes both).
+    Cost:
+      The gradient evaluations of the table in addition to :math:`g`, and one more with
+      ``reuse_updates=False``. Updates without a penalty (``interval``, ``start``) evaluate no
+      gradient. They are skipped by ``lax.cond``, so a ``vmap`` over the step counter evaluates both
+      branches.
 
     Args:
-      loss_fn: ``loss_fn(params, ...)``, a real scalar (or ``(scalar, aux)`` with ``has_aux``); its
-        further arguments are picked by name from ``update``'s extra arguments. Without it
-        ``update`` needs ``value_fn=``, the loss as a function of the parameters.
+      loss_fn: ``loss_fn(params, ...)``, which returns a real scalar, or ``(scalar, aux)`` with
+        ``has_aux``. Its further arguments are picked by name from ``update``'s extra arguments.
+        Without ``loss_fn``, pass ``value_fn=``, the loss as a function of the parameters, to
+        ``update``.
       gamma: the regularization coefficient :math:`\gamma \ge 0`, in units of 1 / curvature; a
-        number or a schedule of the transformation's own step counter.
+        number or a schedule of the transformation's step counter.
       epsilon: the ascent step :math:`\epsilon > 0`, in the same units; a number or a schedule. A
-        traced or scheduled negative one is the backward difference; at zero there is no correction.
+        negative traced or scheduled value gives the backward difference, and zero no correction.
       scheme: "forward" (the paper's choice), "backward" or "central".
-      ascent: the direction :math:`d`: a function ``(gradient, params) -> direction``, such as
-        ``normalized``, ``adaptive`` or ``masked(mask)``, or an Optax transformation of the gradient
-        (momentum, ``scale_by_rms``, ``clip_by_global_norm``, ``add_noise``), whose state advances
-        on the updates that take the penalty; by default the gradient itself. Of complex parameters
-        it receives the direction of steepest ascent, the conjugate of JAX's gradient.
+      ascent: the direction :math:`d`; by default the gradient. Either a function ``(gradient,
+        params) -> direction``, such as ``normalized``, ``adaptive`` or ``masked(mask)``, or an
+        Optax transformation of the gradient (momentum, ``scale_by_rms``, ``clip_by_global_norm``,
+        ``add_noise``), whose state advances on the updates that apply the penalty. For complex
+        parameters it receives the direction of steepest ascent, the conjugate of JAX's gradient.
       interval: apply the penalty on every ``interval``-th update, the first included, with
         ``gamma * interval``; a whole number up to 2**31 - 1, the range of the counter.
-      start: apply it from this update on, from where ``interval`` counts; nothing is evaluated
-        before.
-      reuse_updates: take the incoming updates for :math:`g`. With False :math:`g` is evaluated
-        here, and the penalty is added to the incoming updates: after clipping, on another batch,
-        with accumulated gradients. A keyword ``reuse_updates=`` of ``update`` overrides this for
-        one call.
+      start: apply the penalty from this update on; ``interval`` counts from here.
+      reuse_updates: whether the incoming updates are :math:`g`. With False the transformation
+        evaluates :math:`g` and adds the penalty to the incoming updates: for a penalty after
+        clipping, on another batch, or with accumulated gradients. The keyword ``reuse_updates=`` of
+        ``update`` overrides this for one call.
       has_aux: whether ``loss_fn`` returns ``(value, aux)``; ``value_fn`` always returns the value
         alone.
 
@@ -123,10 +124,10 @@ def fd_gradreg(
       dtypes; the difference is formed in float32 or wider.
 
     Raises:
-      ValueError: gamma < 0, epsilon <= 0, interval < 1 (where concrete), an unknown scheme; at
-        ``update`` no parameters, no loss, or parameters hidden by ``optax.masked``.
-      TypeError: a loss that is not a real scalar, a required argument of the loss that was not
-        passed, a wrong ``has_aux``.
+      ValueError: gamma < 0, epsilon <= 0 or interval < 1 (if concrete); an unknown scheme; at
+        ``update``, missing parameters, a missing loss, or parameters hidden by ``optax.masked``.
+      TypeError: a loss that is not a real scalar, a missing argument of the loss, or a wrong
+        ``has_aux``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -166,30 +167,32 @@ def dbp_gradreg(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gradient regularization by double backpropagation (DB), exact.
 
-    Turns :math:`g = \nabla L(\theta)` into :math:`g + \gamma H d` with :math:`d = g` or what
-    ``ascent`` makes of it; for the default this is the gradient of
+    Replaces :math:`g = \nabla L(\theta)` by :math:`g + \gamma H d`, where :math:`d` is :math:`g` or
+    the direction that ``ascent`` computes from it. Without ``ascent`` the result is the gradient of
     :math:`L(\theta) + \tfrac{\gamma}{2}\|\nabla L(\theta)\|^2`.
 
-    Cost: one Hessian-vector product, about two gradients beyond :math:`g`; its primal half is
-    shared with :math:`g` where both stand under one ``jit``.
+    Cost:
+      One Hessian-vector product, about two gradients in addition to :math:`g`. Under one ``jit``
+      its primal half is shared with :math:`g`.
 
     Args:
       loss_fn: as for :func:`fd_gradreg`.
-      gamma: the regularization coefficient :math:`\gamma \ge 0`, a number or a schedule.
+      gamma: the regularization coefficient :math:`\gamma \ge 0`, in units of 1 / curvature; a
+        number or a schedule.
       mode: "forward_over_reverse" (``jvp`` of ``grad``), or "reverse_over_reverse", the literal
         double backpropagation, for functions without a forward-mode rule.
       ascent: as for :func:`fd_gradreg`.
       interval: as for :func:`fd_gradreg`.
       start: as for :func:`fd_gradreg`.
-      reuse_updates: as for :func:`fd_gradreg`. The product is linear in :math:`d`, so after
-        clipping it stays sane either way.
+      reuse_updates: as for :func:`fd_gradreg`. The product is linear in :math:`d`, so with clipped
+        incoming updates the correction is scaled as they are.
       has_aux: as for :func:`fd_gradreg`.
 
     Returns:
       A transformation with state :class:`GradregState`.
 
     Raises:
-      ValueError: gamma < 0, interval < 1 (where concrete), an unknown mode; at ``update`` as for
+      ValueError: gamma < 0 or interval < 1 (if concrete); an unknown mode; at ``update`` as for
         :func:`fd_gradreg`.
       TypeError: a loss whose gradient JAX cannot differentiate; otherwise as for
         :func:`fd_gradreg`.
@@ -225,31 +228,31 @@ def dbp_gradreg(
 def flooding(
     loss_fn: LossFn | None = None, *, level: ScalarOrSchedule, has_aux: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Flooding: descends above the flood level and ascends below it.
+    r"""Flooding: gradient descent above the flood level, gradient ascent below it.
 
-    Multiplies the updates by :math:`\operatorname{sign}(L(\theta) - b)`, which makes them the
-    gradient of :math:`|L(\theta) - b| + b`. One ascent step followed by one descent step of plain
-    SGD on the same batch is a regularized step: with step size :math:`\eta` they move
-    :math:`\theta` by :math:`-\eta^2 (\nabla L(\theta + \eta g) - g)/\eta`, F-GR's correction with
-    :math:`\epsilon = \eta`; descent followed by ascent is B-GR's. That does not hold for different
-    batches, or with momentum.
+    Multiplies the updates by :math:`\operatorname{sign}(L(\theta) - b)`. The result is the gradient
+    of :math:`|L(\theta) - b| + b`. For plain SGD on one batch, an ascent step and the descent step
+    after it are together a step of gradient regularization: with step size :math:`\eta` they move
+    :math:`\theta` by :math:`-\eta^2 (\nabla L(\theta + \eta g) - g)/\eta`, which is F-GR's
+    correction with :math:`\epsilon = \eta`. Descent followed by ascent gives B-GR's. With different
+    batches or with momentum this identity does not hold.
 
-    Cost: no gradient; one evaluation of the loss if ``update`` is not given ``value=``, none
-      otherwise.
+    Cost:
+      No gradient. Without ``value=`` in ``update``, one evaluation of the loss.
 
     Args:
-      loss_fn: as for :func:`fd_gradreg`; not needed where ``update`` is given ``value=``, the loss
-        at the parameters.
+      loss_fn: as for :func:`fd_gradreg`. It is not needed if ``update`` receives ``value=``, the
+        loss at the parameters.
       level: the flood level :math:`b`, in units of the loss; a number or a schedule of the
-        transformation's own step counter.
+        transformation's step counter.
       has_aux: whether ``loss_fn`` returns ``(value, aux)``.
 
     Returns:
       A transformation with state :class:`GradregState`.
 
     Raises:
-      ValueError: at ``update`` neither ``value=`` nor a loss.
-      TypeError: a level or a loss that is not a real scalar, or updates that are integers.
+      ValueError: at ``update``, neither ``value=`` nor a loss.
+      TypeError: a level or a loss that is not a real scalar, or integer updates.
 
     Example:
       >>> import jax.numpy as jnp
@@ -272,8 +275,8 @@ def flooding(
         value = extra.get("value")
         if value is None and loss_fn is None and extra.get("value_fn") is None:
             raise ValueError(
-                "flooding: has no loss: pass update(grads, state, params, value=loss), value_fn=,"
-                " or flooding(loss_fn, ...)."
+                "flooding: update needs the loss, got neither value= nor value_fn=. Call"
+                " update(grads, state, params, value=loss), or write flooding(loss_fn, ...)."
             )
         if value is None:
             value = bind(params, extra)(params)
@@ -282,7 +285,7 @@ def flooding(
         flooded = jax.tree.map(lambda u: cast(scale(sign, jnp.asarray(u)), u), updates)
         return flooded, state._replace(step=advanced(state.step))
 
-    # Needs no parameters where update is given value=, so that optax.masked may stand around it.
+    # With value= the update needs no parameters, so optax.masked(flooding(...), mask) works.
     return optax.GradientTransformationExtraArgs(lambda params: _initial_state(), update)
 
 
@@ -295,19 +298,21 @@ def sam(
     reuse_updates: bool = True,
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Sharpness-aware minimization: the gradient at the worst point nearby.
+    r"""Sharpness-aware minimization (SAM): the gradient at the perturbed parameters.
 
-    Turns :math:`g` into :math:`\nabla L(\theta + \rho\, g/\|g\|)`. It is :func:`fd_gradreg` along
-    :func:`normalized` with :math:`\gamma = \epsilon = \rho`, where :math:`g` drops out of the
-    result. A zero gradient stays zero. With ``interval`` = k the difference to :math:`g` is taken
-    on every k-th update and weighted by k.
+    Replaces :math:`g` by :math:`\nabla L(\theta + \rho\, g/\|g\|)`. It is :func:`fd_gradreg` along
+    :func:`normalized` with :math:`\gamma = \epsilon = \rho`, for which :math:`g` cancels. A zero
+    gradient stays zero. With ``interval`` = k, every k-th update is
+    :math:`g + k(\nabla L(\theta + \rho\, g/\|g\|) - g)`.
 
-    Cost: one gradient beyond :math:`g`; the memory of one.
+    Cost:
+      One gradient in addition to :math:`g`. Without ``interval`` only one gradient is in memory at
+      a time.
 
     Args:
       loss_fn: as for :func:`fd_gradreg`.
-      rho: the radius :math:`\rho \ge 0`, in units of the parameters; a number or a schedule. With
-        zero the result is the gradient itself.
+      rho: the radius :math:`\rho \ge 0`, in units of the parameters; a number or a schedule. Zero
+        gives the plain gradient.
       interval: as for :func:`fd_gradreg`.
       start: as for :func:`fd_gradreg`.
       reuse_updates: as for :func:`fd_gradreg`.
@@ -325,7 +330,7 @@ def sam(
       >>> loss, params = lambda params: jnp.sum(params**2) / 2, jnp.array([3.0, 4.0])
       >>> tx = sam(rho=0.5)
       >>> updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params, value_fn=loss)
-      >>> print(updates)  # params + 0.5 * [.6, .8]
+      >>> print(updates)  # params + 0.5 * [0.6, 0.8]
       [3.3 4.4]
 
     References:
@@ -348,17 +353,18 @@ def asam(
     reuse_updates: bool = True,
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adaptive SAM, which does not depend on how layers are scaled.
+    r"""Adaptive SAM (ASAM), which is invariant to a rescaling of layers.
 
-    Turns :math:`g` into :math:`\nabla L(\theta + \rho\, \theta^2 g / \||\theta| g\|)`.
+    Replaces :math:`g` by :math:`\nabla L(\theta + \rho\, \theta^2 g / \||\theta| g\|)`.
     It is :func:`fd_gradreg` along :func:`adaptive` with :math:`\gamma = \epsilon = \rho`.
 
-    Cost: one gradient beyond :math:`g`.
+    Cost:
+      One gradient in addition to :math:`g`.
 
     Args:
       loss_fn: as for :func:`fd_gradreg`.
-      rho: the radius :math:`\rho \ge 0`, relative to the parameters; a number or a schedule. With
-        zero the result is the gradient itself.
+      rho: the radius :math:`\rho \ge 0`, relative to the parameters; a number or a schedule. Zero
+        gives the plain gradient.
       interval: as for :func:`fd_gradreg`.
       start: as for :func:`fd_gradreg`.
       reuse_updates: as for :func:`fd_gradreg`.
@@ -401,19 +407,20 @@ def gradient_norm_penalty(
     reuse_updates: bool = True,
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Penalty on the plain norm (GNP), by a finite difference along the unit gradient.
+    r"""Penalty on the gradient norm, not squared (GNP), by a finite difference.
 
     Estimates the gradient of :math:`L(\theta) + \gamma \|\nabla L(\theta)\|`. It is
-    :func:`fd_gradreg` along :func:`normalized`, with the forward scheme
-    :math:`g + \frac{\gamma}{\epsilon}(\nabla L(\theta + \epsilon g/\|g\|) - g)`; with
-    :math:`\gamma = \epsilon` it is :func:`sam`.
+    :func:`fd_gradreg` along :func:`normalized`. With the forward scheme the result is
+    :math:`g + \frac{\gamma}{\epsilon}(\nabla L(\theta + \epsilon g/\|g\|) - g)`, which is
+    :func:`sam` for :math:`\gamma = \epsilon`.
 
-    Cost: as for :func:`fd_gradreg`.
+    Cost:
+      As for :func:`fd_gradreg`.
 
     Args:
       loss_fn: as for :func:`fd_gradreg`.
-      gamma: the weight of the norm :math:`\gamma \ge 0`, in units of the parameters; a number or a
-        schedule.
+      gamma: the coefficient of the norm :math:`\gamma \ge 0`, in units of the parameters; a number
+        or a schedule.
       epsilon: the length of the ascent step :math:`\epsilon > 0`, in units of the parameters; a
         number or a schedule.
       scheme: "forward", "backward" or "central".
@@ -452,19 +459,19 @@ def gradient_norm_penalty(
 
 
 class Schedule(NamedTuple):
-    """The updates that take a penalty: ``start``, and every ``interval``-th from there on."""
+    """The updates that apply the penalty: ``start``, and every ``interval``-th after it."""
 
     interval: Any
     start: Any
 
     @classmethod
     def of(cls, caller: str, interval: Any, start: Any) -> Schedule:
-        """Validates both."""
+        """Validate both numbers."""
         return cls(whole_number(caller, "interval", interval), whole_number(caller, "start", start))
 
     @property
     def always(self) -> bool:
-        """Whether every update takes the penalty, known at trace time."""
+        """Whether every update applies the penalty, known at trace time."""
         return self._every_update and self._from_the_first
 
     @property
@@ -476,13 +483,13 @@ class Schedule(NamedTuple):
         return isinstance(self.start, int) and self.start == 0
 
     def due(self, step: jax.Array) -> jax.Array:
-        """Whether the update at ``step`` takes the penalty."""
+        """Whether the update at ``step`` applies the penalty."""
         interval, start = (jnp.asarray(n, step.dtype) for n in self)
         due: jax.Array = (step - start) % interval == 0
         return due if self._from_the_first else due & (step >= start)
 
     def times_interval(self, gamma: jax.Array) -> jax.Array:
-        """``gamma * interval``, so that the average over the updates is that of ``gamma``."""
+        """Return ``gamma * interval``, so that the average over all updates is ``gamma``."""
         if self._every_update:
             return gamma
         interval = jnp.asarray(self.interval, gamma.dtype)
@@ -491,12 +498,12 @@ class Schedule(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What a penalty is evaluated with.
+    """The inputs of a penalty at one update.
 
     Attributes:
       grad_fn: ``params -> (gradient, aux)``.
       params: the parameters.
-      gamma: the coefficient of this update, times the interval.
+      gamma: the coefficient of this update, multiplied by the interval.
       reuse_updates: whether the incoming updates are the gradient.
       extra_args: the extra arguments of ``update``.
     """
@@ -508,11 +515,11 @@ class Evaluation(NamedTuple):
     extra_args: Mapping[str, Any]
 
     def gradient(self, updates: PyTree) -> PyTree:
-        """The gradient where the incoming updates are it; None where it must be evaluated."""
+        """Return the updates if they are the gradient, and None if it must be evaluated."""
         return updates if self.reuse_updates else None
 
     def climb(self, tx: optax.GradientTransformation, state: optax.OptState) -> Climb:
-        """The direction of ascent as a function of the gradient."""
+        """Return the ascent direction as a function of the gradient."""
         return lambda gradient: tx.update(gradient, state, self.params)
 
 
@@ -520,12 +527,13 @@ Penalised: TypeAlias = tuple[PyTree, Any]  # updates, state
 
 
 class Penalty(NamedTuple):
-    """What a transformation does on the updates that take the penalty.
+    """A penalty, without its schedule.
 
     Attributes:
       init: ``params -> state``, a NamedTuple with a counter called ``step``.
       gamma_at: the coefficient at a step, evaluated on every update.
-      penalize: ``(evaluation, updates, state) -> (updates, state)``; the counter stays.
+      penalize: ``(evaluation, updates, state) -> (updates, state)``, which does not advance the
+        counter.
     """
 
     init: Callable[[PyTree], Any]
@@ -536,7 +544,7 @@ class Penalty(NamedTuple):
 def penalized(
     caller: str, bind: LateLoss, penalty: Penalty, schedule: Schedule, reuse_updates: bool
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation that applies ``penalty`` on the updates of ``schedule``."""
+    """Return a transformation that applies ``penalty`` on the updates of ``schedule``."""
     flag(caller, "reuse_updates", reuse_updates)
 
     def init(params: PyTree) -> Any:
@@ -552,7 +560,8 @@ def penalized(
         due = True if schedule.always else schedule.due(check_step(caller, state.step))
         if reuse:
             compare(caller, grad_fn, params, updates, due)
-        grad_fn = grad_fn if schedule.always else jax.jit(grad_fn)  # a branch traces it once
+        # Inside a branch, jit makes sure that the gradient is traced only once.
+        grad_fn = grad_fn if schedule.always else jax.jit(grad_fn)
         at = Evaluation(grad_fn, params, gamma, reuse, extra)
         penalize = functools.partial(penalty.penalize, at)
         if schedule.always:
@@ -566,7 +575,7 @@ def penalized(
 
 
 def advanced(step: jax.Array | None) -> jax.Array | None:
-    """The counter of the next update; None where a loss has no step."""
+    """Return the counter of the next update; None for a loss without a step."""
     return None if step is None else optax.safe_increment(step)
 
 
@@ -578,7 +587,7 @@ def _gradient_of(loss: Callable[[PyTree], jax.Array]) -> GradFn:
 def _difference_penalty(
     gamma_at: AtStep, epsilon_at: AtStep, scheme: Scheme, tx: optax.GradientTransformation
 ) -> Penalty:
-    """Adds gamma times the finite difference along the ascent of ``tx``."""
+    """Add gamma times the finite difference along the ascent of ``tx``."""
 
     def penalize(at: Evaluation, updates: PyTree, state: GradregState) -> Penalised:
         climb, epsilon = at.climb(tx, state.ascent), epsilon_at(state.step)
@@ -594,10 +603,10 @@ def _difference_penalty(
 def _sharpness_penalty(
     rho_at: AtStep, tx: optax.GradientTransformation, schedule: Schedule
 ) -> Penalty:
-    """The forward difference with gamma = epsilon = rho, which is the gradient ahead.
+    """The forward difference with gamma = epsilon = rho: the gradient at the perturbed parameters.
 
-    The incoming gradient drops out. Where every update takes the penalty it need not be kept until
-    the gradient ahead is known, which saves the memory of one gradient, as in Optax's SAM.
+    The incoming gradient cancels. If every update applies the penalty, the incoming gradient is not
+    stored while the other is evaluated, which saves the memory of one gradient.
     """
     by_difference = _difference_penalty(rho_at, rho_at, "forward", tx)
 
@@ -612,7 +621,7 @@ def _sharpness_penalty(
 
 
 def _add(updates: PyTree, state: GradregState, gamma: jax.Array, estimate: Estimate) -> Penalised:
-    """Adds gamma H d. The state of the ascent stays as it was where this update is not finite."""
+    """Add gamma H d. If the result is not finite, the state of the ascent does not advance."""
     penalised = add_penalty(updates, gamma, estimate.product)
     ascent = keep_finite(estimate.ascent, state.ascent, penalised, estimate.product)
     return penalised, state._replace(ascent=ascent)
