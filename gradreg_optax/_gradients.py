@@ -57,7 +57,7 @@ def fd_value_and_grad(
       ``has_aux``; ``grad`` has the structure, shapes and dtypes of ``params``.
 
     Raises:
-      ValueError: gamma < 0, epsilon <= 0 (where concrete), or an unknown scheme.
+      ValueError: gamma < 0, epsilon <= 0 (if concrete), or an unknown scheme.
       TypeError: a schedule for gamma or epsilon, an ascent with state, parameters that are not real
         or complex numbers, or a loss that is not a real scalar.
 
@@ -120,7 +120,7 @@ def dbp_value_and_grad(
       ``has_aux``.
 
     Raises:
-      ValueError: gamma < 0 (where concrete), or an unknown mode.
+      ValueError: gamma < 0 (if concrete), or an unknown mode.
       TypeError: a schedule for gamma, a loss that is not a real scalar, or one that has no second
         derivative.
 

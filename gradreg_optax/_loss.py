@@ -17,33 +17,32 @@ from gradreg_optax._numerics import default_float, wide
 from gradreg_optax._types import LateLoss, LossFn, PyTree, ValueFn, Weighted
 from gradreg_optax._validation import check_arrays, check_params, flag, is_traced
 
-# Names that Optax's update, or its line searches, keep for themselves: a loss cannot receive them
-# by name.
+# Names that Optax's update and its line searches reserve: a loss cannot receive them by name.
 RESERVED = frozenset(
     {"updates", "state", "params", "value", "grad", "value_fn", "reuse_updates", "held_out_fn"}
 )
 
 
 def check_loss(caller: str, loss_fn: Any) -> None:
-    """A loss is a function."""
+    """Check that a loss is a function."""
     if not callable(loss_fn):
         raise TypeError(
             f"{caller}: the loss must be a function of the parameters, got"
-            f" {type(loss_fn).__name__}."
+            f" {type(loss_fn).__name__}. Pass the function, not its value."
         )
 
 
-# what the losses of this package returned a mean of, inside the loss that is being evaluated
+# Weights of the means that losses of this package returned inside the loss under evaluation.
 _DROPPED_WEIGHTS: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
     "weights", default=None
 )
 
 
 class TransformedLoss:
-    """A loss of this package around the loss of a user, with its name and signature.
+    """A loss of this package that wraps a user's loss, with its name and signature.
 
     Attributes:
-      loss_fn: the loss that it transforms.
+      loss_fn: the wrapped loss.
       has_aux: whether both return ``(value, aux)``.
       regularizer: the transformation whose output is its gradient, or None.
     """
@@ -51,12 +50,12 @@ class TransformedLoss:
     regularizer: optax.GradientTransformation | None = None
 
     def __init__(self, loss_fn: LossFn, has_aux: bool) -> None:
-        """Take name, docstring and signature from ``loss_fn``."""
+        """Copy name, docstring and signature of ``loss_fn``."""
         self.loss_fn, self.has_aux = loss_fn, has_aux
         keeps_signature(self, loss_fn)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array | None, Any]:
-        """Return the mean, its weight (None without one) and aux."""
+        """Return the mean, its weight (or None) and aux."""
         raise NotImplementedError
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +67,7 @@ class TransformedLoss:
         return (mean, aux) if self.has_aux else mean
 
     def weighted(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the mean as a ``Weighted`` in place of a scalar, for a loss around this one."""
+        """Return the mean as a ``Weighted``, for a loss that wraps this one."""
         mean, weight, aux = self.evaluate(*args, **kwargs)
         total = Weighted(mean, None) if weight is None else Weighted(_total(mean, weight), weight)
         return (total, aux) if self.has_aux else total
@@ -79,7 +78,7 @@ def _total(mean: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def transformed_loss(loss_fn: LossFn) -> TransformedLoss | None:
-    """Return the loss of this package that ``loss_fn`` is, possibly inside ``jax.jit``."""
+    """Return ``loss_fn``, without ``jax.jit``, if it is a loss of this package, and None if not."""
     if isinstance(loss_fn, jax.stages.Wrapped):
         loss_fn = getattr(loss_fn, "__wrapped__", loss_fn)
     return loss_fn if isinstance(loss_fn, TransformedLoss) else None
@@ -101,8 +100,8 @@ def with_weight(
 ) -> Callable[..., tuple[Weighted, Any]]:
     """Return ``loss_fn`` as a function that returns ``(Weighted(total, weight), aux)``.
 
-    A plain scalar is a total without a weight, None, and counts as one. Of a loss that is evaluated
-    ``in_parts``, a scalar that was made of a weighted loss is refused: the parts need its weight.
+    A plain scalar becomes a total whose weight is None, which counts as 1. A loss that is evaluated
+    ``in_parts`` must not return the mean of a weighted loss, because the parts need the weight.
     """
     check_loss(caller, loss_fn)
     has_aux = flag(caller, "has_aux", has_aux)
@@ -121,9 +120,10 @@ def with_weight(
         if not isinstance(output, Weighted):
             if in_parts and dropped:
                 raise TypeError(
-                    f"{caller}: the loss returns the mean of a weighted loss, whose weight the"
-                    " parts of the batch need. Pass the loss that microbatched or regularized_loss"
-                    " returned without a function around it, or return Weighted(total, weight)."
+                    f"{caller}: the loss must return its weight, which parts of the batch need, got"
+                    " the mean of a weighted loss. Pass the result of microbatched or"
+                    " regularized_loss directly, without a function around it, or return"
+                    " Weighted(total, weight)."
                 )
             return Weighted(_real_scalar(caller, output), None), aux
         total = _real_scalar(caller, output.total, cast=True)
@@ -136,20 +136,20 @@ def _pair(caller: str, output: Any) -> tuple[Any, Any]:
     if isinstance(output, Weighted) or not isinstance(output, tuple) or len(output) != 2:
         raise TypeError(
             f"{caller}: with has_aux=True the loss must return (value, aux), got"
-            f" {type(output).__name__}."
+            f" {type(output).__name__}. Return both, or use has_aux=False."
         )
     return output
 
 
 def _weight(caller: str, weight: Any, total: jax.Array) -> jax.Array | None:
-    """Return the weight in float32 or wider, a constant of the parameters; a count may be large."""
+    """Return the weight without a derivative, in float32 or wider, where large counts fit."""
     if weight is None:
         return None
     array = _real_scalar(caller, weight, cast=True)
     if not (is_traced(weight) or 0 <= np.asarray(weight) < math.inf):
         raise ValueError(
             f"{caller}: Weighted.weight must be finite and >= 0, got {weight}. Return the sum of"
-            " the samples' weights."
+            " the weights of the samples."
         )
     return jax.lax.stop_gradient(array.astype(wide(total.dtype)))
 
@@ -157,7 +157,7 @@ def _weight(caller: str, weight: Any, total: jax.Array) -> jax.Array | None:
 def with_array_aux(
     caller: str, loss_fn: LossFn, has_aux: bool, *, in_parts: bool = False
 ) -> Callable[..., tuple[Weighted, Any]]:
-    """As ``with_weight``, for a loss whose aux leaves a compiled program."""
+    """Do the same as ``with_weight``, and check that aux can leave a compiled program."""
     weighted = with_weight(caller, loss_fn, has_aux, in_parts=in_parts)
 
     def loss(*args: Any, **kwargs: Any) -> tuple[Weighted, Any]:
@@ -169,7 +169,7 @@ def with_array_aux(
 
 
 def mean_of(mean: Weighted) -> jax.Array:
-    """The mean in the dtype of the total, which it is where nothing weighs anything."""
+    """Return the mean in the dtype of the total; with weight 0, the total."""
     if mean.weight is None:
         return mean.total
     total = mean.total.astype(mean.weight.dtype)
@@ -177,10 +177,10 @@ def mean_of(mean: Weighted) -> jax.Array:
 
 
 def late_loss(caller: str, loss_fn: LossFn | None, has_aux: bool) -> LateLoss:
-    """The loss of an update, ``(params, extra_args) -> value_fn``, of the parameters alone.
+    """Return ``(params, extra_args) -> value_fn``, the loss of an update as a function of params.
 
-    It is ``loss_fn`` if there is one, and Optax's ``value_fn=`` otherwise; further arguments are
-    picked from ``extra_args`` by name.
+    The loss is ``loss_fn``, or Optax's ``value_fn=`` if ``loss_fn`` is None. Its further arguments
+    are picked from ``extra_args`` by name.
     """
     has_aux = flag(caller, "has_aux", has_aux)
     if loss_fn is not None:
@@ -191,9 +191,9 @@ def late_loss(caller: str, loss_fn: LossFn | None, has_aux: bool) -> LateLoss:
         given = extra_args.get("value_fn") if loss_fn is None else loss_fn
         if given is None:
             raise ValueError(
-                f"{caller}: has no loss: give it at construction, {caller}(loss_fn, ...), pass"
-                " update(grads, state, params, value_fn=loss_of_params), or let make_train_step or"
-                " make_nnx_train_step pass it; for a trainer that passes nothing on, use"
+                f"{caller}: update needs a loss, got none. Write {caller}(loss_fn, ...), or call"
+                " update(grads, state, params, value_fn=loss_of_params), as make_train_step and"
+                " make_nnx_train_step do. For a trainer that passes no value_fn=, use"
                 " regularized_loss."
             )
         loss = with_aux(caller, given, has_aux and loss_fn is not None)
@@ -204,7 +204,7 @@ def late_loss(caller: str, loss_fn: LossFn | None, has_aux: bool) -> LateLoss:
 
 
 def pick_arguments(caller: str, loss_fn: LossFn, available: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of ``loss_fn`` after its first, taken from ``available`` by name."""
+    """Return the arguments of ``loss_fn`` after its first, picked from ``available`` by name."""
     offered = unreserved(available)
     wanted = _parameters_after_first(loss_fn)
     check_clash(caller, [p.name for p in wanted if p.name in RESERVED & available.keys()])
@@ -220,25 +220,25 @@ def pick_arguments(caller: str, loss_fn: LossFn, available: Mapping[str, Any]) -
 
 
 def check_clash(caller: str, names: Sequence[str]) -> None:
-    """Refuse names that both the loss and ``update`` take: either of the two would go without."""
+    """Reject names that both the loss and ``update`` use: only one of them could receive it."""
     if names:
         raise TypeError(
-            f"{caller}: the loss needs {names[0]!r}, a name that Optax's update keeps for itself:"
-            " rename the argument, or pass value_fn= with it closed over."
+            f"{caller}: the loss needs {names[0]!r}, a name that Optax's update reserves. Rename"
+            " the argument, or pass value_fn= with it closed over."
         )
 
 
 def unreserved(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that can be handed to ``update`` by name."""
+    """Return the arguments that can be passed to ``update`` by name."""
     return {name: value for name, value in arguments.items() if name not in RESERVED}
 
 
 def named_arguments(
     loss_fn: LossFn, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Any = 0
 ) -> dict[str, Any]:
-    """A call's arguments by name but for the parameters: what a regularizer's own loss picks from.
+    """Return a call's arguments by name, without the parameters at ``argnums``.
 
-    The parameters stand at ``argnums``.
+    A regularizer with its own loss picks its arguments from these.
     """
     signature = signature_of(loss_fn)
     if signature is None:
@@ -258,15 +258,17 @@ def named_arguments(
 def arguments_at(
     caller: str, argnums: int | Sequence[int], args: tuple[Any, ...]
 ) -> tuple[PyTree, Callable[[PyTree], tuple[Any, ...]]]:
-    """The arguments at ``argnums``, one or a tuple of them, and what puts others in their place."""
+    """Return the argument or tuple of arguments at ``argnums``, and a function to replace them."""
     numbers, single = _numbers(caller, argnums), hasattr(argnums, "__index__")
     if not all(-len(args) <= n < len(args) for n in numbers):
         raise ValueError(
-            f"{caller}: argnums={argnums} names an argument that the call does not have: it has"
-            f" {len(args)} positional arguments."
+            f"{caller}: argnums must be positions of arguments, got {argnums} in a call with"
+            f" {len(args)} positional arguments. Pass the parameters by position."
         )
     if len({n % len(args) for n in numbers}) < len(numbers):
-        raise ValueError(f"{caller}: argnums={argnums} names an argument twice: name it once.")
+        raise ValueError(
+            f"{caller}: argnums must be different positions, got {argnums}. Name each only once."
+        )
 
     def put(params: PyTree) -> tuple[Any, ...]:
         full = list(args)
@@ -279,22 +281,25 @@ def arguments_at(
 
 
 def _numbers(caller: str, argnums: Any) -> list[int]:
-    """``argnums`` as a list of integers."""
+    """Convert ``argnums`` to a list of integers."""
     try:
         numbers = list(map(operator.index, [argnums] if hasattr(argnums, "__index__") else argnums))
     except TypeError:
         numbers = []
     if not numbers:
-        raise TypeError(f"{caller}: argnums must be an integer or several, got {argnums!r}.")
+        raise TypeError(
+            f"{caller}: argnums must be an integer or a sequence of integers, got {argnums!r}. Use"
+            " 0 for the first argument."
+        )
     return numbers
 
 
 def positional(
     caller: str, loss_fn: LossFn, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call of ``loss_fn`` with all arguments by position that can be: at least parameters, batch.
+    """Bind a call of ``loss_fn``: arguments by position where possible, at least params and batch.
 
-    Keyword arguments use the names of the loss.
+    Keyword arguments use the parameter names of the loss.
     """
     signature = signature_of(loss_fn)
     if signature is not None:
@@ -302,29 +307,29 @@ def positional(
         args, kwargs = bound.args, dict(bound.kwargs)
     if len(args) < 2:
         raise TypeError(
-            f"{caller}: the loss needs a batch as its second positional argument, which it goes"
-            " through in parts."
+            f"{caller}: the loss must have a batch as its second positional argument, got"
+            f" {len(args)} positional arguments. Call loss(params, batch, ...)."
         )
     return args, kwargs
 
 
 def check_own_keyword(caller: str, name: str, loss_fn: LossFn) -> None:
-    """A keyword that a step keeps for itself is no argument of the loss."""
+    """Check that the loss has no argument with the name of a keyword that the step reserves."""
     signature = signature_of(loss_fn)
     if signature is not None and name in signature.parameters:
         raise TypeError(
-            f"{caller}: the loss has an argument {name!r}, a name that the step keeps for itself:"
-            " rename the argument."
+            f"{caller}: the loss has an argument {name!r}, a name that the step reserves. Rename"
+            " the argument."
         )
 
 
 def keeps_signature(function: Any, loss_fn: LossFn) -> Any:
-    """Give ``function`` the name, docstring and signature of a loss."""
+    """Copy name, docstring and signature of a loss to ``function``."""
     return functools.update_wrapper(function, loss_fn, updated=())
 
 
 def signature_of(loss_fn: LossFn) -> inspect.Signature | None:
-    """The signature of a loss; None of a builtin that has none."""
+    """Return the signature of a loss, or None for a builtin without one."""
     try:
         return inspect.signature(loss_fn)
     except ValueError:
@@ -334,16 +339,16 @@ def signature_of(loss_fn: LossFn) -> inspect.Signature | None:
 def _remedy(missing: list[inspect.Parameter]) -> str:
     if any(p.name in RESERVED for p in missing):
         return (
-            "a name that Optax's update keeps for itself: rename the argument, or pass value_fn="
-            " with it closed over"
+            "a name that Optax's update reserves. Rename the argument, or pass value_fn= with it"
+            " closed over"
         )
     if any(p.kind is p.POSITIONAL_ONLY for p in missing):
         return (
-            "which is positional-only and cannot be picked by name: pass value_fn= with it closed"
+            "which is positional-only and cannot be picked by name. Pass value_fn= with it closed"
             " over"
         )
     call = ", ".join(f"{p.name}=..." for p in missing)
-    return f"which update was not given: call update(grads, state, params, {call})"
+    return f"which update did not receive. Call update(grads, state, params, {call})"
 
 
 def _parameters_after_first(loss_fn: LossFn) -> list[inspect.Parameter]:
@@ -354,20 +359,20 @@ def _parameters_after_first(loss_fn: LossFn) -> list[inspect.Parameter]:
 
 
 def _real_scalar(caller: str, value: Any, *, cast: bool = False) -> jax.Array:
-    """``value``, said to be a real scalar; with ``cast`` a count may be an integer or a bool."""
+    """Check for a real scalar; with ``cast``, convert integers and bools to floats."""
     must = f"{caller}: the loss must return a real scalar, got"
     if isinstance(value, tuple):
         raise TypeError(
-            f"{caller}: the loss returned a tuple: if it is (value, aux), pass has_aux=True;"
-            " value_fn= returns the value alone; a sum with its weight is Weighted(total, weight)."
+            f"{must} a tuple. If it returns (value, aux), pass has_aux=True; value_fn= must return"
+            " the value alone; return a sum and its weight as Weighted(total, weight)."
         )
     if not isinstance(value, jax.Array | np.ndarray | np.generic | float | int | complex):
-        raise TypeError(f"{must} {type(value).__name__}.")
+        raise TypeError(f"{must} {type(value).__name__}. Return a number.")
     array = jnp.asarray(value)
     if array.shape:
-        raise TypeError(f"{must} shape {array.shape}: take its mean or sum.")
+        raise TypeError(f"{must} shape {array.shape}. Take its mean or sum.")
     if cast and array.dtype.kind in "iub":
         return array.astype(default_float())
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{must} dtype {array.dtype}: take its real part or cast it.")
+        raise TypeError(f"{must} dtype {array.dtype}. Take its real part, or cast it.")
     return array

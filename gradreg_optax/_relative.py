@@ -156,7 +156,7 @@ def relative_gradreg(
       through and the scale stays as it was.
 
     Raises:
-      ValueError: strength < 0, reach <= 0, decay outside [0, 1) (where concrete); otherwise as for
+      ValueError: strength < 0, reach <= 0, decay outside [0, 1) (if concrete); otherwise as for
         :func:`fd_gradreg`.
       TypeError: strength is None and ``update`` was given no ``held_out_fn=``; otherwise as for
         :func:`fd_gradreg`.

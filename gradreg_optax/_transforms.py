@@ -275,7 +275,7 @@ def flooding(
         value = extra.get("value")
         if value is None and loss_fn is None and extra.get("value_fn") is None:
             raise ValueError(
-                "flooding: update needs the loss, got neither value= nor value_fn=. Call"
+                "flooding: update needs a loss, got neither value= nor value_fn=. Call"
                 " update(grads, state, params, value=loss), or write flooding(loss_fn, ...)."
             )
         if value is None:
@@ -322,7 +322,7 @@ def sam(
       A transformation with state :class:`GradregState`.
 
     Raises:
-      ValueError: rho < 0 or interval < 1 (where concrete); otherwise as for :func:`fd_gradreg`.
+      ValueError: rho < 0 or interval < 1 (if concrete); otherwise as for :func:`fd_gradreg`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -374,7 +374,7 @@ def asam(
       A transformation with state :class:`GradregState`.
 
     Raises:
-      ValueError: rho < 0 or interval < 1 (where concrete); otherwise as for :func:`fd_gradreg`.
+      ValueError: rho < 0 or interval < 1 (if concrete); otherwise as for :func:`fd_gradreg`.
 
     Example:
       >>> import jax, jax.numpy as jnp

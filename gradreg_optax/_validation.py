@@ -1,7 +1,7 @@
 """Argument validation: errors that name the function, the value and the remedy.
 
-Values are checked where they are concrete. A tracer passes, so that everything can be jitted,
-vmapped and differentiated.
+Only concrete values are checked. Tracers pass, so that everything can be jitted, vmapped and
+differentiated.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from gradreg_optax._types import AtStep, PyTree
 
 Rule: TypeAlias = tuple[Callable[[float, float], bool], str, str]
 
-_BACKWARD = 'For a difference on the descent side use scheme="backward"'
-_ZERO = f"{_BACKWARD}, for no penalty gamma=0, for the limit epsilon -> 0"
+_BACKWARD = 'Use scheme="backward" for a step in the descent direction'
+_ZERO = f"{_BACKWARD}, gamma=0 for no penalty, or for the limit epsilon -> 0"
 
 
 def _positive(remedy: str) -> Rule:
@@ -32,26 +32,33 @@ def _not_negative(remedy: str) -> Rule:
     return lambda x, _: 0 <= x < math.inf, "be finite and >= 0", remedy
 
 
-# A predicate of (number, smallest normal number of its width), the same in words, and a remedy
+# (a predicate of the number and the smallest normal number of its dtype, its wording, a remedy)
 RULES: dict[str, Rule] = {
     "gamma": _not_negative("To reward large gradients, negate the loss"),
     "epsilon": _positive(f"{_ZERO} dbp_gradreg"),
     "fd_value_and_grad: epsilon": _positive(f"{_ZERO} dbp_value_and_grad"),
     "gradient_norm_penalty: epsilon": _positive(f"{_ZERO} dbp_gradreg(..., ascent=normalized)"),
-    "difference_error: epsilon": _positive(f"{_BACKWARD}, for the limit hessian_vector_product"),
-    "rho": _not_negative(
-        'For the descent side use gradient_norm_penalty(..., scheme="backward"), for none rho=0'
+    "difference_error: epsilon": _positive(
+        f"{_BACKWARD}, or for the limit epsilon -> 0 hessian_vector_product"
     ),
-    "perturbed_sharpness: rho": (lambda x, _: math.isfinite(x), "be finite", "Use a length"),
-    "reach": _positive(f"{_BACKWARD}, for no penalty strength=0"),
+    "rho": _not_negative(
+        'Use gradient_norm_penalty(..., scheme="backward") for a step in the descent direction, or'
+        " rho=0 for none"
+    ),
+    "perturbed_sharpness: rho": (
+        lambda x, _: math.isfinite(x),
+        "be finite",
+        "Use a length in units of the parameters",
+    ),
+    "reach": _positive(f"{_BACKWARD}, or strength=0 for no penalty"),
     "level": (lambda x, _: x == x, "be a number", "Use a value of the loss"),
     "strength": _not_negative("Use a relative strength from 0 to 1"),
     "decay": (lambda x, _: 0 <= x < 1, "lie in [0, 1)", "Try 0.9"),
     "penalty_fraction": (lambda x, _: 0 < x <= 1, "lie in (0, 1]", "Use 1 for the whole batch"),
 }
-# A warm-up may start a step at zero, as a schedule or an array, and a schedule may be negative
+# A schedule of these may be zero or negative, and an array may be zero (the start of a warm-up).
 _STEPS = {"epsilon", "rho"}
-WHOLE_NUMBERS = {  # the least that is allowed, and what it means
+WHOLE_NUMBERS = {  # (the least allowed value, a remedy)
     "interval": (1, "Use 1 for a penalty on every update"),
     "start": (0, "Use 0 for a penalty from the first update on"),
     "step": (0, "Use 0 for the first step"),
@@ -60,17 +67,17 @@ WHOLE_NUMBERS = {  # the least that is allowed, and what it means
     "num_matvecs": (1, "Use 30, the default"),
     "num_samples": (2, "One sample has no standard error"),
 }
-_COUNTERS = {"interval", "start", "step"}  # may be traced; the others shape the program
+_COUNTERS = {"interval", "start", "step"}  # may be traced; the others determine shapes
 _LARGEST = 2**31 - 1  # the range of a step counter
 
 
 def scalar(
     caller: str, name: str, value: Any, *, wanted: str = "a real number", scheduled: bool = False
 ) -> jax.Array:
-    """``value`` as a real scalar of the default float width, or its own if that is wider.
+    """Convert ``value`` to a real scalar of the default float dtype, or of its own wider one.
 
-    A number stays in NumPy: a transformation may be built before
-    ``jax.distributed.initialize()``, which must precede everything that uses a device.
+    A Python number becomes a NumPy array: a transformation may be created before
+    ``jax.distributed.initialize()``, which must run before any use of a device.
     """
     array = _real(caller, name, value, wanted)
     if array.shape:
@@ -79,7 +86,7 @@ def scalar(
             " values."
         )
     dtype, rule = _float_dtype(array.dtype), RULES.get(f"{caller}: {name}", RULES.get(name))
-    with np.errstate(over="ignore"):  # what is too large becomes inf, which the rule rejects
+    with np.errstate(over="ignore"):  # an overflow becomes inf, which the rule rejects
         number: jax.Array = array.astype(dtype)
         concrete = np.nan if is_traced(value) else float(np.asarray(value).astype(dtype))
     if rule is None or is_traced(value) or (scheduled and name in _STEPS):
@@ -95,7 +102,7 @@ def scalar(
 def hyperparameter(
     caller: str, name: str, value: Any, *, wanted: str = "a real number or a schedule"
 ) -> AtStep:
-    """A number, checked now, or a schedule, checked when called, as a function of the step."""
+    """Return a function of the step for a number, checked now, or a schedule, checked per call."""
     if not callable(value):
         scalar(caller, name, value, wanted=wanted)
         return lambda step: scalar(caller, name, value, wanted=wanted)
@@ -108,17 +115,17 @@ def hyperparameter(
 
 
 def constant(caller: str, name: str, value: Any) -> AtStep:
-    """A hyperparameter of a function that counts no steps."""
+    """Return a hyperparameter of a function without a step counter; it cannot be a schedule."""
     if callable(value):
         raise TypeError(
-            f"{caller}: {name} must be a number, got a schedule, and a gradient function counts no"
-            f" steps. Pass {name}=schedule(step), or use the transformation of the same family."
+            f"{caller}: {name} must be a number, got a schedule. A gradient function has no step"
+            f" counter. Pass {name}=schedule(step), or use the transformation of the same family."
         )
     return hyperparameter(caller, name, value, wanted="a real number")
 
 
 def whole_number(caller: str, name: str, value: Any) -> Any:
-    """An int where the value is concrete; a traced one in the counter's int32."""
+    """Convert a concrete value to an int, and a traced one to the counter's int32."""
     least, remedy = WHOLE_NUMBERS[name]
     must = f"{caller}: {name} must be a whole number"
     if callable(value):
@@ -128,7 +135,7 @@ def whole_number(caller: str, name: str, value: Any) -> Any:
         raise ValueError(f"{must} >= {least}, got shape {array.shape}.")
     if is_traced(value):
         _check_traceable(caller, name, name in _COUNTERS)
-        return jnp.maximum(array.astype(jnp.int32), least)  # out of range it counts as the least
+        return jnp.maximum(array.astype(jnp.int32), least)  # an error cannot depend on a tracer
     number = np.asarray(value)[()]
     if not (least <= number <= _LARGEST and number == np.floor(number)):
         shown = f"{number:g}" if isinstance(number, np.floating) else number
@@ -138,23 +145,23 @@ def whole_number(caller: str, name: str, value: Any) -> Any:
 
 
 def fraction(caller: str, name: str, value: Any) -> float:
-    """A part of the batch as the decimal that was written, from any float type."""
+    """Convert a fraction of the batch to the float that prints as the decimal that was given."""
     _check_traceable(caller, name, not is_traced(value))
     number = np.asarray(scalar(caller, name, value))
     return float(str(np.asarray(value)[()])) if number < 1 else 1.0
 
 
 def check_choice(caller: str, name: str, value: Any, choices: Any) -> None:
-    """One of the strings of a ``Literal``."""
+    """Check that a value is one of the strings of a ``Literal``."""
     allowed = get_args(choices)
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(
-            f"{caller}: unknown {name} {value!r}, choose one of {', '.join(map(repr, allowed))}."
+            f"{caller}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}."
         )
 
 
 def flag(caller: str, name: str, value: Any) -> bool:
-    """A concrete bool: a string such as "no" would count as True."""
+    """Return a concrete bool; reject strings, since "no" would count as True."""
     is_bool = isinstance(value, bool) or getattr(value, "dtype", None) == np.dtype(bool)
     if not is_bool or np.shape(value) or is_traced(value):
         traced = ", known before the program runs" if is_traced(value) else ""
@@ -163,7 +170,7 @@ def flag(caller: str, name: str, value: Any) -> bool:
 
 
 def check_transformation(caller: str, name: str, value: Any) -> None:
-    """An Optax transformation, not the function that makes it."""
+    """Check for an Optax transformation, not the function that creates one."""
     methods = (callable(getattr(value, method, None)) for method in ("init", "update"))
     if isinstance(value, type) or not all(methods):
         made = ", made by calling it" if callable(value) else ""
@@ -178,17 +185,17 @@ def check_transformation(caller: str, name: str, value: Any) -> None:
 
 
 def check_step(caller: str, step: Any) -> Any:
-    """A step that is counted."""
+    """Check that there is a step."""
     if step is None:
         raise TypeError(
-            f"{caller}: a schedule, start or interval > 1 needs the step, which a loss does not"
-            " count. Call loss(..., step=step) with a whole number."
+            f"{caller}: a schedule, start or interval > 1 needs the step, got none. A loss does not"
+            " count steps. Call loss(..., step=step) with a whole number."
         )
     return step
 
 
 def check_state(caller: str, state: Any, kind: type) -> None:
-    """A state of the type that ``init`` makes."""
+    """Check for a state of the type that ``init`` returns."""
     if not isinstance(state, kind):
         raise TypeError(
             f"{caller}: the state must be the {kind.__name__} that init made, got"
@@ -198,7 +205,7 @@ def check_state(caller: str, state: Any, kind: type) -> None:
 
 
 def check_same_state(caller: str, state: Any, expected: Any) -> None:
-    """A state of the structure that ``init`` makes, with any counter."""
+    """Check for a state of the structure that ``init`` returns; the counter may differ."""
     check_state(caller, state, type(expected))
     for name in expected._fields:
         given: Any = jax.tree.structure(getattr(state, name))
@@ -206,27 +213,29 @@ def check_same_state(caller: str, state: Any, expected: Any) -> None:
         if given != made and name != "step":
             raise TypeError(
                 f"{caller}: the state must be the {type(expected).__name__} that init made, got one"
-                f" of other options: its {name} is {given}, not {made}. Call init(params)."
+                f" with other options: its {name} is {given}, not {made}. Call init(params)."
             )
 
 
 def check_params(caller: str, params: PyTree) -> None:
-    """Parameters with a gradient, not hidden by ``optax.masked``."""
+    """Check that the parameters have a gradient and are not hidden by ``optax.masked``."""
     if params is None:
-        raise ValueError(f"{caller}: needs the parameters: call update(grads, state, params).")
+        raise ValueError(
+            f"{caller}: update needs the parameters, got None. Call update(grads, state, params)."
+        )
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
     if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
         raise ValueError(
             f"{caller}: some parameters are hidden (MaskedNode) by optax.masked or optax.partition"
-            " around it, so the loss cannot be evaluated. Put it in front, as in"
-            f" optax.chain({caller}(...), optax.masked(tx, mask)). To climb in some parameters"
-            " only, give fd_gradreg or dbp_gradreg ascent=masked(mask)."
+            " around it, so the loss cannot be evaluated. Put it in front of them, as in"
+            f" optax.chain({caller}(...), optax.masked(tx, mask)). To perturb some parameters only,"
+            " use fd_gradreg or dbp_gradreg with ascent=masked(mask)."
         )
     check_inexact(caller, "the parameters", params)
 
 
 def check_inexact(caller: str, name: str, tree: PyTree) -> None:
-    """Leaves that are real or complex numbers, which have a gradient."""
+    """Check that all leaves are real or complex numbers, which have a gradient."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         if not is_inexact(leaf):
             kind = getattr(leaf, "dtype", type(leaf).__name__)
@@ -238,51 +247,54 @@ def check_inexact(caller: str, name: str, tree: PyTree) -> None:
 
 
 def check_like(caller: str, name: str, tree: PyTree, params: PyTree) -> None:
-    """A tree with the structure and shapes of the parameters that can be added to them."""
+    """Check that a tree can be added to the parameters: structure, shapes, real or complex."""
     given: Any = jax.tree.structure(tree)
     expected: Any = jax.tree.structure(params)
     if given != expected:
         raise ValueError(
-            f"{caller}: {name} and the parameters differ in structure: {given} against {expected}."
+            f"{caller}: {name} must have the structure of the parameters, {expected}, got {given}."
         )
     leaves, parameters = jax.tree.leaves_with_path(tree), jax.tree.leaves(params)
     for (path, leaf), parameter in zip(leaves, parameters, strict=True):
         where = f"{caller}: {name}{jax.tree_util.keystr(path)}"
         if jnp.shape(leaf) != jnp.shape(parameter):
-            shapes = f"shape {jnp.shape(leaf)}, its parameter {jnp.shape(parameter)}"
-            raise ValueError(f"{where} has {shapes}.")
+            wanted = f"the shape {jnp.shape(parameter)} of its parameter"
+            raise ValueError(f"{where} must have {wanted}, got {jnp.shape(leaf)}.")
         if jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(parameter):
-            raise TypeError(f"{where} is complex, its parameter real. Take its real part.")
+            raise TypeError(
+                f"{where} must be real, like its parameter, got a complex array. Take its real"
+                " part."
+            )
     check_inexact(caller, name, tree)
 
 
 def check_arrays(caller: str, name: str, tree: PyTree) -> None:
-    """Leaves that a compiled program can return: numbers and arrays."""
+    """Check that a compiled program can return all leaves: numbers and arrays."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         try:
             jax.typeof(leaf)
         except TypeError as error:
             raise TypeError(
-                f"{caller}: {name}{jax.tree_util.keystr(path)} is of type {type(leaf).__name__},"
-                " and a compiled program returns arrays only. Leave it out of what the loss"
-                " returns."
+                f"{caller}: {name}{jax.tree_util.keystr(path)} must be an array, got"
+                f" {type(leaf).__name__}. A compiled program returns arrays only. Leave it out of"
+                " the output of the loss."
             ) from error
 
 
 def check_key(caller: str, key: Any) -> None:
-    """A single random key, typed or raw."""
+    """Check for a single random key, typed or raw."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not (shape == () if typed else dtype == np.uint32 and len(shape or ()) == 1):
         got = f"{dtype} of shape {shape}" if dtype is not None else repr(key)
         raise TypeError(
-            f"{caller}: key must be a single random key, got {got}. Write jax.random.key(0), and"
-            " use jax.vmap for several."
+            f"{caller}: key must be a single random key, got {got}. Use jax.random.key(0), or"
+            " jax.vmap for several keys."
         )
 
 
 def is_inexact(leaf: Any) -> bool:
-    """Whether a leaf holds real or complex numbers of a width that JAX supports."""
+    """Whether a leaf contains real or complex numbers of a width that JAX supports."""
     dtype = getattr(leaf, "dtype", None)
     if dtype is None:
         return isinstance(leaf, float | complex)
@@ -297,11 +309,14 @@ def is_traced(value: Any) -> bool:
 
 def _check_traceable(caller: str, name: str, traceable: bool) -> None:
     if not traceable:
-        raise TypeError(f"{caller}: {name} shapes the program and cannot be traced: pass a number.")
+        raise TypeError(
+            f"{caller}: {name} must be a concrete number, got a traced one. It determines shapes:"
+            " pass a Python number (jax.jit: static_argnames)."
+        )
 
 
 def _real(caller: str, name: str, value: Any, wanted: str) -> Any:
-    """``value`` as an array, JAX's where it is one already and NumPy's otherwise."""
+    """Return a JAX array as it is, and any other real number as a NumPy array."""
     try:
         array = value if isinstance(value, jax.Array) else np.asarray(value)
     except ValueError:  # a ragged list
@@ -313,7 +328,7 @@ def _real(caller: str, name: str, value: Any, wanted: str) -> Any:
 
 
 def _float_dtype(dtype: Any) -> Any:
-    """The default float dtype, or ``dtype`` itself if that is wider and enabled."""
+    """Return the default float dtype, or ``dtype`` itself if it is wider and enabled."""
     default = default_float()
     if not jnp.issubdtype(dtype, jnp.floating):
         return default

@@ -274,7 +274,7 @@ def difference_error(
       but absolute.
 
     Raises:
-      ValueError: epsilon <= 0 (where concrete), or an unknown scheme.
+      ValueError: epsilon <= 0 (if concrete), or an unknown scheme.
       TypeError: a loss that is not a real scalar or has no second derivative.
 
     Example:

@@ -287,7 +287,7 @@ def test_a_parameter_that_does_not_move_is_lost_even_if_it_is_the_only_one():
     ],
 )
 def test_a_number_that_shapes_the_program_cannot_be_traced(name, call):
-    with pytest.raises(TypeError, match=f"{name} shapes the program and cannot be traced"):
+    with pytest.raises(TypeError, match=f"{name} must be a concrete number, got a traced one"):
         jax.jit(call)(4)
 
 

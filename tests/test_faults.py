@@ -318,9 +318,14 @@ def test_what_should_be_a_transformation_or_a_loss_is_named():
         gr.make_train_step(mean_square, optax.sgd)
     with says(ValueError, "flooding: level must be a number, got nan"):
         gr.flooding(level=float("nan"))
-    with says(ValueError, "direction returned by ascent has shape (), its parameter (2,)"):
+    with says(
+        ValueError, "direction returned by ascent must have the shape (2,) of its parameter, got ()"
+    ):
         updated(gr.fd_gradreg(**PENALTY, ascent=lambda gradient, params: 1.0))
-    with says(ValueError, "hessian_vector_product: vector has shape (3,), its parameter (2,)"):
+    with says(
+        ValueError,
+        "hessian_vector_product: vector must have the shape (2,) of its parameter, got (3,)",
+    ):
         curvature.hessian_vector_product(quartic, P, jnp.ones(3))
 
 
@@ -408,7 +413,7 @@ def test_an_argument_of_the_loss_that_a_step_keeps_for_itself_is_refused():
         functools.partial(gr.make_train_step, optimizer=optax.sgd(0.1)),
         gr.make_nnx_train_step,
     ):
-        with says(TypeError, "train_step: the loss has an argument 'held_out'", "rename"):
+        with says(TypeError, "train_step: the loss has an argument 'held_out'", "Rename"):
             make(loss)
 
 
@@ -466,7 +471,7 @@ def test_aux_that_cannot_leave_a_program_is_named():
         lambda: one_step(loss, has_aux=True),
         lambda: one_step(loss, has_aux=True, ascent_groups=2),
     ):
-        with says(TypeError, "aux['name'] is of type str", "arrays only"):
+        with says(TypeError, "aux['name'] must be an array, got str", "arrays only"):
             call()
 
 
@@ -480,7 +485,7 @@ def test_directions_of_integers_are_refused():
     ):
         with says(TypeError, "dtype int", "have a gradient"):
             call()
-    with says(ValueError, "adaptive: the gradient and the parameters differ in structure"):
+    with says(ValueError, "adaptive: the gradient must have the structure of the parameters"):
         gr.adaptive(P, None)
 
 

@@ -17,7 +17,7 @@ def test_a_loss_argument_called_state_is_refused_with_the_remedy():
     params = {"w": jnp.ones(2)}
     tx = gr.fd_gradreg(with_reserved_name, gamma=0.1, epsilon=0.1)
     message = (
-        "fd_gradreg: the loss needs 'state', a name that Optax's update keeps for itself: rename"
+        "fd_gradreg: the loss needs 'state', a name that Optax's update reserves. Rename"
         " the argument"
     )
     with pytest.raises(TypeError, match=re.escape(message)):

@@ -279,7 +279,9 @@ def test_text_in_aux_of_a_step_is_named():
 
     model, optimizer = model_and_optimizer(optax.sgd(RATE))
     step = gr.make_nnx_train_step(loss, gr.fd_gradreg(**PENALTY), has_aux=True)
-    with pytest.raises(TypeError, match=r"make_nnx_train_step: aux\['word'\] is of type str"):
+    with pytest.raises(
+        TypeError, match=r"make_nnx_train_step: aux\['word'\] must be an array, got str"
+    ):
         step(model, optimizer, batch())
 
 
