@@ -35,6 +35,11 @@ PROGRAM = Program(
             "60 minutes on two cores",
             "--seeds 2 --choose-seeds 1 --steps 200",
         ),
+        "unseen": Command(
+            "The self-tuned strength on registered tasks that had no part in its choice.",
+            "20 minutes on two cores",
+            "--tasks diabetes --seeds 3",
+        ),
     },
 )
 

@@ -468,7 +468,11 @@ class Trainer:
         arrays = (dataset.train_x, dataset.train_y)
         x, y = (jnp.zeros((self._recipe.batch_size, *a.shape[1:]), jnp.int32) for a in arrays)
         batch = (x if dataset.tokens else x.astype(jnp.float32)), y
-        return state, batch, batch if self._recipe.held_out else None
+        return state, batch, batch if self._looks_at_held_out else None
+
+    @property
+    def _looks_at_held_out(self) -> bool:
+        return bool(self._recipe.held_out and self.method.evaluations)
 
     def _lanes(self, settings: Settings, seeds: Array) -> dict[str, jax.Array]:
         wanted, given = set(self.method.settings), set(settings) - {"interval"}
@@ -516,7 +520,7 @@ class Trainer:
             state: TrainState, lane: Settings, split: data.Split, rows: jax.Array
         ) -> TrainState:
             others = None
-            if recipe.held_out:
+            if self._looks_at_held_out:
                 key = jax.random.fold_in(_key(lane["seed"], 3), state.step)
                 drawn = jax.random.randint(key, (size,), task.size, task.drawn)
                 others = task.batch(pool, split, drawn)

@@ -1,0 +1,128 @@
+"""Study unseen: the registered tasks are what their names say, and the verdict is the criterion."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gradreg_optax.experiments import data, results, runs
+from gradreg_optax.experiments.common import CommandError
+from gradreg_optax.experiments.trainer import Recipe, cross_entropy
+from studies import networks, registered_tasks, unseen
+
+SMALL = ("moons, 30 % label noise", "diabetes")
+CONFIG = unseen.Config(tasks=SMALL, steps=4, seeds=2, choose_seeds=2, strengths=(0.5, 1.0))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    output = tmp_path_factory.mktemp("unseen")
+    config = dataclasses.replace(CONFIG, output=output)
+    return results.load(results.save(output, "unseen", config, unseen.run(config)))
+
+
+def made_up(tuned, constant=(2.0, 1.0)):
+    """Results of one task with two seeds, of which plain training scores 50 and 52."""
+    rows = []
+    for role in ("choose", "report"):
+        for part, label, strength, gain in [
+            ("", "SGD", None, 0.0),
+            ("all", "SGD", None, 0.0),
+            *((part, "self-tuned", None, tuned) for part in unseen.PARTS),
+            *((part, "relative", r, g) for part in unseen.PARTS for r, g in enumerate(constant, 1)),
+        ]:
+            for seed, level in enumerate((50.0, 52.0)):
+                row = {"task": "made up", "role": role, "part": part, "method": label}
+                row |= {"strength": strength, "seed": seed, "score": level + gain}
+                rows.append(row | {"diverged": False, "gradients": 2.0})
+    return {"runs": runs.columns(rows)}
+
+
+def test_the_list_has_eight_tasks_of_four_kinds_at_least():
+    tasks = registered_tasks.TASKS.values()
+    assert len(tasks) >= 8
+    assert len({task.kind for task in tasks}) >= 4
+    assert {task.recipe["optimizer"] for task in tasks} >= {"sgd", "momentum", "adam"}
+
+
+@pytest.mark.parametrize("name", ["breast cancer, 20 % label noise", *SMALL])
+def test_a_seed_draws_as_many_samples_as_the_recipe_says(name):
+    task = registered_tasks.TASKS[name]
+    dataset, recipe = task.make(None), Recipe(**task.recipe)
+    split = data.draw(dataset, 0, recipe.train_size, recipe.test_size, recipe.label_noise)
+    assert len(split.train) == recipe.train_size
+    assert not set(split.train.tolist()) & set(split.test.tolist())
+    assert np.mean(split.train_labels != dataset.labels[split.train]) == pytest.approx(
+        recipe.label_noise, abs=0.01
+    )
+
+
+def test_regression_trains_on_the_squared_error():
+    grid = registered_tasks.GRID
+    model = networks.Model(lambda key: jnp.float32(0.3), lambda w, x: w * x)
+    loss = cross_entropy(networks.regression(model, grid).apply)
+    x, y = jnp.array([[1.0], [-2.0], [0.5]]), jnp.array([20, 40, 32])
+    targets = jnp.asarray(grid, jnp.float32)[y]
+    for w in (0.3, -1.0):
+        squared = jax.grad(lambda w: jnp.mean((w * x[:, 0] - targets) ** 2) / 2)(w)
+        np.testing.assert_allclose(jax.grad(loss)(w, (x, y)), squared, rtol=1e-4)
+
+
+def test_the_score_of_a_regression_is_the_explained_variance():
+    task = registered_tasks.TASKS["diabetes"]
+    labels = jnp.array([20, 30, 40])
+    grid = jnp.asarray(registered_tasks.GRID, jnp.float32)
+
+    def logits(prediction):
+        return -((prediction[:, None] - grid) ** 2) / 2
+
+    exact = registered_tasks.score(task, logits(grid[labels]), labels)
+    mean = registered_tasks.score(task, logits(jnp.full(3, grid[labels].mean())), labels)
+    np.testing.assert_allclose([exact, mean], [100.0, 0.0], atol=0.01)
+
+
+def test_batch_norm_with_given_statistics_does_not_depend_on_the_other_samples():
+    model = networks.strided_cnn(10, (4, 8))
+    params = model.init(jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (6, 28, 28, 1))
+    statistics = networks.batch_statistics(params, x)
+    whole = model.apply(params, x)
+    np.testing.assert_allclose(model.apply(params, x[:2], statistics), whole[:2], atol=1e-5)
+    assert np.max(np.abs(model.apply(params, x[:2]) - whole[:2])) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("tuned", "met"), [(2.0, True), (1.6, True), (1.5, False), (-0.1, False), (0.0, False)]
+)
+def test_the_verdict_is_the_registered_criterion(tuned, met):
+    lines = unseen.verdict(list(unseen.cells(made_up(tuned))))
+    assert [line.endswith("Criterion met.") for line in lines] == [met, met]
+
+
+def test_without_a_gain_the_rule_must_only_do_no_harm():
+    assert unseen.verdict(list(unseen.cells(made_up(0.0, (0.5, 0.2)))))[0].endswith("met.")
+    harmed = unseen.verdict(list(unseen.cells(made_up(-0.1, (0.5, 0.2)))))
+    assert all(line.endswith("not met.") for line in harmed)
+
+
+def test_every_way_is_trained_on_the_same_evaluation_seeds(found):
+    for cell in unseen.cells(found):
+        ways = [cell.plain, cell.everything, cell.tuned, *cell.constant.values()]
+        assert [rows["seed"].tolist() for rows in ways] == [[0, 1]] * 5
+        assert set(cell.constant) == set(CONFIG.strengths)
+    assert set(runs.select(found["runs"], role="choose")["seed"]) == {2, 3}
+
+
+def test_table_and_figure_show_every_task(found, tmp_path):
+    text = unseen.table(found)
+    for name in SMALL:
+        assert f"\n{name}  " in text
+    (path,) = unseen.plot(found, tmp_path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_unknown_tasks_are_refused():
+    with pytest.raises(CommandError, match="tasks must be some of"):
+        unseen.Config(tasks=("chess",))
