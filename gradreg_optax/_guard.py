@@ -1,4 +1,4 @@
-"""A guard that compares the incoming updates with the gradient of the loss."""
+"""A debugging context that compares the incoming updates with the gradient of the loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from gradreg_optax._numerics import global_norm
 from gradreg_optax._types import GradFn, PyTree
 
-_WATCHES: list[list[str]] = []  # the findings of every guard that is on, innermost last
+_WATCHES: list[list[str]] = []  # the findings of every open context, innermost last
 
 
 class GradientMismatch(UserWarning):
@@ -23,23 +23,28 @@ class GradientMismatch(UserWarning):
 
 @contextlib.contextmanager
 def checking() -> Iterator[list[str]]:
-    r"""Makes every transformation compare the incoming updates with its own gradient.
+    r"""Check that the incoming updates of every transformation are the gradient of its loss.
 
-    By default a transformation takes the incoming updates for :math:`\nabla L(\theta)` of its loss,
-    which saves a gradient. The result is wrong if they are not: the transformation is not the first
-    in its chain, its loss sees another batch or dropout key, ``optax.MultiSteps`` is around it, a
-    regularizer is applied twice, or replicas average their gradients but not their losses. Under
-    this guard, as under ``jax.debug_nans``, it also evaluates its own gradient. It warns, once for
-    each transformation traced, with the relative difference and the likely cause. Only updates that
-    take the penalty are compared.
+    By default a transformation uses the incoming updates as :math:`\nabla L(\theta)` of its loss,
+    which saves a gradient. The result is wrong if they are something else: the transformation is
+    not the first in its chain, its loss sees another batch or dropout key, ``optax.MultiSteps``
+    wraps it, a regularizer is applied twice, or replicas average their gradients but not their
+    losses. In this context, as in ``jax.debug_nans``, a transformation also evaluates the gradient.
+    On a mismatch it warns with the relative difference and the likely cause, once per traced
+    transformation. Only updates that apply the penalty are compared.
 
-    The guard applies to what is traced while it is open: build the train step inside of it. A step
-    compiled before is not checked; one compiled inside keeps its checks, without findings
-    afterwards. Guards nest: a finding goes to the innermost open one. A closed guard costs nothing,
-    an open one a gradient for each penalised update.
+    Create the train step inside the context: only functions that are traced inside are checked.
+    They keep the check after the context has ended, without reporting. Contexts nest, and a finding
+    goes to the innermost open one.
+
+    Cost:
+      One gradient per penalised update while the context is open. No cost otherwise.
 
     Yields:
-      The findings so far, one sentence each.
+      The findings so far, a list with one sentence each.
+
+    Warns:
+      GradientMismatch: the incoming updates differ from the gradient.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, warnings
@@ -50,9 +55,9 @@ def checking() -> Iterator[list[str]]:
       ...     warnings.simplefilter("ignore")
       ...     _ = tx.update(jax.grad(loss)(params), tx.init(params), params, value_fn=loss)
       >>> print(findings[0][:75])
-      fd_gradreg: the updates that came in are not the gradient of the loss: they
+      fd_gradreg: the incoming updates are not the gradient of the loss: they dif
     """
-    jax.effects_barrier()  # what ran before belongs to the guard outside
+    jax.effects_barrier()  # earlier steps report to the outer context
     findings: list[str] = []
     _WATCHES.append(findings)
     try:
@@ -65,7 +70,7 @@ def checking() -> Iterator[list[str]]:
 def compare(
     caller: str, grad_fn: GradFn, params: PyTree, updates: PyTree, due: jax.Array | bool
 ) -> None:
-    """Reports, if a guard is on and the penalty is due, that ``updates`` are not the gradient."""
+    """Report a mismatch of ``updates`` and the gradient, if a context is open and ``due``."""
     if not _WATCHES:
         return
     reported: list[str] = []
@@ -87,7 +92,7 @@ def compare(
 
 
 def _compared(gradient: PyTree, updates: PyTree) -> tuple[Any, ...]:
-    """The norms of both and of their difference, their cosine, and its tolerance for rounding."""
+    """Return the norms of both and of their difference, their cosine, and a rounding tolerance."""
     own, incoming = (
         [jnp.asarray(x).astype(jnp.complex64) for x in jax.tree.leaves(tree)]
         for tree in (gradient, updates)
@@ -102,7 +107,7 @@ def _compared(gradient: PyTree, updates: PyTree) -> tuple[Any, ...]:
 
 
 def _sentence(caller: str, own: float, incoming: float, *others: float) -> str | None:
-    """The mismatch and its likely cause; None where the two agree."""
+    """Describe the mismatch and its likely cause; return None if the two agree."""
     apart, cosine, tolerance = others
     if np.isfinite(apart) and apart <= tolerance * max(own, incoming):
         return None
@@ -112,7 +117,7 @@ def _sentence(caller: str, own: float, incoming: float, *others: float) -> str |
     elif cosine > 1 - tolerance:
         cause = (
             f"they are {incoming / size:.3g} times as long and point the same way: clipping"
-            " or a loss scale before it, or a sum where the loss is a mean"
+            " or a loss scale before the transformation, or a sum instead of a mean"
         )
     else:
         cause = (
@@ -121,7 +126,7 @@ def _sentence(caller: str, own: float, incoming: float, *others: float) -> str |
             " over replicas whose losses are not"
         )
     return (
-        f"{caller}: the updates that came in are not the gradient of the loss: they differ by"
-        f" {apart / size:.3g} of its norm. Likely cause: {cause}. Put it first, hand it"
-        " the same loss, or pass reuse_updates=False."
+        f"{caller}: the incoming updates are not the gradient of the loss: they differ by"
+        f" {apart / size:.3g} of its norm. Likely cause: {cause}. Put the transformation first in"
+        " its chain, give it the same loss, or pass reuse_updates=False."
     )

@@ -1,4 +1,4 @@
-"""A penalty relative to the gradient: gamma and epsilon follow from measured norms."""
+"""A penalty scaled relative to the gradient norm: gamma and epsilon follow from measured norms."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _BOUND = 2.0  # the largest correction of a step, in units of strength * gradien
 
 
 class Norms(NamedTuple):
-    """Decaying sums of norms over the updates that took the penalty.
+    """Decaying sums of norms over the updates that applied the penalty.
 
     Attributes:
       gradient: of the incoming updates, |g|; shape ().
-      own: of the gradient that the penalty is taken of, |d|; shape ().
-      product: of the difference estimate, |R|; shape (). Zero before the first.
+      own: of the penalised gradient, |d|; shape ().
+      product: of the difference estimate, |R|; shape (). Zero before the first update.
     """
 
     gradient: jax.Array
@@ -40,11 +40,11 @@ class RelativeState(NamedTuple):
     """State of :func:`relative_gradreg`.
 
     Attributes:
-      step: number of updates so far, skipped ones included; shape (), int32.
-      strength: the relative strength, as last used; shape ().
-      scale: the coefficient of a penalty of strength one, as last used; shape ().
+      step: number of updates so far, including those without a penalty; shape (), int32.
+      strength: the relative strength that was last used; shape ().
+      scale: the last gamma of strength 1, so that gamma is strength times scale; shape ().
       norms: the sums that determine the scale.
-      losses: the statistics of a self-tuned strength; without leaves for a given strength.
+      losses: the statistics of a self-tuned strength; without leaves for a fixed strength.
       ascent: the state of an ``ascent`` that is an Optax transformation.
     """
 
@@ -71,29 +71,31 @@ def relative_gradreg(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gradient regularization scaled relative to the gradient norm.
 
-    Let :math:`g` be the incoming gradient, :math:`d` the gradient that the penalty is taken of (the
-    same, or that of a part of the batch) and :math:`R` the difference estimate of :math:`H d`
-    (along what ``ascent`` makes of :math:`d`). The result is
+    Let :math:`g` be the incoming gradient, :math:`d` the penalised gradient (:math:`g`, or that of
+    a part of the batch) and :math:`R` the finite-difference estimate of :math:`H d`, or of the
+    product with the direction that ``ascent`` computes from :math:`d`. The result is
 
     .. math::
 
         g + r \tau R, \qquad \tau = \frac{\sum \|g\|}{\sum \|R\|}, \qquad
         \epsilon = s\, \frac{\sum \|d\|}{\sum \|R\|},
 
-    that is, :func:`fd_gradreg` with :math:`\gamma = r\tau`. The sums are over the updates that take
-    the penalty, and each counts ``decay`` times as much as the next. They are running means of
-    :math:`\|g\|/\|R\|` and :math:`\|d\|/\|R\|` in which a batch has the weight :math:`\|R\|`, so
-    that a flat batch, whose ratio is huge, has little influence. The correction has on average
-    :math:`r` times the norm of the gradient, for every network, optimizer, part of the batch and
-    interval, and in no step more than twice that. Up to :math:`r = 1` the result is a descent
-    direction. Beyond it training breaks down. With ``strength = reach = 1`` the result is the
-    gradient at :math:`\theta + \tau g`, which is SAM with the radius :math:`\rho = \tau\|g\|`.
+    that is, :func:`fd_gradreg` with :math:`\gamma = r\tau`. The sums run over the updates that
+    apply the penalty, and decay by the factor ``decay`` per update. Their quotients are running
+    means of :math:`\|g\|/\|R\|` and :math:`\|d\|/\|R\|` with the weights :math:`\|R\|`, so that a
+    batch with small curvature, and a huge ratio, has little influence.
 
-    **Scale.** The trajectory does not change when the loss is multiplied by a constant and the
-    learning rate divided by it, nor when the parameters are scaled by a constant. A loss scale that
-    changes between steps (dynamic scaling) looks like losses that change: multiply inside the loss
-    and divide at the parameters, so that this transformation receives the unscaled gradient and an
-    unscaled loss. The backward pass of this loss is scaled, and its value and gradient are not:
+    The norm of the correction is on average :math:`r` times that of the gradient, for every
+    network, optimizer, part of the batch and interval. In a single step it is at most twice that.
+    Up to :math:`r = 1` the result is a descent direction. For :math:`r > 1` the penalty can
+    outweigh the loss. With ``strength = reach = 1`` the result is the gradient at
+    :math:`\theta + \tau g`, which is SAM with the radius :math:`\rho = \tau\|g\|`.
+
+    **Scale.** The trajectory does not change if the loss is multiplied by a constant and the
+    learning rate divided by it, or if the parameters are scaled by a constant. A loss scale that
+    changes between steps (dynamic loss scaling) would change the measured norms. Apply it inside
+    the loss: multiply the cotangent of the value, and divide the cotangent of the parameters. The
+    backward pass of this loss is scaled, but its value and gradient are not:
 
     .. code-block:: python
 
@@ -109,56 +111,59 @@ def relative_gradreg(
         def scaled(params, batch, scale):
             return scale_cotangent(loss_fn(scale_cotangent(params, 1 / scale), batch), scale)
 
-    **Strength None** is self-tuned on held-out samples and experimental. It follows the share of
-    the progress on the training loss that does not appear on held-out samples. That share is
-    measured on all progress since the penalty began, at a loss :math:`L_0`, and on recent progress,
-    by which the running means :math:`\bar L` have fallen below the means :math:`\hat L` over the
-    whole past:
+    **Strength None** is experimental: the strength is self-tuned on held-out samples. It follows
+    the fraction :math:`S` of the decrease of the training loss that does not appear on held-out
+    samples. The fraction is measured on the total decrease since the first penalty, at the loss
+    :math:`L_0`, and on the recent decrease, from the means :math:`\hat L` over all these updates to
+    the running means :math:`\bar L`. The smaller of the two is used:
 
     .. math::
 
         S = \min\Big( \frac{\bar L_\text{held out} - \bar L - 2\sigma}{L_0 - \bar L},\;
         1 - \frac{\hat L_\text{held out} - \bar L_\text{held out}}{\hat L - \bar L} \Big),
 
-    with :math:`\sigma` the standard error of the gap between the two, estimated from the change of
-    the losses between updates. The strength is :math:`r = 12 (S - 0.01)`, clipped to [0, 1], once
-    the training loss has fallen by 4.5 times its change from batch to batch, and zero before: on an
-    initial plateau S is noise, and a penalty would keep training there. Running means are over some
-    fifty penalised updates. Memorisation is penalised; an underfitting model, and single-epoch
-    training, are not. The held-out samples are evaluated, not differentiated. In each update take
-    as many as a batch has, drawn anew; with fewer the gap stays noisy for longer. They should have
-    the distribution of the training samples: the difference to a harder set is mistaken for
-    memorisation. Full-batch training has no noise that would reveal a plateau; let it leave the
-    plateau first, with ``start``.
+    where :math:`\sigma` is the standard error of the gap, estimated from the changes of the losses
+    between updates. The strength is :math:`r = 12 (S - 0.01)`, clipped to [0, 1], after the
+    training loss has decreased by 4.5 times its change from batch to batch. Before that it is zero:
+    on an initial plateau :math:`S` is noise, and a penalty could prevent the escape. Running means
+    cover about 50 penalised updates. The rule penalises memorisation. It does not penalise an
+    underfitting model or single-epoch training.
 
-    Cost: as for :func:`fd_gradreg`, and norms. A self-tuned strength adds two evaluations of the
-    loss (one where ``update`` is given ``value=``, or where the compiler shares it with the
-    gradient), each a third of a gradient, on the updates that take the penalty.
+    The held-out loss is evaluated, not differentiated. Use a new random sample of the held-out data
+    in every update, as large as a batch; with fewer samples the gap is noisy for longer. The
+    held-out data should have the distribution of the training data, because a harder set looks like
+    memorisation. Full-batch training has no noise to detect a plateau by: use ``start`` to leave
+    the plateau first.
+
+    Cost:
+      As for :func:`fd_gradreg`, and a few norms. On the updates that apply the penalty, a
+      self-tuned strength adds two evaluations of the loss, each a third of a gradient; only one if
+      ``update`` receives ``value=``, or if the compiler shares it with the gradient.
 
     Args:
       loss_fn: as for :func:`fd_gradreg`.
-      strength: the relative strength :math:`r`, the norm of the correction relative to that of the
-        gradient, from 0 to 1; a number, an array, a schedule, or None. More than 1 is allowed, and
-        the penalty can outweigh the loss there. With None ``update`` needs ``held_out_fn=``, the
-        loss of the parameters on held-out samples (the train step makes it of ``held_out=batch``).
+      strength: the relative strength :math:`r`, the norm of the correction divided by the norm of
+        the gradient, from 0 to 1; a number, an array, a schedule, or None. Values above 1 are
+        allowed. With None, ``update`` needs ``held_out_fn=``, the loss on held-out samples as a
+        function of the parameters; the train step creates it from ``held_out=batch``.
       reach: the ascent step relative to the scale, :math:`s > 0`; a number or a schedule.
       decay: the decay of the sums, in [0, 1); with 0 every step is scaled by its own norms.
       scheme: as for :func:`fd_gradreg`.
       ascent: as for :func:`fd_gradreg`. The length of the direction does not matter.
-      interval: as for :func:`fd_gradreg`, with the penalty weighted by it.
+      interval: as for :func:`fd_gradreg`. The penalty is multiplied by it.
       start: as for :func:`fd_gradreg`.
       reuse_updates: as for :func:`fd_gradreg`.
       has_aux: as for :func:`fd_gradreg`; ``held_out_fn`` returns the value alone.
 
     Returns:
       A transformation with state :class:`RelativeState`; ``optax.tree.get(state, "strength")``
-      reads the strength that was used. Where a ratio is zero or not finite, the updates pass
-      through and the scale stays as it was.
+      returns the strength that was used. If a ratio of norms is zero or not finite, the updates
+      pass unchanged and the scale does not change.
 
     Raises:
       ValueError: strength < 0, reach <= 0, decay outside [0, 1) (if concrete); otherwise as for
         :func:`fd_gradreg`.
-      TypeError: strength is None and ``update`` was given no ``held_out_fn=``; otherwise as for
+      TypeError: strength is None and ``update`` receives no ``held_out_fn=``; otherwise as for
         :func:`fd_gradreg`.
 
     Example:
@@ -221,7 +226,7 @@ def relative_gradreg(
 def _measured(
     state: RelativeState, now: Norms, decay: jax.Array
 ) -> tuple[RelativeState, jax.Array]:
-    """The scale with this update's norms, and gamma; zero where their ratio is not finite."""
+    """Return the state with the new scale, and gamma; gamma is 0 if the ratio is not finite."""
     bound = _BOUND * ratio(now.gradient, now.product)
     norms = _remembered(state.norms, now, decay)
     scale = jnp.minimum(ratio(norms.gradient, norms.product), bound)
@@ -231,14 +236,14 @@ def _measured(
 
 
 def _epsilon(norms: Norms, reach: jax.Array, params: PyTree, direction: PyTree) -> jax.Array:
-    """The ascent step; the first is a hundredth of the length of the parameters."""
+    """Return the ascent step; the first one moves the parameters by 1 % of their norm."""
     first = ratio(*(global_norm(x).astype(reach.dtype) for x in (params, direction)))
     known = norms.product > 0
     return jnp.where(known, reach * ratio(norms.own, norms.product), _FIRST_REACH * first)
 
 
 def _remembered(norms: Norms, now: Norms, decay: jax.Array) -> Norms:
-    """The sums with this update's norms; as they were, if a ratio is zero or not finite."""
+    """Add the norms of this update to the sums, unless a ratio is zero or not finite."""
     counts = (ratio(now.gradient, now.product) > 0) & (ratio(now.own, now.product) > 0)
     return Norms(
         *(jnp.where(counts, decay * old + new, old) for old, new in zip(norms, now, strict=True))

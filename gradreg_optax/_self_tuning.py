@@ -1,4 +1,4 @@
-"""The strength of ``relative_gradreg(strength=None)``, from held-out samples. Experimental."""
+"""The self-tuned strength of ``relative_gradreg(strength=None)``. Experimental."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from gradreg_optax._transforms import Evaluation
 from gradreg_optax._types import LateLoss
 from gradreg_optax._validation import scalar
 
-_MEMORY = 0.98  # of the losses, per update that takes the penalty
-_NOISE = 4.5  # times the change of the loss from batch to batch: less progress may be noise
-_ERRORS = 2.0  # standard errors that are subtracted from a gap
-_TOLERATED = 0.01  # the share of the progress that may be a generalization gap
-_GAIN = 12.0  # of the strength, for a larger share
+_MEMORY = 0.98  # decay of the running means, per update that applies the penalty
+_NOISE = 4.5  # a smaller decrease, in units of the change from batch to batch, may be noise
+_ERRORS = 2.0  # standard errors that are subtracted from the gap
+_TOLERATED = 0.01  # the fraction of the decrease that may be a generalization gap
+_GAIN = 12.0  # the strength per unit of a larger fraction
 
 
 class Losses(NamedTuple):
     """Statistics of the training and the held-out loss.
 
     Attributes:
-      start: the training loss where the penalty began; shape ().
-      taken: number of updates that took the penalty; shape ().
-      past: means over these updates of the training and the held-out loss; shape (2,).
+      start: the training loss at the first penalty; shape ().
+      taken: number of updates that applied the penalty; shape ().
+      past: means of the training and the held-out loss over these updates; shape (2,).
       recent: running means of both; shape (2,).
       last: the last losses; shape (2,).
-      change: running means of how much they change from one such update to the next; shape (2,).
+      change: running means of their absolute change between two such updates; shape (2,).
     """
 
     start: jax.Array
@@ -43,21 +43,21 @@ class Losses(NamedTuple):
 
 
 def no_losses(dtype: Any) -> Losses:
-    """The losses before the first update."""
+    """Return the statistics before the first update."""
     zeros = (jnp.zeros(shape, dtype) for shape in ((), (), 2, 2, 2, 2))
     return Losses(*zeros)
 
 
 def self_tuned(caller: str, bind: LateLoss) -> Callable[[Any, Evaluation], dict[str, Any]]:
-    """The strength and the losses of an update, from those before it."""
+    """Return a function that computes the strength and the new statistics of an update."""
 
     def follow(losses: Any, at: Evaluation) -> dict[str, Any]:
         held_out_fn, value = at.extra_args.get("held_out_fn"), at.extra_args.get("value")
         if held_out_fn is None:
             raise TypeError(
-                f"{caller}: strength=None needs held-out samples, got no held_out_fn. Pass"
-                " update(..., held_out_fn=) with their loss as a function of the parameters, or"
-                " step(..., held_out=batch) to the train step, or choose a strength from 0 to 1."
+                f"{caller}: strength=None needs held-out samples, got no held_out_fn. Call"
+                " update(..., held_out_fn=) with their loss as a function of the parameters, or the"
+                " train step with step(..., held_out=batch), or choose a strength from 0 to 1."
             )
         if value is None:
             value = bind(at.params, at.extra_args)(at.params)
@@ -71,7 +71,7 @@ def self_tuned(caller: str, bind: LateLoss) -> Callable[[Any, Evaluation], dict[
 
 
 def _update_losses(old: Losses, training: jax.Array, held_out: jax.Array) -> Losses:
-    """The losses with those of this update, as they were where one is not finite."""
+    """Add the losses of this update to the statistics, unless one is not finite."""
     now, taken = jnp.stack([training, held_out]), old.taken + 1
     rate = (1 - _MEMORY) / (1 - _MEMORY**taken)
     change = jnp.where(old.taken > 0, jnp.abs(now - old.last), 0)
@@ -87,17 +87,18 @@ def _update_losses(old: Losses, training: jax.Array, held_out: jax.Array) -> Los
 
 
 def _strength(losses: Losses) -> jax.Array:
-    """The strength for a generalization gap, once the training loss has left its noise."""
+    """Return the strength, which is zero while the decrease of the training loss may be noise."""
     progress = losses.start - losses.recent[0]
     wanted = jnp.clip(_GAIN * (_generalization_gap_share(losses, progress) - _TOLERATED), 0, 1)
     return jnp.where(ratio(progress, losses.change[0]) > _NOISE, wanted, 0)
 
 
 def _generalization_gap_share(losses: Losses, progress: jax.Array) -> jax.Array:
-    """The share of the progress on the training loss that does not appear on held-out samples.
+    """The fraction of the decrease of the training loss that does not appear on held-out samples.
 
-    It is the smaller of two, of all progress and of recent progress. The first alone mistakes a
-    harder held-out set for memorisation; the second alone forgets what has been memorised.
+    It is the smaller of two fractions, of the total and of the recent decrease. The total alone
+    would confuse a harder held-out set with memorisation. The recent alone would ignore earlier
+    memorisation.
     """
     gap = losses.recent[1] - losses.recent[0] - _ERRORS * _gap_error(losses)
     fallen = losses.past - losses.recent
@@ -107,8 +108,8 @@ def _generalization_gap_share(losses: Losses, progress: jax.Array) -> jax.Array:
 def _gap_error(losses: Losses) -> jax.Array:
     """The standard error of the difference of the two running means.
 
-    Normal noise of standard deviation s changes by 2s / sqrt(pi) on average.
+    Between two samples, normal noise of standard deviation s changes by 2s / sqrt(pi) on average.
     """
-    left = _MEMORY ** jnp.maximum(losses.taken, 1)  # the weight of what was before the first update
+    left = _MEMORY ** jnp.maximum(losses.taken, 1)  # weight that no update has filled yet
     fewer = (1 - _MEMORY) * (1 + left) / ((1 + _MEMORY) * (1 - left))
     return jnp.sqrt(fewer * math.pi / 4 * jnp.sum(losses.change**2))

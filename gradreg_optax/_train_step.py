@@ -35,11 +35,11 @@ _OURS = GradregState, RelativeState
 
 
 class TrainState(NamedTuple):
-    """What the next step needs.
+    """State of a train step.
 
     Attributes:
       params: the parameters.
-      opt_state: the pair (regularizer's state, optimizer's state), as ``optax.chain`` keeps it.
+      opt_state: the pair (regularizer's state, optimizer's state), as in ``optax.chain``.
       step: number of steps taken; shape (), int32.
     """
 
@@ -49,14 +49,14 @@ class TrainState(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """What is merely interesting about a step, all of it at the parameters before the step.
+    """Metrics of a step, at the parameters before the step.
 
     Attributes:
-      loss: the loss on the batch, without any penalty; shape ().
-      grad_norm: norm of its gradient; shape (). With ``ascent_groups`` the root mean square of the
-        groups' gradient norms, which is what is regularized then, and needs no further
-        communication.
-      aux: the loss function's aux, or None; with ``ascent_groups`` stacked along a leading axis.
+      loss: the loss on the batch, without the penalty; shape ().
+      grad_norm: the norm of its gradient; shape (). With ``ascent_groups`` it is the root mean
+        square of the gradient norms of the groups, which is the penalised quantity then and needs
+        no further communication.
+      aux: aux of the loss, or None; with ``ascent_groups`` stacked along a leading axis.
     """
 
     loss: jax.Array
@@ -65,8 +65,12 @@ class StepInfo(NamedTuple):
 
 
 class TrainStep(NamedTuple):
-    """A pair of functions: ``init(params) -> state`` and the jitted ``step(state, batch, *args,
-    **kwargs) -> (state, info)``.
+    """The pair of functions that :func:`make_train_step` returns.
+
+    Attributes:
+      init: ``init(params) -> state``, a :class:`TrainState`.
+      step: ``step(state, batch, *args, **kwargs) -> (state, info)``, jitted, with a
+        :class:`StepInfo`.
     """
 
     init: Callable[[PyTree], TrainState]
@@ -84,53 +88,55 @@ def make_train_step(
     donate: bool = True,
     static_argnames: str | Sequence[str] = (),
 ) -> TrainStep:
-    r"""Builds a jitted train step that chains a regularizer with any Optax optimizer.
+    r"""Return a jitted train step that chains a regularizer with any Optax optimizer.
 
-    One step evaluates :math:`L` and :math:`g = \nabla L` on the batch, lets the regularizer turn
-    :math:`g` into the regularized gradient, and hands that to the optimizer together with Optax's
-    ``value``, ``grad`` and ``value_fn`` of the unregularized loss. Loss, gradient norm and aux
-    (BatchNorm's running statistics, say) are those at the parameters before the step; the second
-    pass sees the same batch and arguments, a dropout key among them.
+    A step evaluates :math:`L` and :math:`g = \nabla L` on the batch. The regularizer replaces
+    :math:`g` by the regularized gradient, and the optimizer receives the result, together with
+    Optax's ``value``, ``grad`` and ``value_fn`` of the unregularized loss. Both passes use the same
+    batch and arguments, such as a dropout key. Loss, gradient norm and aux (such as BatchNorm
+    statistics) come from the first pass, at the parameters before the step.
 
-    Cost: one gradient and what the regularizer adds; with ``penalty_fraction`` = f that addition is
-    f times (the regularizer's gradients + 1), on the steps that its ``interval`` takes: F-GR costs
-    1 + 2f/k gradients a step.
+    Cost:
+      One gradient, and the n gradients that the regularizer adds. With ``interval`` = k that is
+      1 + n/k per step, and with ``penalty_fraction`` = f < 1 as well it is 1 + (n + 1) f/k: F-GR
+      costs 1 + 2f/k.
 
     Args:
-      loss_fn: ``loss_fn(params, batch, *args, **kwargs)``, a real scalar, or ``(scalar, aux)`` with
-        ``has_aux``.
+      loss_fn: ``loss_fn(params, batch, *args, **kwargs)``, which returns a real scalar, or
+        ``(scalar, aux)`` with ``has_aux``.
       optimizer: any Optax optimizer.
       regularizer: ``fd_gradreg(...)``, ``dbp_gradreg(...)``, ``flooding(...)``, a chain of them, or
-        None. It needs no loss of its own. If it has another one, say ``reuse_updates=False`` there,
-        since the gradient that comes in is that of ``loss_fn``; its arguments are picked by name
-        from those of ``loss_fn``.
+        None. It uses ``loss_fn``, unless it was constructed with another loss. In that case pass
+        ``reuse_updates=False`` to it, because the incoming gradient is that of ``loss_fn``; its
+        loss gets its arguments by name from those of ``loss_fn``.
       has_aux: whether ``loss_fn`` returns ``(value, aux)``.
-      penalty_fraction: take the penalty on the first f of the batch's leading axis (rounded up),
-        with that sub-batch's own gradient. A sub-batch of b samples penalises
-        :math:`\|g\|^2 + \operatorname{tr}\Sigma / b` on average, with :math:`\Sigma` the covariance
-        of the samples' gradients, so a smaller f needs a smaller gamma. Only transformations of
-        this package know what to do with a part.
-      ascent_groups: split the batch into m groups, each of which climbs along its own gradient, and
-        average the results (m-sharpness). On a data-parallel mesh with m a multiple of the devices
-        this takes one all-reduce where the global ascent takes two. It regularizes the mean of the
-        groups' :math:`\|g_m\|^2`, which is larger than :math:`\|g\|^2`. Where the groups weigh
-        differently (a mean over unpadded tokens), let the loss return ``Weighted``. What a
-        regularizer keeps in addition to its counter is averaged as well.
-      donate: let the step reuse the memory of the state it is given, which must not be used
-        afterwards.
+      penalty_fraction: evaluate the penalty on the first f of the batch's leading axis (rounded
+        up), with the gradient of that sub-batch. On b samples the penalised quantity is
+        :math:`\|g\|^2 + \operatorname{tr}\Sigma / b` on average, with the covariance :math:`\Sigma`
+        of the per-sample gradients. So a smaller f needs a smaller gamma (see
+        :func:`~gradreg_optax.curvature.penalty_scale`). Needs a transformation of this package.
+      ascent_groups: split the batch into m groups, perturb each along its own gradient, and average
+        the results (m-sharpness). On a data-parallel mesh, with m a multiple of the number of
+        devices, this needs one all-reduce instead of two. The penalised quantity is the mean of
+        :math:`\|g_m\|^2` over the groups, which is larger than :math:`\|g\|^2`. If the groups have
+        different weights (a mean over unpadded tokens), return ``Weighted`` from the loss. State of
+        a regularizer other than its counter is averaged as well.
+      donate: whether the step reuses the memory of the state that it receives. Do not use that
+        state afterwards.
       static_argnames: names of further arguments of the loss that are not arrays (a mode, a
-        configuration), as in ``jax.jit``; they must be hashable.
+        configuration), as in ``jax.jit``. They must be hashable.
 
     Returns:
-      ``TrainStep(init, step)``. A keyword ``held_out=batch`` of ``step`` is not for ``loss_fn``,
-      but for a regularizer that finds its strength on held-out samples.
+      ``TrainStep(init, step)``. The keyword ``held_out=batch`` of ``step`` is not passed to
+      ``loss_fn``: it is for a regularizer with a self-tuned strength.
 
     Raises:
-      ValueError: penalty_fraction outside (0, 1], ascent_groups < 1, or either without a
-        regularizer; at ``init`` an optimizer that is a regularizer alone, or regularizers in both
-        places; at a step a batch that cannot be split.
-      TypeError: what should be an Optax transformation, or a TrainState, is none; integer
-        parameters; penalty_fraction with a regularizer that is not of this package.
+      ValueError: penalty_fraction outside (0, 1], ascent_groups < 1, or one of them without a
+        regularizer; an unknown name in static_argnames; at ``init``, a regularizer in place of the
+        optimizer, or in two places; at a step, a batch that cannot be split.
+      TypeError: an optimizer or regularizer that is not an Optax transformation; a state that is
+        not a TrainState; integer parameters; penalty_fraction with a regularizer of another
+        package; ``held_out=`` without a self-tuned strength, or as an argument of the loss.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -189,7 +195,7 @@ def make_train_step(
 
 
 def static_arguments(caller: str, loss_fn: LossFn, names: str | Sequence[str]) -> dict[str, Any]:
-    """Return the static arguments of a step, whose arguments stand where those of the loss do."""
+    """Return the static arguments of a step, which has the argument positions of the loss."""
     static = (names,) if isinstance(names, str) else tuple(names)
     signature = signature_of(loss_fn)
     parameters = {} if signature is None else dict(signature.parameters)
@@ -198,7 +204,7 @@ def static_arguments(caller: str, loss_fn: LossFn, names: str | Sequence[str]) -
     if unknown or any(name in list(parameters)[:1] for name in static):
         raise ValueError(
             f"{caller}: static_argnames must name arguments of the loss after its parameters, got"
-            f" {static!r}. Its arguments are {list(parameters)[1:]}."
+            f" {static!r}. Choose from {list(parameters)[1:]}."
         )
     numbers = tuple(i for i, name in enumerate(parameters) if name in static)
     return {"static_argnames": static, "static_argnums": numbers} if static else {}
@@ -221,24 +227,24 @@ class HeldOut:
 
 
 def check_held_out(caller: str, extra_args: Mapping[str, Any]) -> None:
-    """Refuse held-out samples that no regularizer has evaluated."""
+    """Reject held-out samples that no regularizer has evaluated."""
     held_out_fn = extra_args.get("held_out_fn")
     if isinstance(held_out_fn, HeldOut) and not held_out_fn.evaluated:
         raise TypeError(
-            f"{caller}: held_out= is for a regularizer that tunes its strength on held-out samples,"
-            " and none does. Pass relative_gradreg(strength=None), or leave held_out= away."
+            f"{caller}: held_out= needs a regularizer with a self-tuned strength, got none. Use"
+            " relative_gradreg(strength=None), or remove held_out=."
         )
 
 
 class Call(NamedTuple):
-    """A loss and the arguments that it is called with, but for the parameters.
+    """A loss and its arguments, without the parameters.
 
     Attributes:
       loss: ``loss(params, *args, **kwargs) -> (Weighted, aux)``.
       args: the positional arguments, the batch first.
       kwargs: the keyword arguments.
-      loss_fn: the loss as the user wrote it, which knows the names of its arguments.
-      held_out: another batch, for a regularizer that asks for one.
+      loss_fn: the user's loss, with the names of the arguments in its signature.
+      held_out: another batch, for a regularizer with a self-tuned strength.
     """
 
     loss: Callable[..., tuple[Weighted, Any]]
@@ -248,35 +254,35 @@ class Call(NamedTuple):
     held_out: PyTree = None
 
     def on(self, batch: PyTree) -> "Call":
-        """The same on another batch."""
+        """Return the call with another batch."""
         return self._replace(args=(batch, *self.args[1:]))
 
     def value_fn(self, params: PyTree) -> jax.Array:
-        """The loss as a function of the parameters."""
+        """Return the loss at ``params``."""
         return mean_of(self.loss(params, *self.args, **self.kwargs)[0])
 
     def value_and_more(self, params: PyTree) -> tuple[jax.Array, tuple[Any, Any]]:
-        """The loss, and (its weight, aux)."""
+        """Return the loss at ``params``, and (its weight, aux)."""
         mean, aux = self.loss(params, *self.args, **self.kwargs)
         return mean_of(mean), (mean.weight, aux)
 
     def named(self) -> dict[str, Any]:
-        """The arguments by name, for a regularizer that has a loss of its own."""
+        """Return the arguments by name, for a regularizer with its own loss."""
         if self.loss_fn is None:
             return unreserved(self.kwargs)
         return named_arguments(self.loss_fn, (None, *self.args), dict(self.kwargs))
 
 
 class Pass(NamedTuple):
-    """What a loss and a regularizer make of a batch.
+    """The results of a loss and a regularizer on a batch.
 
     Attributes:
       value: the loss.
-      aux: what it returns with its value.
-      gradient: its gradient.
-      updates: what the regularizer makes of the gradient.
-      state: the regularizer's state afterwards.
-      weight: the weight of the batch, if its loss has one.
+      aux: aux of the loss.
+      gradient: the gradient of the loss.
+      updates: the regularized gradient.
+      state: the new state of the regularizer.
+      weight: the weight of the batch, or None.
     """
 
     value: jax.Array
@@ -288,12 +294,13 @@ class Pass(NamedTuple):
 
 
 class RegularizedPass(NamedTuple):
-    """A clean pass and the regularizer on it.
+    """A gradient evaluation followed by a regularizer.
 
     Attributes:
       init: ``params -> state``.
       run: ``(call, params, state) -> Pass``.
-      regularize: ``(call, params, state, value, gradient) -> (updates, state)``, its second half.
+      regularize: ``(call, params, state, value, gradient) -> (updates, state)``, the second part of
+        ``run``.
     """
 
     init: Callable[[PyTree], optax.OptState]
@@ -307,11 +314,11 @@ def regularized_pass(
     penalty_fraction: Any = 1.0,
     groups: int = 1,
 ) -> RegularizedPass:
-    """What train steps and regularized losses share: one clean pass, and the regularizer on it."""
+    """Return the part that train steps and regularized losses share: gradient and regularizer."""
     kept = fraction(caller, "penalty_fraction", penalty_fraction)
     if regularizer is None and (kept < 1 or groups > 1):
         raise ValueError(
-            f"{caller}: penalty_fraction and ascent_groups concern the regularizer: pass one as"
+            f"{caller}: penalty_fraction and ascent_groups need a regularizer, got None. Pass"
             " regularizer=."
         )
     if regularizer is not None:
@@ -322,9 +329,9 @@ def regularized_pass(
         state = tx.init(params)
         if kept < 1 and not is_penalized(state):
             raise TypeError(
-                f"{caller}: penalty_fraction needs a transformation of this package, which adds its"
-                " penalty to the whole batch's gradient: another one would throw that away. Wrap"
-                " fd_gradreg, dbp_gradreg, sam, ..., or leave penalty_fraction at 1."
+                f"{caller}: penalty_fraction needs a transformation of this package, got another"
+                " one, which would discard the gradient of the whole batch. Use fd_gradreg,"
+                " dbp_gradreg, sam, ..., or penalty_fraction=1."
             )
         return state
 
@@ -346,7 +353,7 @@ def regularized_pass(
 
 
 def penalty_arguments(caller: str, call: Call, kept: float) -> dict[str, Any]:
-    """Return the extra arguments of a regularizer: the loss that it penalises, on which samples."""
+    """Return the extra arguments of a regularizer: the loss on the samples that it penalises."""
     penalised, flags = call, dict[str, Any]()
     if kept < 1:
         penalised = call.on(first_fraction(caller, "penalty_fraction", call.args[0], kept))
@@ -357,29 +364,29 @@ def penalty_arguments(caller: str, call: Call, kept: float) -> dict[str, Any]:
 
 
 def is_penalized(state: optax.OptState) -> bool:
-    """Whether a transformation of this package is in the chain that has this state."""
+    """Whether a chain with this state contains a transformation of this package."""
     leaves = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, _OURS))
     return any(isinstance(leaf, _OURS) for leaf in leaves)
 
 
 def _check_optimizer(caller: str, state: optax.OptState) -> None:
-    """The optimizer takes steps; by its state."""
+    """Check by its state that the optimizer is not a regularizer."""
     if isinstance(state, _OURS):
         raise ValueError(
-            f"{caller}: the optimizer is a regularizer alone, which takes no step: write"
+            f"{caller}: optimizer must take steps, got a regularizer alone. Write"
             f" {caller}(loss_fn, optimizer, regularizer)."
         )
 
 
 def check_once(caller: str, loss_fn: LossFn, params: PyTree, *states: optax.OptState) -> None:
-    """A penalty stands in one place: in one transformation, known by its state, or in the loss."""
+    """Check that only one transformation, or the loss, contains a regularizer."""
     of_loss = regularizer_of(loss_fn)
     if of_loss is not None:
         states = *states, of_loss.init(params)
     if sum(map(is_penalized, states)) > 1:
         raise ValueError(
             f"{caller}: there is a regularizer in more than one of the loss, the optimizer's chain"
-            f" and {caller}, which would penalise twice: take one away, or chain them,"
+            f" and {caller}, which would penalise twice. Remove one, or chain them:"
             " regularizer=optax.chain(...)."
         )
 
@@ -394,14 +401,14 @@ def regularizer_of(loss_fn: Any) -> optax.GradientTransformation | None:
 
 
 def counting(caller: str, state: optax.OptState, step: Any) -> optax.OptState:
-    """The state of a regularizer at ``step``, where nothing but its counters has a place."""
+    """Return a regularizer's state at ``step``; raise an error if it is more than counters."""
 
     def counter(leaf: Any) -> GradregState:
         if not isinstance(leaf, GradregState) or jax.tree.leaves(leaf.ascent):
             raise ValueError(
-                f"{caller}: the regularizer keeps more state than a step counter, which has"
-                " no place here: put it in front of the optimizer, optax.chain(regularizer, tx),"
-                " and train with make_train_step or make_nnx_train_step."
+                f"{caller}: the regularizer keeps more state than a step counter, which cannot be"
+                " stored here. Put it in front of the optimizer, optax.chain(regularizer, tx), and"
+                " train with make_train_step or make_nnx_train_step."
             )
         return leaf._replace(step=step)
 
@@ -411,9 +418,9 @@ def counting(caller: str, state: optax.OptState, step: Any) -> optax.OptState:
 def _mean_over_groups(
     caller: str, on: Callable[[PyTree], Pass], groups: PyTree
 ) -> tuple[Pass, jax.Array]:
-    """The groups' passes averaged by weight, and the root mean square of their gradients' norms.
+    """Average the passes of the groups by weight; also return the RMS of their gradient norms.
 
-    Of a regularizer's state numbers are averaged; counters and keys may depend on no group.
+    Numbers in a regularizer's state are averaged. Counters and keys must be the same in all groups.
     """
     structures: list[Any] = []
 
@@ -427,7 +434,7 @@ def _mean_over_groups(
     try:
         outcome, counters = jax.vmap(separated, out_axes=(0, None), axis_name=ASCENT_GROUPS)(groups)
     except ValueError as error:
-        if not structures:  # raised by the loss or a regularizer
+        if not structures:  # raised by the loss or the regularizer
             raise
         raise ValueError(
             f"{caller}: with ascent_groups, counters and keys in the regularizer's state must be"
@@ -448,7 +455,7 @@ def _mean_over_groups(
 
 
 def _average(x: jax.Array, weight: jax.Array | None) -> jax.Array:
-    """The mean over the leading axis; where nothing weighs anything, zero."""
+    """Return the weighted mean over the leading axis; zero if all weights are zero."""
     if weight is None:
         return jnp.mean(x, axis=0)
     total = jnp.sum(weight)
@@ -457,10 +464,10 @@ def _average(x: jax.Array, weight: jax.Array | None) -> jax.Array:
 
 
 def _owned(tree: PyTree) -> PyTree:
-    """Copies without weak types.
+    """Copy all arrays, without weak types.
 
-    A donated buffer may be neither the caller's nor in the state twice, and a weak type would be
-    traced twice.
+    A donated buffer must not belong to the caller or occur twice in the state, and a weak type
+    would cause a second compilation.
     """
     return jax.tree.map(_copied, tree)
 

@@ -374,7 +374,7 @@ def test_train_steps_refuse_what_cannot_be_split():
     for split in ({"penalty_fraction": 0.5}, {"ascent_groups": 2}):
         with says(
             ValueError,
-            "make_train_step: penalty_fraction and ascent_groups concern the regularizer",
+            "make_train_step: penalty_fraction and ascent_groups need a regularizer",
             "regularizer=",
         ):
             make_train_step(loss_fn, optax.sgd(0.1), **split)

@@ -397,7 +397,7 @@ def test_a_penalty_in_the_loss_and_in_the_step_is_refused():
         {"regularizer": gr.sam(rho=0.1)},
         {"optimizer": optax.chain(FD, optax.sgd(1.0))},
     ):
-        with says(ValueError, "make_train_step: ", "penalise twice", "take one away"):
+        with says(ValueError, "make_train_step: ", "penalise twice", "Remove one"):
             one_step(loss, **{"regularizer": None} | places)
     in_the_loss, _ = one_step(loss, regularizer=None)
     in_the_step, _ = one_step(mean_square)

@@ -87,7 +87,7 @@ WRONG = {
 def test_what_is_wrong_is_reported_once_with_its_cause(name):
     tx, cause = WRONG[name]
     (finding,) = findings_of(run, tx)
-    assert "the updates that came in are not the gradient of the loss: they differ by" in finding
+    assert "the incoming updates are not the gradient of the loss: they differ by" in finding
     assert cause in finding
 
 

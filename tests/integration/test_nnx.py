@@ -164,7 +164,7 @@ def test_a_regularizer_with_state_of_its_own_is_refused_with_the_remedy():
     step = gr.make_nnx_train_step(loss_fn, optax.chain(gr.fd_gradreg(**PENALTY), optax.trace(0.9)))
     with pytest.raises(
         ValueError,
-        match=r"make_nnx_train_step: the regularizer keeps more state than.*put it in front",
+        match=r"make_nnx_train_step: the regularizer keeps more state than.*Put it in front",
     ):
         step(model, optimizer, *batch())
 

@@ -107,5 +107,5 @@ def test_fsdp_takes_the_collectives_of_the_plain_step_twice(report):
 )
 def test_parts_that_an_explicit_mesh_does_not_divide_are_named(report, option, parts):
     said = report["refusals"][option]
-    assert said.startswith(f"make_train_step: {option} {parts}, no multiple of the 8 devices")
+    assert said.startswith(f"make_train_step: {option} {parts}, not a multiple of the 8 devices")
     assert "Auto axes" in said
