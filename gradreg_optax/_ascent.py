@@ -16,11 +16,11 @@ from gradreg_optax._validation import check_inexact, check_like, is_inexact
 
 
 def ascent_transformation(caller: str, ascent: Ascent | None) -> optax.GradientTransformation:
-    """``ascent`` as an Optax transformation of the gradient; by default the gradient itself.
+    """Convert ``ascent`` to an Optax transformation of the gradient; None is the identity.
 
-    JAX's gradient of a real loss with respect to complex parameters is the conjugate of the
-    direction of steepest ascent. It is conjugated here, in float32 or wider, before ``ascent``
-    receives it. The state is in float32 or wider as well, and keeps its dtypes.
+    For complex parameters, JAX's gradient is the conjugate of the direction of steepest ascent. It
+    is conjugated, in float32 or wider, before it is passed to ``ascent``. The state is in float32
+    or wider too, and keeps its dtypes.
     """
     if ascent is None:
         return optax.GradientTransformation(
@@ -33,8 +33,8 @@ def ascent_transformation(caller: str, ascent: Ascent | None) -> optax.GradientT
     else:
         raise TypeError(
             f"{caller}: ascent must be a function (gradient, params) -> direction, got"
-            f" {type(ascent).__name__}. For a mask write ascent=masked(mask); for an ascent with"
-            " state pass an Optax transformation."
+            f" {type(ascent).__name__}. For a mask, write ascent=masked(mask). For an ascent with"
+            " state, pass an Optax transformation."
         )
 
     def climb(gradient: PyTree, state: optax.OptState, params: PyTree) -> tuple[PyTree, Any]:
@@ -46,7 +46,7 @@ def ascent_transformation(caller: str, ascent: Ascent | None) -> optax.GradientT
 
 
 def stateless(caller: str, tx: optax.GradientTransformation, params: PyTree) -> Climb:
-    """The direction of an ascent that keeps no state, as a function of the gradient."""
+    """Return the direction as a function of the gradient, for an ascent without state."""
     state = tx.init(params)
     if jax.tree.leaves(state):
         raise TypeError(
@@ -65,21 +65,25 @@ def _in_dtype_of(new: Any, old: Any) -> Any:
 
 
 def normalized(gradient: PyTree, params: PyTree) -> PyTree:
-    r"""The unit direction :math:`g / \|g\|` of SAM and of penalties on the plain norm; zero where
-    the gradient is zero.
+    r"""The unit ascent direction :math:`g / \|g\|` of SAM; zero for a zero gradient.
 
-    Along it, :math:`\gamma H g/\|g\|` is the gradient of :math:`\gamma\|\nabla L\|`. The norm is
-    over all leaves and taken in float32 or wider. Below 1e-19 in float32 (1e-154 in float64), where
-    squares underflow, it counts as that much, so that the direction shrinks to zero with the
-    gradient; beyond 1e19 (1e154), where they overflow, the direction is zero. Costs no gradient
-    evaluation.
+    Along this direction, :math:`\gamma H g/\|g\|` is the gradient of :math:`\gamma\|\nabla L\|`.
+    The norm is over all leaves, in float32 or wider. A norm below 1e-19 in float32 (1e-154 in
+    float64), where squares underflow, is replaced by this bound, so the direction vanishes with the
+    gradient. Above 1e19 (1e154), where squares overflow, the direction is zero.
+
+    Cost:
+      No gradient evaluation.
 
     Args:
       gradient: the direction of steepest ascent.
       params: the parameters, not used.
 
     Returns:
-      A tree like ``gradient``, of norm one or, about zero, less.
+      A tree like ``gradient``, of norm 1, or less close to a zero gradient.
+
+    Raises:
+      TypeError: a gradient that is not of real or complex numbers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -104,11 +108,14 @@ def normalized(gradient: PyTree, params: PyTree) -> PyTree:
 
 
 def adaptive(gradient: PyTree, params: PyTree) -> PyTree:
-    r"""ASAM's direction :math:`\theta^2 g \,/\, \| |\theta|\, g \|`, elementwise; zero where
-    :math:`|\theta| g` is zero.
+    r"""ASAM's ascent direction :math:`\theta^2 g \,/\, \| |\theta|\, g \|`, elementwise.
 
-    It does not change when a layer's weights are scaled up and the next layer's down. Costs no
-    gradient evaluation.
+    It is invariant to a rescaling of layers: multiply the weights of a layer by a constant, divide
+    those of the next one by it, and the perturbation of the function is the same. Where
+    :math:`|\theta| g` is zero, the direction is zero.
+
+    Cost:
+      No gradient evaluation.
 
     Args:
       gradient: the direction of steepest ascent.
@@ -116,6 +123,10 @@ def adaptive(gradient: PyTree, params: PyTree) -> PyTree:
 
     Returns:
       A tree like ``gradient``.
+
+    Raises:
+      ValueError: gradient and parameters of different structure or shapes.
+      TypeError: a gradient or parameters that are not real or complex numbers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -135,23 +146,26 @@ def adaptive(gradient: PyTree, params: PyTree) -> PyTree:
 
 
 def masked(mask: PyTree) -> AscentFn:
-    r"""An ascent direction that climbs in some of the parameters only.
+    r"""An ascent direction that perturbs some of the parameters only.
 
-    With :math:`M` the projection on the masked coordinates, :math:`H M g` is the gradient of
-    :math:`\tfrac12\|\nabla_M L\|^2`: only those coordinates are perturbed, and the correction
-    reaches *all* of them. To leave the others untouched as well, freeze them behind the
-    regularizer, with ``optax.partition`` or ``optax.masked``. Costs no gradient evaluation.
+    Let :math:`M` be the projection on the selected coordinates. Then :math:`H M g` is the gradient
+    of :math:`\tfrac12\|\nabla_M L\|^2`: only these coordinates are perturbed, but the correction
+    changes the gradient of *all* parameters. To leave the other parameters unchanged too, freeze
+    them behind the regularizer, with ``optax.partition`` or ``optax.masked``.
+
+    Cost:
+      No gradient evaluation.
 
     Args:
-      mask: a tree of bools (Python's, or arrays for single coordinates) that is a prefix of the
-        parameters, or a function that makes one from the parameters.
+      mask: a tree of bools that is a prefix of the parameters (arrays of bools select single
+        coordinates), or a function ``params -> mask``.
 
     Returns:
       A function ``(gradient, params) -> direction``.
 
     Raises:
-      TypeError: a leaf of the mask is not a bool.
-      ValueError: the mask is not a prefix of the parameters.
+      TypeError: at a call, a leaf of the mask that is not a bool.
+      ValueError: at a call, a mask that is not a prefix of the parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -162,11 +176,14 @@ def masked(mask: PyTree) -> AscentFn:
     """
 
     def direction(gradient: PyTree, params: PyTree) -> PyTree:
-        # A module of bools may be callable and is yet a tree, not a function of the parameters.
+        # A callable that is a pytree (a module of bools) is a mask, not a function of params.
         tree = mask(params) if callable(mask) and jax.tree_util.all_leaves([mask]) else mask
         for leaf in jax.tree.leaves(tree):
             if not (isinstance(leaf, bool) or getattr(leaf, "dtype", None) == jnp.bool_):
-                raise TypeError(f"masked: the mask must hold bools, got {leaf!r}.")
+                raise TypeError(
+                    f"masked: the mask must hold bools, got {leaf!r}. Use True for the parameters"
+                    " to perturb, and False for the others."
+                )
         try:
             return jax.tree.map(
                 lambda keep, part: jax.tree.map(
@@ -177,8 +194,8 @@ def masked(mask: PyTree) -> AscentFn:
             )
         except ValueError as error:
             raise ValueError(
-                "masked: the mask must be a tree of bools that is a prefix of the parameters:"
-                f" {error}"
+                "masked: the mask must be a tree of bools that is a prefix of the parameters, got"
+                f" another structure: {error}"
             ) from error
 
     return direction

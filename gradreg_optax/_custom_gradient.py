@@ -1,4 +1,4 @@
-"""A function with a gradient of its own, under every transformation of JAX."""
+"""A function with a custom gradient, under every transformation of JAX."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -21,11 +21,12 @@ Plain: TypeAlias = Callable[[Leaves], Output]
 
 
 class Rule(NamedTuple):
-    """How the gradient in the penalised leaves is made.
+    """The custom gradient with respect to the penalised leaves.
 
     Attributes:
-      function: with ``from_gradient``, ``(leaves, value, gradients) -> gradients``, of the value
-        and its gradient; without, ``leaves -> (output, gradients)``, which evaluates both itself.
+      function: with ``from_gradient``, ``(leaves, value, gradients) -> gradients``, a function of
+        the value and its gradient; otherwise ``leaves -> (output, gradients)``, which evaluates
+        both.
       from_gradient: which of the two.
     """
 
@@ -36,18 +37,18 @@ class Rule(NamedTuple):
 def with_gradient(
     plain: Plain, rule: Rule, leaves: Leaves, penalised: Sequence[bool]
 ) -> tuple[jax.Array, Leaves]:
-    """Evaluate ``plain``, with a gradient of its own in the penalised leaves.
+    """Evaluate ``plain``, with a custom gradient with respect to the penalised leaves.
 
-    The derivatives in the other leaves, those of the arrays, and those in the values that ``plain``
-    closes over are the derivatives of ``plain``. Forward and reverse mode work, and further
-    derivatives. Each function is evaluated only where its result is needed.
+    Derivatives with respect to other leaves, derivatives of the further arrays, and derivatives
+    with respect to values that ``plain`` closes over are those of ``plain``. Forward mode, reverse
+    mode and higher derivatives work. Each function is evaluated only if its result is needed.
 
-    Where the call is recorded (inside ``jax.jit``, ``jax.lax.scan``, ...) its derivative may be
-    taken after the recording has ended, so that no function may close over a traced value. The
-    functions are then traced here, and the values they close over become arguments.
+    In a call under ``jax.jit``, ``jax.lax.scan``, ... the derivative may be taken after tracing has
+    ended, so no function may close over a traced value. The functions are then traced here, and the
+    values that they close over become arguments.
     """
     leaves = _varying_like_the_value(plain, leaves)
-    if isinstance(jax.lax.add(0.0, 0.0), jax.core.Tracer):  # recorded
+    if isinstance(jax.lax.add(0.0, 0.0), jax.core.Tracer):  # under jit, scan, ...
         return _with_arguments(plain, rule, leaves, penalised)
     try:
         return _with_gradient(plain, rule, leaves, penalised)
@@ -59,9 +60,9 @@ class ArrayArguments(NamedTuple):
     """The arguments of a call, split into arrays and constants.
 
     Attributes:
-      leaves: the traced leaves and the parameters; the others are known and have no derivative.
-      penalised: whether a leaf is a number and belongs to the parameters.
-      call: ``leaves -> (args, kwargs)`` with these leaves in place.
+      leaves: the traced leaves and the parameters; other leaves are constants.
+      penalised: for each leaf, whether it is a number of the parameters.
+      call: ``leaves -> (args, kwargs)`` with these leaves.
       with_params: ``(leaves, numbers) -> args`` with these numbers as the penalised leaves.
       numbers_of: ``(args, kwargs) -> the penalised leaves`` of a call of the same structure.
     """
@@ -98,14 +99,14 @@ class ArrayArguments(NamedTuple):
 
 
 class StaticPart:
-    """Carry what a loss returns around a function that may return arrays only."""
+    """The non-array part of the output of a function that may return arrays only."""
 
     def __init__(self) -> None:
-        """Hold nothing until a tree has been split."""
+        """Start without a tree."""
         self._split: Any = None
 
     def arrays(self, tree: PyTree) -> Leaves:
-        """Return the arrays of a tree, and keep the rest."""
+        """Return the arrays of a tree, and store the rest."""
         leaves, structure = jax.tree.flatten(tree)
         is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
         arrays, others = partition(leaves, is_array)
@@ -113,13 +114,13 @@ class StaticPart:
         return arrays
 
     def whole(self, arrays: Leaves) -> PyTree:
-        """Return the tree with these arrays in it."""
+        """Return the tree with these arrays."""
         structure, others, is_array = self._split
         return jax.tree.unflatten(structure, combine(arrays, others, is_array))
 
 
 def _with_arguments(plain: Plain, rule: Rule, leaves: Leaves, penalised: Sequence[bool]) -> Output:
-    """Apply ``with_gradient`` to functions that close over nothing that is traced."""
+    """Evaluate with functions whose closed-over arrays have become arguments."""
     explicit, constants, (value, _) = _closed(plain, leaves)
     count, last = len(leaves), len(leaves) + len(constants)  # closures must not hold the tracers
     inputs = (value, partition(leaves, penalised)[0]) if rule.from_gradient else ()
@@ -157,20 +158,20 @@ def _with_gradient(plain: Plain, rule: Rule, leaves: Leaves, penalised: Sequence
 
 
 def _varying_like_the_value(plain: Plain, leaves: Leaves) -> Leaves:
-    """Let numbers vary over the mesh axes of the value: their gradients are sums over devices."""
+    """Cast numbers to vary over the mesh axes of the value; their gradients sum over devices."""
     inexact = [is_inexact(leaf) for leaf in leaves]
     numbers, others = partition(leaves, inexact)
     return combine(varying(numbers, axes_of_value(plain, leaves)), others, inexact)
 
 
-# A pushforward: the tangents of the leaves, zeros among them, -> those of the arrays
+# A pushforward: tangents of the leaves, including zeros -> tangents of the arrays
 _Push: TypeAlias = Callable[[Leaves], Leaves]
 
 
 def _linearized(
     plain: Plain, leaves: Leaves, chosen: Sequence[bool]
 ) -> tuple[Output, Leaves, _Push]:
-    """Return the output, its gradient in the chosen leaves (None elsewhere) and pushforward."""
+    """Return the output, its gradient (None for leaves not chosen) and its pushforward."""
     some, others = partition(leaves, chosen)
     output, linear = jax.linearize(lambda some: plain(combine(some, others, chosen)), some)
     transposed = jax.linear_transpose(lambda some: linear(some)[0], some)
@@ -186,7 +187,7 @@ def _linearized(
 def _regularized(
     plain: Plain, rule: Rule, leaves: Leaves, penalised: Sequence[bool], asked: Sequence[bool]
 ) -> tuple[Output, Leaves, _Push]:
-    """Replace the gradient of ``plain`` in the penalised leaves by what the rule makes of it."""
+    """Evaluate ``plain``, and apply the rule to its gradient in the penalised leaves."""
     needed = [a or p for a, p in zip(asked, penalised, strict=True)]
     output, gradients, push = _linearized(plain, leaves, needed)
     penalty, others = partition(gradients, penalised)
@@ -216,7 +217,7 @@ def _accumulated(
 def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``function`` with a derivative that evaluates it again instead of storing it.
 
-    JAX drops ``jax.checkpoint`` in the known part of a rule, and keeps it where a tangent enters.
+    JAX ignores ``jax.checkpoint`` in the primal part of a rule, and applies it to the tangent part.
     """
     evaluate = jax.custom_jvp(function)
 
@@ -236,7 +237,7 @@ def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _closed(function: Callable[..., Any], *inputs: Any) -> tuple[Any, Sequence[Any], Any]:
-    """Return ``function`` of (arrays that it closes over, *inputs), these arrays, and its shape."""
+    """Trace ``function``: return it with its closed-over arrays as arguments, these, its shape."""
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*inputs)
     jaxpr, structure = closed.jaxpr, jax.tree.structure(shape)
 
@@ -252,7 +253,7 @@ def _is_asked(leaf: Any, tangent: Any) -> bool:
 
 
 def _inner_product(gradients: Leaves, tangents: Leaves, asked: list[bool]) -> jax.Array:
-    """Return the derivative along the tangents; the transpose multiplies the gradients."""
+    """Return the derivative along the tangents, whose transpose returns the gradients."""
     pairs = [(widen(g), t) for g, t, a in zip(gradients, tangents, asked, strict=True) if a]
     products = [jnp.sum((g * widen(t).astype(g.dtype)).real) for g, t in pairs]
     return functools.reduce(jnp.add, products, jnp.zeros([]))

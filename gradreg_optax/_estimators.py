@@ -7,7 +7,7 @@ Gradient regularization penalises the squared norm of the gradient :math:`g = \n
     \tilde L(\theta) = L(\theta) + \tfrac{\gamma}{2} \|\nabla L(\theta)\|^2, \qquad
     \nabla \tilde L(\theta) = g + \gamma H g, \qquad H = \nabla^2 L(\theta).
 
-More generally, along a direction :math:`d = M g` with a fixed linear map :math:`M` (a mask, a
+More generally, for a direction :math:`d = M g` with a fixed linear map :math:`M` (a mask, a
 preconditioner), :math:`H d` is the gradient of :math:`\tfrac12 g^\top M g`. Gradients and
 directions have the structure of the parameters.
 
@@ -33,13 +33,13 @@ Climb: TypeAlias = Callable[[PyTree], tuple[PyTree, optax.OptState]]  # gradient
 
 
 class Estimate(NamedTuple):
-    """An estimate of :math:`H d`, with the gradient that it was made from.
+    """An estimate of :math:`H d`, with the gradient that it was computed from.
 
     Attributes:
       gradient: the gradient at the parameters.
-      aux: what the loss returned in addition, or None where the gradient was given.
-      product: the estimate of H d, leaf by leaf in float32 or wider.
-      ascent: the state of the ascent direction afterwards.
+      aux: aux of the gradient function, or None if the gradient was given.
+      product: the estimate of H d, in float32 or wider.
+      ascent: the new state of the ascent direction.
     """
 
     gradient: PyTree
@@ -57,7 +57,7 @@ def difference(
     scheme: Scheme,
     gradient: PyTree = None,
 ) -> Estimate:
-    r"""Estimates :math:`H d` by a finite difference of gradients.
+    r"""Estimate :math:`H d` by a finite difference of gradients.
 
     ========  =================================================================  ========  =====
     scheme    estimate                                                           gradients error
@@ -67,9 +67,9 @@ def difference(
     central   half the difference of the two :math:`\nabla L / \epsilon`         2         O(ε²)
     ========  =================================================================  ========  =====
 
-    The gradients are counted beyond :math:`g`, which is evaluated where it is not given. The
-    difference is formed in float32 or wider. At ``epsilon == 0`` (a warm-up schedule) the estimate
-    is zero. A negative ``epsilon`` turns forward into backward.
+    The table counts gradients in addition to :math:`g`, which is evaluated if it is not given. The
+    difference is computed in float32 or wider. For ``epsilon == 0`` (a warm-up schedule) the
+    estimate is zero. For a negative ``epsilon``, forward and backward change places.
     """
     aux = None
     if gradient is None:
@@ -99,12 +99,12 @@ def product(
     mode: Mode,
     gradient: PyTree = None,
 ) -> Estimate:
-    r"""Evaluates :math:`H d` exactly, and the gradient with it.
+    r"""Compute :math:`H d` exactly, together with the gradient.
 
-    ``forward_over_reverse`` linearizes the gradient; ``reverse_over_reverse`` pulls back through
-    it, which is literal double backpropagation and needs no forward-mode rules. Both cost one
-    gradient, whose primal pass is shared with a gradient evaluated under the same ``jit``, and
-    about one more. A loss without a second derivative is a TypeError.
+    ``forward_over_reverse`` linearizes the gradient. ``reverse_over_reverse`` is literal double
+    backpropagation, which needs no forward-mode rules. Both cost about two gradients; under one
+    ``jit`` the primal pass is shared with the gradient. A loss without a second derivative is a
+    TypeError.
     """
     forward = mode == "forward_over_reverse"
     transform: Any = jax.linearize if forward else jax.vjp
@@ -119,7 +119,7 @@ def product(
 
 
 def shift(params: PyTree, direction: PyTree, epsilon: jax.Array) -> PyTree:
-    r"""Returns :math:`\theta + \epsilon d`, formed wide and cast to the parameters' dtypes."""
+    r"""Return :math:`\theta + \epsilon d`, computed in float32 or wider, in the params' dtypes."""
 
     def moved(p: Any, d: Any) -> jax.Array:
         start = widen(p)
@@ -129,9 +129,9 @@ def shift(params: PyTree, direction: PyTree, epsilon: jax.Array) -> PyTree:
 
 
 def add_penalty(updates: PyTree, gamma: jax.Array, product: PyTree) -> PyTree:
-    r"""Returns :math:`g + \gamma H d`, formed in float32 or wider, in the dtypes of ``updates``.
+    r"""Return :math:`g + \gamma H d`, computed in float32 or wider, in the dtypes of ``updates``.
 
-    Where gamma is zero nothing is added, not even what overflowed at the point climbed to.
+    For gamma = 0 the result is g, even if the gradient at the perturbed parameters overflowed.
     """
     something = gamma != 0
 
@@ -146,20 +146,20 @@ def add_penalty(updates: PyTree, gamma: jax.Array, product: PyTree) -> PyTree:
 
 @contextlib.contextmanager
 def _second_derivative(caller: str, grad_fn: GradFn, params: PyTree, mode: Mode) -> Iterator[None]:
-    """Explains a failure of a loss that has no second derivative."""
+    """Explain the error of a loss without a second derivative."""
     try:
         yield
     except (TypeError, ValueError, NotImplementedError) as error:
-        grad_fn(params)  # a mistake in the loss itself is raised here, unchanged
+        grad_fn(params)  # an error of the loss itself is raised here, unchanged
         raise TypeError(
-            f"{caller}: the gradient of this loss cannot be differentiated"
-            f" {mode.replace('_', ' ')} ({error}). Try the other mode, or use fd_gradreg or"
-            " fd_value_and_grad, which need first derivatives only."
+            f"{caller}: the loss must have a second derivative, {mode.replace('_', ' ')}, got an"
+            f" error ({error}). Try the other mode, or use fd_gradreg or fd_value_and_grad, which"
+            " need first derivatives only."
         ) from error
 
 
 def _inverse(epsilon: jax.Array, halved: bool, dtype: Any) -> jax.Array:
-    """``1 / epsilon``, or half of it, and 0 where ``epsilon`` is 0."""
+    """Return ``1 / epsilon``, or half of it, and 0 for an ``epsilon`` of 0."""
     epsilon = within(epsilon, dtype)
-    moves = jnp.abs(epsilon) >= np.finfo(dtype).tiny  # below it 1 / epsilon overflows
+    moves = jnp.abs(epsilon) >= np.finfo(dtype).tiny  # for a smaller one, 1 / epsilon overflows
     return jnp.where(moves, (0.5 if halved else 1) / jnp.where(moves, epsilon, 1), 0)

@@ -1,4 +1,4 @@
-"""Gradient functions: regularization for any training loop, in place of ``jax.value_and_grad``."""
+"""Gradient functions: replacements of ``jax.value_and_grad`` for any training loop."""
 
 from __future__ import annotations
 
@@ -24,32 +24,33 @@ def fd_value_and_grad(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
 ) -> Callable[..., tuple[Any, PyTree]]:
-    r"""The loss and its gradient, regularized by a finite difference of gradients.
+    r"""Return a function that computes the loss and its gradient with a finite-difference penalty.
 
-    The value is :math:`L(\theta)`, and the gradient estimates that of
+    The value is :math:`L(\theta)`. The gradient is an estimate of the gradient of
     :math:`L(\theta) + \tfrac{\gamma}{2}\|\nabla L(\theta)\|^2`:
 
     .. math::
 
         g + \frac{\gamma}{\epsilon} \big(\nabla L(\theta + \epsilon d) - g\big),
-        \qquad g = \nabla L(\theta), \quad d = g,
+        \qquad g = \nabla L(\theta), \quad d = g.
 
-    and correspondingly for the other schemes, see :func:`gradreg_optax.fd_gradreg`. Value and aux
-    are those at :math:`\theta`; the loss at the perturbed parameters sees the same arguments
-    (batch, dropout key), and its aux is discarded.
+    For the other schemes see :func:`gradreg_optax.fd_gradreg`. Value and aux are those at
+    :math:`\theta`. Both passes use the same arguments (batch, dropout key), and aux of the second
+    one is discarded.
 
-    Cost: two gradients ("forward", "backward") or three ("central").
+    Cost:
+      Two gradients ("forward", "backward") or three ("central").
 
     Args:
-      loss_fn: ``loss_fn(params, *args, **kwargs)``, a real scalar, or ``(scalar, aux)`` with
-        ``has_aux``.
+      loss_fn: ``loss_fn(params, *args, **kwargs)``, which returns a real scalar, or ``(scalar,
+        aux)`` with ``has_aux``.
       gamma: the regularization coefficient :math:`\gamma \ge 0`, in units of 1 / curvature.
       epsilon: the ascent step :math:`\epsilon > 0`, in the same units.
       scheme: "forward", "backward" or "central".
       ascent: the direction :math:`d` as a function ``(gradient, params) -> direction``, or an Optax
-        transformation that keeps no state; by default the gradient itself.
-      argnums: which positional argument, or arguments, are the parameters, as for ``jax.grad``; of
-        several, all together are penalised, and ``grad`` is a tuple.
+        transformation without state; by default the gradient.
+      argnums: the position of the parameters, or a tuple of positions, as for ``jax.grad``. With a
+        tuple, the penalty is on the norm of all gradients together, and ``grad`` is a tuple.
       has_aux: whether ``loss_fn`` returns ``(value, aux)``.
 
     Returns:
@@ -57,7 +58,7 @@ def fd_value_and_grad(
       ``has_aux``; ``grad`` has the structure, shapes and dtypes of ``params``.
 
     Raises:
-      ValueError: gamma < 0, epsilon <= 0 (if concrete), or an unknown scheme.
+      ValueError: gamma < 0 or epsilon <= 0 (if concrete); an unknown scheme.
       TypeError: a schedule for gamma or epsilon, an ascent with state, parameters that are not real
         or complex numbers, or a loss that is not a real scalar.
 
@@ -95,34 +96,31 @@ def dbp_value_and_grad(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
 ) -> Callable[..., tuple[Any, PyTree]]:
-    r"""The loss and its gradient, regularized exactly, by double backpropagation.
+    r"""Return a function that computes the loss and the exact gradient with the penalty.
 
-    The value is :math:`L(\theta)`, and the gradient that of
-    :math:`L(\theta) + \tfrac{\gamma}{2}\|\nabla L(\theta)\|^2`, which is :math:`g + \gamma H g`;
-    with an ascent direction :math:`d` it is :math:`g + \gamma H d`.
+    The value is :math:`L(\theta)`. The gradient is that of
+    :math:`L(\theta) + \tfrac{\gamma}{2}\|\nabla L(\theta)\|^2`, which is :math:`g + \gamma H g`,
+    by double backpropagation. With an ascent direction :math:`d` it is :math:`g + \gamma H d`. The
+    loss must have a second derivative.
 
-    Cost: one gradient and one Hessian-vector product, about three gradients. The loss must have
-      second derivatives.
+    Cost:
+      One gradient and one Hessian-vector product, about three gradients.
 
     Args:
-      loss_fn: ``loss_fn(params, *args, **kwargs)``, a real scalar, or ``(scalar, aux)`` with
-        ``has_aux``.
+      loss_fn: ``loss_fn(params, *args, **kwargs)``, which returns a real scalar, or ``(scalar,
+        aux)`` with ``has_aux``.
       gamma: the regularization coefficient :math:`\gamma \ge 0`, in units of 1 / curvature.
       mode: "forward_over_reverse", or "reverse_over_reverse" for a loss without forward-mode rules.
-      ascent: the direction :math:`d` as a function ``(gradient, params) -> direction``, or an Optax
-        transformation that keeps no state; by default the gradient itself.
-      argnums: which positional argument, or arguments, are the parameters, as for ``jax.grad``; of
-        several, all together are penalised, and ``grad`` is a tuple.
+      ascent: as for :func:`fd_value_and_grad`.
+      argnums: as for :func:`fd_value_and_grad`.
       has_aux: whether ``loss_fn`` returns ``(value, aux)``.
 
     Returns:
-      A function ``f(params, *args, **kwargs) -> (value, grad)``, or ``((value, aux), grad)`` with
-      ``has_aux``.
+      A function as for :func:`fd_value_and_grad`.
 
     Raises:
-      ValueError: gamma < 0 (if concrete), or an unknown mode.
-      TypeError: a schedule for gamma, a loss that is not a real scalar, or one that has no second
-        derivative.
+      ValueError: gamma < 0 (if concrete); an unknown mode.
+      TypeError: a loss without a second derivative; otherwise as for :func:`fd_value_and_grad`.
 
     Example:
       >>> import jax.numpy as jnp

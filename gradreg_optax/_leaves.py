@@ -1,4 +1,4 @@
-"""Split a list of leaves in two, and put it together again."""
+"""Partition a list of leaves in two, and combine the two lists."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Numbers in their dtypes: sums and differences are formed wide, results are as they were."""
+"""Mixed precision: sums and differences in float32 or wider, results in the original dtypes."""
 
 import functools
 from typing import Any
@@ -11,34 +11,34 @@ ASCENT_GROUPS = "gradreg_optax.ascent_groups"  # the axis of the groups in the t
 
 
 def default_float() -> Any:
-    """float32, or float64 where x64 is switched on."""
+    """Return float32, or float64 if x64 is enabled."""
     return jax.dtypes.canonicalize_dtype(float)
 
 
 def wide(dtype: Any) -> Any:
-    """The dtype of a real or complex number, or float32 where that is narrower."""
+    """Return a real or complex dtype, or float32 if it is narrower."""
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
 def widen(x: Any) -> jax.Array:
-    """``x`` in float32 or wider (complex64 or wider)."""
+    """Cast ``x`` to float32 or wider (complex64 or wider)."""
     array = jnp.asarray(x)
     return array.astype(wide(array.dtype))
 
 
 def cast(x: jax.Array, like: Any) -> jax.Array:
-    """``x`` in the dtype of ``like``, which is its own even if it is weak and made before x64."""
+    """Cast ``x`` to the dtype of ``like``, also if that is weak or older than a switch to x64."""
     return x.astype(jax.typeof(like).dtype)
 
 
 def conjugate(x: Any) -> jax.Array:
-    """The complex conjugate of ``x``, widened."""
+    """Return the complex conjugate of ``x``, in float32 or wider."""
     array = widen(x)
     return jnp.conj(array) if jnp.iscomplexobj(array) else array
 
 
 def within(factor: jax.Array, dtype: Any) -> jax.Array:
-    """A scalar in ``dtype``: what lies beyond its range becomes its largest number, no infinity."""
+    """Cast a scalar to ``dtype``, clipped to its range, so that no infinity arises."""
     if jnp.finfo(factor.dtype).bits > jnp.finfo(dtype).bits:
         largest = float(jnp.finfo(dtype).max)
         factor = jnp.clip(factor, -largest, largest)
@@ -46,12 +46,12 @@ def within(factor: jax.Array, dtype: Any) -> jax.Array:
 
 
 def scale(factor: jax.Array, x: jax.Array) -> jax.Array:
-    """``factor * x`` in the dtype of ``x``."""
+    """Return ``factor * x`` in the dtype of ``x``."""
     return jnp.multiply(within(factor, x.real.dtype), x)
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """The Euclidean norm over all leaves, in float32 or wider; its derivative at zero is zero."""
+    """Return the Euclidean norm over all leaves, in float32 or wider, with derivative 0 at 0."""
     leaves = [widen(x) for x in jax.tree.leaves(tree)]
     dtype = np.result_type(np.float32, *(x.real.dtype for x in leaves))
     squares = (jnp.sum(x.real**2 + x.imag**2).astype(dtype) for x in leaves)
@@ -60,17 +60,17 @@ def global_norm(tree: Any) -> jax.Array:
 
 
 def ratio(length: jax.Array, by: jax.Array) -> jax.Array:
-    """``length / by``, and zero where that is not a finite number."""
+    """Return ``length / by``, or zero if that is not finite."""
     defined = jnp.isfinite(length) & jnp.isfinite(by) & (by > 0)
     quotient = jnp.where(defined, length, 0) / jnp.where(defined, by, 1)
     return jnp.where(jnp.isfinite(quotient), quotient, 0)
 
 
 def owned(tree: Any) -> Any:
-    """Copies of all arrays, without weak types, so that each can be donated.
+    """Copy all arrays, without weak types, so that each can be donated.
 
-    A donated buffer must occur once, and must not belong to the caller. A weak type would be traced
-    a second time.
+    A donated buffer must occur only once, and must not belong to the caller. A weak type would
+    cause a second compilation.
     """
     return jax.tree.map(
         lambda x: jnp.array(x, dtype=jax.typeof(x).dtype, copy=True) if _is_array(x) else x, tree
@@ -82,11 +82,10 @@ def _is_array(x: Any) -> bool:
 
 
 def keep_finite(new: Any, old: Any, *also: Any) -> Any:
-    """``new``, or ``old`` where a number in ``new`` has become infinite or NaN.
+    """Return ``new``, or ``old`` if a number in ``new`` or ``also`` has become infinite or NaN.
 
-    What was not finite before, such as the least loss so far before the first, may stay so. With
-    ``also``, other trees must be finite too. Under ``ascent_groups`` all groups decide
-    together, so that counters stay the same in each.
+    Numbers that are not finite in ``old``, such as a minimum before the first value, may stay so.
+    Under ``ascent_groups`` the decision is the same in all groups, so that their counters agree.
     """
     if not jax.tree.leaves(new):
         return new

@@ -1,4 +1,4 @@
-"""Where values live: axes of a mesh over which they vary or are split."""
+"""Mesh axes over which values vary (``jax.shard_map``) or are sharded."""
 
 import math
 from collections.abc import Callable
@@ -10,19 +10,19 @@ from gradreg_optax._types import PyTree
 
 
 def axes_of(tree: PyTree) -> frozenset[str]:
-    """The axes of ``jax.shard_map`` over which some leaf varies; none outside of it."""
+    """Return the axes of ``jax.shard_map`` over which some leaf varies; none outside of it."""
     return frozenset().union(*(_axes(leaf) for leaf in jax.tree.leaves(tree)))
 
 
 def axes_of_value(fun: Callable[[PyTree], Any], argument: PyTree) -> frozenset[str]:
-    """The axes over which the first result of a function varies, which a reduction may take off."""
+    """Return the axes over which the first result of a function varies, after its reductions."""
     if not axes_of(argument):
         return frozenset()
     return _of_type(jax.make_jaxpr(fun)(argument).out_avals[0])
 
 
 def varying(tree: PyTree, axes: frozenset[str]) -> PyTree:
-    """The same leaves, allowed to vary over ``axes``: a cast whose transpose sums over them."""
+    """Cast leaves to vary over ``axes``. The transpose of this cast sums over the axes."""
     lax: Any = jax.lax
 
     def cast(leaf: Any) -> Any:
@@ -31,13 +31,13 @@ def varying(tree: PyTree, axes: frozenset[str]) -> PyTree:
             return leaf
         if hasattr(lax, "pcast"):
             return lax.pcast(leaf, missing, to="varying")
-        return lax.pvary(leaf, missing)  # its name before jax 0.9
+        return lax.pvary(leaf, missing)  # the name before jax 0.9
 
     return jax.tree.map(cast, tree)
 
 
 def leading_devices(leaf: Any) -> int:
-    """Over how many devices the type of an array splits its leading axis: 1 unless explicit."""
+    """Return the number of devices that an explicit sharding splits the leading axis over."""
     sharding: Any = getattr(jax.typeof(leaf), "sharding", None)
     spec = getattr(sharding, "spec", ())
     if not spec or spec[0] is None:

@@ -1,4 +1,4 @@
-"""The type aliases that the package shares."""
+"""Shared type aliases, and ``Weighted``."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -11,7 +11,7 @@ PyTree: TypeAlias = Any
 Scalar: TypeAlias = ArrayLike
 ScalarOrSchedule: TypeAlias = ArrayLike | Callable[[jax.Array], ArrayLike]
 LossFn: TypeAlias = Callable[..., Any]
-Loss = TypeVar("Loss", bound=LossFn)  # a loss whose signature is kept
+Loss = TypeVar("Loss", bound=LossFn)  # a loss in, a loss with the same signature out
 ValueFn: TypeAlias = Callable[[PyTree], jax.Array]
 GradFn: TypeAlias = Callable[[PyTree], tuple[PyTree, Any]]  # params -> (gradient, aux)
 AscentFn: TypeAlias = Callable[[PyTree, PyTree], PyTree]
@@ -23,18 +23,18 @@ Mode: TypeAlias = Literal["forward_over_reverse", "reverse_over_reverse"]
 
 
 class Weighted(NamedTuple):
-    r"""A mean as a loss may return it: a sum, and what to divide it by.
+    r"""A weighted mean as the output of a loss: a sum and its divisor.
 
-    The loss is ``total / weight``; where the weight is 0 it is the total, of nothing. Of samples
-    that count differently, such as the tokens of padded sentences, a mean over parts of the batch
-    is not the mean of the parts' means; returned as ``Weighted``,
-    :func:`gradreg_optax.microbatched` and the train step's ``ascent_groups`` weigh the parts, so
-    that :math:`L = \sum_j s_j / \sum_j w_j` comes out whatever the parts. Every function of this
-    package takes it in place of a scalar. The weight is taken for a constant of the parameters.
+    The loss is ``total / weight``, or ``total`` if the weight is 0. Every function of this package
+    accepts a loss that returns ``Weighted`` in place of a scalar. It is needed if samples have
+    different weights, such as the tokens of padded sentences, because the mean over a batch is then
+    not the mean of the means of its parts. With ``Weighted``, :func:`gradreg_optax.microbatched`
+    and the train step's ``ascent_groups`` compute :math:`L = \sum_j s_j / \sum_j w_j`, which is
+    independent of the split into parts. The weight is a constant: no gradient flows through it.
 
     Attributes:
-      total: the sum of the losses; shape ().
-      weight: the sum of the weights, not negative; shape (). None is one.
+      total: the sum :math:`s` of the weighted losses; shape ().
+      weight: the sum :math:`w \ge 0` of the weights; shape (). None counts as 1.
 
     Example:
       >>> import jax.numpy as jnp

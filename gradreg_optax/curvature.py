@@ -1,9 +1,9 @@
-r"""What regularization does to the loss surface: Hessian products, eigenvalue, trace, sharpness,
-and the error of a difference.
+r"""Measurements of the loss surface: Hessian products, eigenvalues, trace, sharpness, difference
+error.
 
-Everywhere ``value_fn(params)`` is a real scalar, with batch and other arguments closed over, and
-:math:`H = \nabla^2 L` is its Hessian with respect to real parameters. Estimates carry their error.
-All functions can be jitted and vmapped.
+``value_fn(params)`` returns a real scalar, with batch and other arguments closed over.
+:math:`H = \nabla^2 L` is its Hessian with respect to real parameters. Estimates come with their
+error. All functions can be jitted and vmapped.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Eigenvalue(NamedTuple):
 
     Attributes:
       value: the Ritz value :math:`\lambda`; shape ().
-      residual: :math:`\|H x - \lambda x\|` at the unit Ritz vector; an eigenvalue of H lies within
-        it of ``value``. Shape ().
+      residual: :math:`\|H x - \lambda x\|` at the unit Ritz vector :math:`x`; the distance of
+        ``value`` from an eigenvalue of H is at most this. Shape ().
     """
 
     value: jax.Array
@@ -60,12 +60,12 @@ class Trace(NamedTuple):
 
 
 class DifferenceError(NamedTuple):
-    r"""How well a finite difference estimates :math:`Hg`.
+    r"""The error of a finite difference as an estimate of :math:`Hg`.
 
     Attributes:
       relative_error: :math:`\|\text{difference} - Hg\| / \|Hg\|`; shape ().
-      unmoved: share of the parameters that the ascent step does not move, their gradient not being
-        zero, because the sum is rounded back to where it was; shape (), in [0, 1].
+      unmoved: the fraction of the parameters with a nonzero gradient that the ascent step leaves
+        unchanged because of rounding; shape (), in [0, 1].
     """
 
     relative_error: jax.Array
@@ -73,17 +73,21 @@ class DifferenceError(NamedTuple):
 
 
 def hessian_vector_product(value_fn: ValueFn, params: PyTree, vector: PyTree) -> PyTree:
-    """The product of the Hessian with a vector, by ``jvp`` of ``grad``; costs about two gradients.
+    r"""Compute the product :math:`H v` of the Hessian and a vector, by ``jvp`` of ``grad``.
+
+    Cost:
+      About two gradients.
 
     Args:
       value_fn: the loss as a function of the parameters.
       params: the parameters.
-      vector: a tree like ``params``.
+      vector: the vector :math:`v`, a tree like ``params``.
 
     Returns:
       A tree like ``params``.
 
     Raises:
+      ValueError: a vector whose structure or shapes are not those of ``params``.
       TypeError: a loss that is not a real scalar.
 
     Example:
@@ -92,6 +96,9 @@ def hessian_vector_product(value_fn: ValueFn, params: PyTree, vector: PyTree) ->
       >>> params, ones = jnp.array([1.0, 2.0]), jnp.array([1.0, 1.0])
       >>> print(hessian_vector_product(lambda p: jnp.sum(p**3), params, ones))
       [ 6. 12.]
+
+    References:
+      Pearlmutter, *Fast exact multiplication by the Hessian*, Neural Computation 1994.
     """
     caller = "hessian_vector_product"
     grad_fn = _gradient(caller, value_fn, params)
@@ -101,15 +108,17 @@ def hessian_vector_product(value_fn: ValueFn, params: PyTree, vector: PyTree) ->
 
 
 def gradient_norm(value_fn: ValueFn, params: PyTree) -> jax.Array:
-    r"""The norm :math:`\|\nabla L(\theta)\|` over all leaves, in float32 or wider; costs one
-    gradient.
+    r"""Compute the norm :math:`\|\nabla L(\theta)\|` over all leaves, in float32 or wider.
+
+    Cost:
+      One gradient.
 
     Args:
       value_fn: the loss as a function of the parameters.
       params: the parameters.
 
     Returns:
-      A scalar.
+      The norm, in units of loss / parameters; shape ().
 
     Raises:
       TypeError: a loss that is not a real scalar.
@@ -126,19 +135,22 @@ def gradient_norm(value_fn: ValueFn, params: PyTree) -> jax.Array:
 def top_hessian_eigenvalue(
     value_fn: ValueFn, params: PyTree, key: jax.Array, *, num_matvecs: int = 30
 ) -> Eigenvalue:
-    r"""The largest algebraic eigenvalue of the Hessian, by the Lanczos iteration with full
-    reorthogonalisation.
+    r"""Estimate the largest (algebraic) eigenvalue of the Hessian by the Lanczos iteration.
 
-    The largest Ritz value approaches it from below, and an eigenvalue of H lies within ``residual``
-    of it. Where the Krylov space is exhausted (repeated eigenvalues, a Hessian of low rank) the
-    iteration continues from a random direction. Costs ``num_matvecs`` + 1 Hessian-vector products
-    and the memory of ``num_matvecs`` copies of the parameters.
+    The estimate is the largest Ritz value, which approaches the eigenvalue from below. Its distance
+    from some eigenvalue of H is at most ``residual``. If the Krylov space is exhausted (repeated
+    eigenvalues, a Hessian of low rank), the iteration continues from a random direction. All
+    vectors are reorthogonalised.
+
+    Cost:
+      ``num_matvecs`` + 1 Hessian-vector products, about two gradients each, and the memory of
+      ``num_matvecs`` copies of the parameters.
 
     Args:
       value_fn: the loss as a function of the parameters.
-      params: the parameters; complex ones count as pairs of real ones.
-      key: a key for the random start.
-      num_matvecs: dimension of the Krylov space, cut at the number of parameters.
+      params: the parameters; a complex number counts as two real ones.
+      key: a random key for the start.
+      num_matvecs: the dimension of the Krylov space, at most the number of parameters.
 
     Returns:
       ``Eigenvalue(value, residual)``.
@@ -175,29 +187,32 @@ def top_hessian_eigenvalue(
 def hessian_trace(
     value_fn: ValueFn, params: PyTree, key: jax.Array, *, num_samples: int = 30
 ) -> Trace:
-    r"""The trace of the Hessian, by Hutchinson's estimator
-    :math:`\operatorname{tr} H = \mathbb{E}\, z^\top H z` with random signs z.
+    r"""Estimate the trace of the Hessian by Hutchinson's method.
 
-    Costs ``num_samples`` Hessian-vector products, one after the other.
+    The estimate is the mean of :math:`z^\top H z` over random sign vectors :math:`z`, whose
+    expectation is :math:`\operatorname{tr} H`.
+
+    Cost:
+      ``num_samples`` Hessian-vector products, about two gradients each, one after the other.
 
     Args:
       value_fn: the loss as a function of the parameters.
-      params: the parameters; complex ones count as pairs of real ones.
-      key: a key for the random signs.
-      num_samples: number of samples, at least two.
+      params: the parameters; a complex number counts as two real ones.
+      key: a random key for the signs.
+      num_samples: the number of samples, at least two.
 
     Returns:
       ``Trace(mean, standard_error)``.
 
     Raises:
-      ValueError: fewer than two samples, which carry no error; no parameters.
+      ValueError: fewer than two samples, which have no standard error; empty parameters.
       TypeError: a loss that is not a real scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from gradreg_optax.curvature import hessian_trace
       >>> mean, error = hessian_trace(lambda p: jnp.sum(p**2), jnp.ones(3), jax.random.key(0))
-      >>> print(f"{mean:.3f}", error < 1e-5)  # of a diagonal Hessian every sample is exact
+      >>> print(f"{mean:.3f}", error < 1e-5)  # for a diagonal Hessian every sample is exact
       6.000 True
 
     References:
@@ -217,18 +232,20 @@ def hessian_trace(
 
 
 def perturbed_sharpness(value_fn: ValueFn, params: PyTree, rho: Scalar) -> jax.Array:
-    r"""The sharpness :math:`L(\theta + \rho\, g/\|g\|) - L(\theta)`; zero where the gradient is
-    zero.
+    r"""Compute the sharpness :math:`L(\theta + \rho\, g/\|g\|) - L(\theta)` along the gradient.
 
-    Costs one gradient and one evaluation of the loss.
+    For a zero gradient it is zero.
+
+    Cost:
+      One gradient and one evaluation of the loss.
 
     Args:
       value_fn: the loss as a function of the parameters.
       params: the parameters.
-      rho: length of the step, in units of the parameters; negative steps descend.
+      rho: the length of the step, in units of the parameters; a negative step descends.
 
     Returns:
-      A scalar.
+      The sharpness, in units of the loss; shape ().
 
     Raises:
       TypeError: a loss that is not a real scalar.
@@ -255,23 +272,26 @@ def perturbed_sharpness(value_fn: ValueFn, params: PyTree, rho: Scalar) -> jax.A
 def difference_error(
     value_fn: ValueFn, params: PyTree, epsilon: Scalar, scheme: Scheme = "forward"
 ) -> DifferenceError:
-    r"""Tells whether an ascent step is lost in rounding, or too long for the difference to estimate
-    the product.
+    r"""Measure the rounding and truncation error of a finite difference.
 
-    Compares the difference along :math:`g` with the exact product :math:`Hg` in the precision of
-    ``params``. In float32 the sweet spot is usually :math:`\epsilon` from 1e-3 to 1e-1; in bfloat16
-    the rounding swamps all but large steps. Beyond the sweet spot a *truncation* error is no
-    defect: F-GR often generalizes best there.
+    Compares the difference along :math:`g` with the exact product :math:`Hg`, in the precision of
+    ``params``. In float32 the error is usually smallest for :math:`\epsilon` from 1e-3 to 1e-1. In
+    bfloat16 rounding dominates except for large steps. A *truncation* error from a larger step is
+    not a defect: F-GR often generalizes best there.
+
+    Cost:
+      One Hessian-vector product and one gradient, or two with "central": about three gradients, or
+      four.
 
     Args:
       value_fn: the loss as a function of the parameters.
       params: the parameters.
-      epsilon: the ascent step.
+      epsilon: the ascent step :math:`\epsilon > 0`, in units of 1 / curvature.
       scheme: "forward", "backward" or "central".
 
     Returns:
-      ``DifferenceError(relative_error, unmoved)``. Where :math:`Hg = 0` the error is not relative
-      but absolute.
+      ``DifferenceError(relative_error, unmoved)``. If :math:`Hg = 0`, the error is absolute instead
+      of relative.
 
     Raises:
       ValueError: epsilon <= 0 (if concrete), or an unknown scheme.
@@ -308,13 +328,13 @@ def difference_error(
 
 
 class PenaltyScale(NamedTuple):
-    r"""How gamma shrinks when the penalty moves to a part of the batch.
+    r"""The factor by which gamma changes if the penalty uses a part of the batch.
 
     Attributes:
-      factor: ``whole / part``, the factor on gamma; shape (), in [0, 1]. Where all gradients are
-        zero it is 1.
-      whole: :math:`\|g_B\|^2`, the squared norm of the batch's gradient; shape ().
-      part: the mean of :math:`\|g_b\|^2` over the batch's disjoint parts; shape ().
+      factor: ``whole / part``, the factor on gamma; shape (), in [0, 1]. It is 1 if all gradients
+        are zero.
+      whole: :math:`\|g_B\|^2`, the squared norm of the gradient of the batch; shape ().
+      part: the mean of :math:`\|g_b\|^2` over disjoint parts of the batch; shape ().
     """
 
     factor: jax.Array
@@ -325,42 +345,42 @@ class PenaltyScale(NamedTuple):
 def penalty_scale(
     loss_fn: LossFn, params: PyTree, batch: PyTree, *, penalty_fraction: float
 ) -> PenaltyScale:
-    r"""The factor on gamma that keeps the penalty as strong on a fraction of the batch.
+    r"""Estimate the factor on gamma that keeps the penalty as strong on a fraction of the batch.
 
-    On b samples drawn at random, whose gradients have mean :math:`\bar g` and covariance
+    On b random samples, with per-sample gradients of mean :math:`\bar g` and covariance
     :math:`\Sigma`, the penalty is on average :math:`\tfrac{\gamma}{2} \mathbb{E}\|g_b\|^2 =
-    \tfrac{\gamma}{2} (\|\bar g\|^2 + \operatorname{tr}\Sigma / b)`. Moving from the batch of B
-    samples to fB of them, it stays the same with :math:`\gamma` times
+    \tfrac{\gamma}{2} (\|\bar g\|^2 + \operatorname{tr}\Sigma / b)`. It is the same on B samples and
+    on fB of them, if :math:`\gamma` is multiplied by
 
     .. math:: \frac{\mathbb{E}\|g_B\|^2}{\mathbb{E}\|g_{fB}\|^2}
       = \frac{\|\bar g\|^2 + \operatorname{tr}\Sigma / B}{\|\bar g\|^2 + \operatorname{tr}\Sigma /
-      (fB)} \in [f, 1],
+      (fB)} \in [f, 1].
 
-    which is f where the noise dominates, and 1 where all samples agree. Here it is estimated from
-    one batch and its 1/f disjoint parts. One batch is noisy: average ``whole`` and ``part`` over a
-    few batches, with ``vmap`` say, and divide the averages. The same factor serves
-    ``ascent_groups`` = 1/f, where every group is penalised.
+    The factor is f if noise dominates, and 1 if all samples agree. The estimate uses one batch and
+    its 1/f disjoint parts, and is noisy: average ``whole`` and ``part`` over a few batches, for
+    example with ``vmap``, and divide the averages. The factor is also right for ``ascent_groups`` =
+    1/f, where every group is penalised.
 
-    Costs one gradient of the batch, part by part; the gradient of the whole is the mean of those of
-    its parts.
+    Cost:
+      One gradient of the batch, computed on its parts.
 
     Args:
-      loss_fn: ``loss_fn(params, batch)``, the mean over the batch's samples, a real scalar.
+      loss_fn: ``loss_fn(params, batch)``, which returns the mean over the samples of the batch.
       params: the parameters.
-      batch: the batch, whose samples are in no particular order.
-      penalty_fraction: the fraction f, one over a whole number that divides the batch.
+      batch: the batch, with its samples in random order.
+      penalty_fraction: the fraction f, 1 / n for a whole number n that divides the batch size.
 
     Returns:
       ``PenaltyScale(factor, whole, part)``.
 
     Raises:
-      ValueError: a fraction that is not one over a whole number, or that does not divide the batch.
+      ValueError: a fraction that is not 1 / n, or an n that does not divide the batch size.
       TypeError: a loss that is not a real scalar.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from gradreg_optax.curvature import penalty_scale
-      >>> loss_fn = lambda params, batch: jnp.mean(batch @ params)  # gradient: the batch's mean
+      >>> loss_fn = lambda params, batch: jnp.mean(batch @ params)  # gradient: mean of the batch
       >>> batch = jnp.array([[3.0, 1.0], [3.0, -1.0], [3.0, 1.0], [3.0, -1.0]])
       >>> print(penalty_scale(loss_fn, jnp.zeros(2), batch, penalty_fraction=0.25))  # 9 / (9 + 1)
       PenaltyScale(factor=Array(0.9, dtype=float32), whole=Array(9., dtype=float32), part=Array(10.,
@@ -371,8 +391,8 @@ def penalty_scale(
     parts = round(1 / kept)
     if abs(parts * kept - 1) > 1e-6:
         raise ValueError(
-            f"{caller}: penalty_fraction must be one over a whole number, such as 0.25, got"
-            f" {penalty_fraction}."
+            f"{caller}: penalty_fraction must be 1 / n for a whole number n, got"
+            f" {penalty_fraction}. Use 0.5 or 0.25, for example."
         )
     loss = with_weight(caller, loss_fn, has_aux=False)
     check_inexact(caller, "the parameters", params)
@@ -400,13 +420,15 @@ def _gradient(caller: str, value_fn: ValueFn, params: PyTree) -> Callable[[PyTre
 def _flat_product(
     caller: str, value_fn: ValueFn, params: PyTree
 ) -> tuple[Callable[[jax.Array], jax.Array], int, Any]:
-    """The Hessian-vector product on one real vector, in float32 or wider, with its size, dtype."""
+    """Return the Hessian-vector product for a flat real vector, the vector's size and dtype."""
     check_inexact(caller, "the parameters", params)
     params = jax.tree.map(jnp.asarray, params)
     parts = jax.tree.map(lambda p: (p.real, p.imag) if jnp.iscomplexobj(p) else p, params)
     wide = [widen(p) for p in jax.tree.leaves(parts)]
     if not sum(p.size for p in wide):
-        raise ValueError(f"{caller}: there are no parameters, and so there is no Hessian.")
+        raise ValueError(
+            f"{caller}: the parameters must not be empty, got no numbers. Pass at least one."
+        )
     dtype = np.result_type(*(p.dtype for p in wide))
     flat, unravel = ravel_pytree(jax.tree.map(lambda p: p.astype(dtype), parts))
 
@@ -424,10 +446,10 @@ def _flat_product(
 def _krylov(
     product: Callable[[jax.Array], jax.Array], noise: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """An orthonormal basis of a Krylov space, as rows, and the upper triangle of the product
-    projected on it.
+    """Return an orthonormal basis of a Krylov space, as rows, and the projected product.
 
-    Row i of ``noise`` takes over where the i-th direction is lost in rounding.
+    Only the upper triangle of the projection is filled. If the i-th direction is lost in rounding,
+    row i of ``noise`` replaces it.
     """
     count, size = noise.shape
     lost = 10 * np.finfo(noise.dtype).eps

@@ -453,7 +453,7 @@ def test_double_backpropagation_says_why_it_cannot_without_second_derivatives(mo
     for function, call in calls.items():
         with says(
             TypeError,
-            f"{function}: the gradient of this loss cannot be differentiated",
+            f"{function}: the loss must have a second derivative",
             "use fd_gradreg or fd_value_and_grad",
         ):
             (jax.jit(call) if jit else call)(params)

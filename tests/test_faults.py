@@ -335,7 +335,7 @@ def test_without_parameters_there_is_no_hessian_and_nothing_to_penalise():
         lambda: curvature.top_hessian_eigenvalue(lambda p: 1.0, {}, key),
         lambda: curvature.hessian_trace(lambda p: 1.0, {}, key),
     ):
-        with says(ValueError, "there are no parameters, and so there is no Hessian"):
+        with says(ValueError, "the parameters must not be empty"):
             call()
     nothing = curvature.penalty_scale(lambda p, b: jnp.mean(b), {}, BATCH, penalty_fraction=0.5)
     assert nothing == (1, 0, 0)
