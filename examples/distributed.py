@@ -4,18 +4,18 @@ On one machine, with all its devices:
 
     python distributed.py --checkpoints /tmp/run
 
-On a cluster that JAX recognizes (Slurm, Open MPI, TPU pods), once in every process:
+On a cluster that JAX recognizes (Slurm, Open MPI, TPU pods), in every process:
 
     srun python distributed.py --distributed --checkpoints /shared/run
 
-Anywhere else, tell every process who it is:
+On other machines, give every process its number:
 
     python distributed.py --distributed --coordinator 10.0.0.1:12355 --processes 2 --process 0
     --checkpoints /shared/run
 
-Started again with the same ``--checkpoints`` it resumes, on another number of devices if need be;
-what it has not seen yet it sees in the same order. Needs ``pip install gradreg-optax
-orbax-checkpoint scikit-learn``. To make it yours, replace the three functions ``load_data``,
+Run it again with the same ``--checkpoints`` to resume, also on another number of devices; the order
+of the remaining samples is the same. Needs ``pip install gradreg-optax orbax-checkpoint
+scikit-learn``. To train your own model, replace the three functions ``load_data``,
 ``initial_params`` and ``loss_fn``.
 """
 
@@ -36,15 +36,16 @@ from gradreg_optax import fd_gradreg, make_train_step
 
 
 def load_data():
-    """Images in [0, 1] and labels, in CPU memory. A larger data set would be memory-mapped: every
-    process reads its own rows only.
+    """Load images in [0, 1] and labels into CPU memory.
+
+    Memory-map a larger data set: every process reads only its own rows.
     """
     x, y = load_digits(return_X_y=True)
     return (x / 16).astype(np.float32), y.astype(np.int32)
 
 
 def initial_params(key):
-    """A multilayer perceptron, initialized after He et al."""
+    """Initialize a multilayer perceptron as in He et al. (2015)."""
     sizes = (64, 128, 128, 10)
     keys = jax.random.split(key, len(sizes) - 1)
     return [
@@ -54,9 +55,7 @@ def initial_params(key):
 
 
 def loss_fn(params, batch, key):
-    """Cross entropy with dropout; the regularizer's second pass sees the same batch and the same
-    key.
-    """
+    """Cross entropy with dropout; both passes of the regularizer use the same batch and key."""
     x, y = batch
     for layer in params[:-1]:
         x = jax.nn.gelu(x @ layer["kernel"] + layer["bias"])
@@ -66,8 +65,9 @@ def loss_fn(params, batch, key):
 
 
 def local_batch(data, sharding, step, args):
-    """This process's rows of batch number ``step``, which depends on the seed and the step alone,
-    as one global array.
+    """Return batch number ``step`` as a global array; this process loads only its rows.
+
+    The batch depends only on the seed and the step.
     """
     rows = np.random.default_rng((args.seed, step)).choice(
         len(data[1]), args.batch_size, replace=False
@@ -81,9 +81,7 @@ def local_batch(data, sharding, step, args):
 
 
 def parameter_sharding(mesh, fsdp):
-    """Replicated parameters, or parameters sharded along their leading axis where the devices
-    divide it.
-    """
+    """Replicate parameters, or shard them along the leading axis if its length allows it."""
 
     def place(leaf):
         sharded = fsdp and leaf.ndim > 0 and leaf.shape[0] % mesh.devices.size == 0
@@ -93,7 +91,7 @@ def parameter_sharding(mesh, fsdp):
 
 
 def make_step(args):
-    """Any optimizer and any regularizer; building them touches no device."""
+    """Create optimizer, regularizer and train step, without using a device."""
     schedule = optax.cosine_decay_schedule(args.learning_rate, args.steps)
     gamma = optax.linear_schedule(0.0, args.gamma, max(1, args.steps // 10))
     regularizer = fd_gradreg(gamma=gamma, epsilon=args.epsilon)
@@ -103,20 +101,18 @@ def make_step(args):
 
 
 def fresh_state(init, args):
-    """What a checkpoint holds: parameters, optimizer state, step counters, and the key that all
-    dropout keys come from.
-    """
+    """Return the content of a checkpoint: parameters, optimizer state, counters, dropout key."""
     key, first = jax.random.split(jax.random.key(args.seed))
     return {"train": init(initial_params(first)), "key": key}
 
 
 def resume_or_start(manager, init, mesh, args):
-    """The latest checkpoint, or a fresh state, with every array where it belongs on this mesh."""
+    """Return the latest checkpoint, or a new state, with every array sharded over this mesh."""
     shapes = jax.eval_shape(lambda: fresh_state(init, args))
     shardings = jax.tree.map(parameter_sharding(mesh, args.fsdp), shapes)
     step = manager.latest_step()
     if step is None:
-        # jitted with the shardings said aloud, so that Adam's moments lie where their parameters do
+        # with explicit shardings, so that Adam's moments are sharded like their parameters
         return 0, jax.jit(lambda: fresh_state(init, args), out_shardings=shardings)()
     target = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -127,7 +123,7 @@ def resume_or_start(manager, init, mesh, args):
 
 
 def train(args):
-    """Trains to ``args.steps`` and returns the last state."""
+    """Train to ``args.steps``, and return the last state."""
     init, step_fn = make_step(args)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     data, data_sharding = load_data(), NamedSharding(mesh, P("data"))
@@ -153,7 +149,7 @@ def train(args):
 
 
 def parse_arguments(argv=None):
-    """The command line; ``--help`` shows it with its defaults."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -166,18 +162,18 @@ def parse_arguments(argv=None):
     add(
         "--processes",
         type=int,
-        help="number of processes; left out where JAX recognizes the cluster",
+        help="number of processes; not needed on clusters that JAX recognizes",
     )
     add(
         "--process",
         type=int,
-        help="number of this process; left out where JAX recognizes the cluster",
+        help="number of this process; not needed on clusters that JAX recognizes",
     )
     add(
         "--checkpoints",
         type=pathlib.Path,
         default=pathlib.Path("checkpoints"),
-        help="a folder that all processes see (%(default)s)",
+        help="a directory that all processes can access (%(default)s)",
     )
     add("--save-every", type=int, default=100, help="steps between checkpoints (%(default)s)")
     add("--log-every", type=int, default=50, help="steps between lines of output (%(default)s)")
@@ -185,7 +181,7 @@ def parse_arguments(argv=None):
         "--steps",
         type=int,
         default=500,
-        help="number of steps in all, those before a resume included (%(default)s)",
+        help="total number of steps, including those before a resume (%(default)s)",
     )
     add(
         "--batch-size",
@@ -211,28 +207,28 @@ def parse_arguments(argv=None):
         type=int,
         default=1,
         help=(
-            "1 climbs along the common gradient; the number of devices halves the reductions"
-            " (%(default)s)"
+            "1: a common ascent direction; number of devices: one direction per device, half of"
+            " the reductions (%(default)s)"
         ),
     )
     add(
         "--fsdp",
         action="store_true",
-        help="shard parameters and optimizer state over the devices, too",
+        help="also shard parameters and optimizer state over the devices",
     )
     add(
         "--seed",
         type=int,
         default=0,
-        help="of parameters, dropout and the order of the data (%(default)s)",
+        help="seed of parameters, dropout and the order of the data (%(default)s)",
     )
     return parser.parse_args(argv)
 
 
 def main():
-    """Joins the other processes, if there are any, and trains."""
+    """Connect to the other processes with ``--distributed``, and train."""
     args = parse_arguments()
-    if args.distributed:  # before anything else touches a device
+    if args.distributed:  # must run before any other use of a device
         jax.distributed.initialize(args.coordinator, args.processes, args.process)
     train(args)
     if args.distributed:

@@ -46,7 +46,7 @@ CONTEXT, BYTES = 32, 128  # the length of a sequence, and ASCII
 
 
 class Block(nnx.Module):
-    """Causal attention and a perceptron, with adapters on both, computing in bfloat16."""
+    """Causal attention and a perceptron with LoRA adapters, in bfloat16."""
 
     def __init__(self, width, heads, rngs):
         linear = functools.partial(
@@ -58,7 +58,7 @@ class Block(nnx.Module):
         self.up, self.down = linear(width, 4 * width), linear(4 * width, width)
 
     def __call__(self, x):
-        """One residual step on (batch, time, width)."""
+        """Apply the block to activations of shape (batch, time, width)."""
         split = (*x.shape[:2], 3, self.heads, -1)
         q, k, v = jnp.moveaxis(self.qkv(self.norm(x)).reshape(split), 2, 0)
         mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
@@ -67,7 +67,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Logits of the next byte."""
+    """A decoder-only transformer over bytes."""
 
     def __init__(self, rngs, width=32, layers=2, heads=2):
         self.embed = nnx.Embed(BYTES, width, rngs=rngs)
@@ -76,10 +76,10 @@ class Decoder(nnx.Module):
         self.head = nnx.Linear(width, BYTES, rngs=rngs)
 
     def __call__(self, tokens):
-        """(batch, time) -> (batch, time, BYTES), in float32."""
+        """Return the logits of the next byte: (batch, time) -> (batch, time, BYTES), float32."""
         x = self.embed(tokens) + self.position(jnp.arange(tokens.shape[1]))
         for block in self.blocks:
-            x = nnx.remat(lambda block, x: block(x))(block, x)  # activations are computed again
+            x = nnx.remat(lambda block, x: block(x))(block, x)  # recompute activations
         return self.head(x).astype(jnp.float32)
 
 
@@ -99,20 +99,20 @@ def sequences(text, seed):
 
 
 def corpora(args):
-    """Source code to train on first, then a little prose to fine-tune on, and prose held out."""
+    """Return source code for pretraining, prose for fine-tuning, and held-out prose."""
     code = sequences(inspect.getsource(argparse) + inspect.getsource(inspect), args.seed)
     prose = sequences("\n".join(inspect.getdoc(m) or "" for m in documented()), args.seed)
     return code, prose[: args.sentences], prose[args.sentences : args.sentences + 256]
 
 
 def documented():
-    """Things with long docstrings."""
+    """Return functions of NumPy with long docstrings."""
     members = [value for _, value in inspect.getmembers(np) if callable(value)]
     return [m for m in members if len(inspect.getdoc(m) or "") > 1500][:40]
 
 
 def loss_of(graphdef):
-    """Cross entropy over the tokens that are not padding, as a sum with its weight."""
+    """Return the cross entropy of unpadded tokens, as a sum and its weight."""
 
     def loss_fn(params, tokens, rest):
         model = nnx.merge(graphdef, params, rest)
@@ -126,7 +126,7 @@ def loss_of(graphdef):
 
 
 def placed(mesh, tree):
-    """Kernels split over the model axis along their last dimension, the rest on every device."""
+    """Shard the last dimension of kernels over the model axis, and replicate other arrays."""
 
     def place(leaf):
         splits = leaf.ndim == 2 and leaf.shape[1] % mesh.shape["model"] == 0
@@ -136,7 +136,7 @@ def placed(mesh, tree):
 
 
 def on_mesh(mesh, tree):
-    """Counters and the like on every device too, where a checkpoint then finds them."""
+    """Replicate unsharded arrays, such as counters, so that a checkpoint can restore them."""
 
     def place(leaf):
         there = leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
@@ -146,23 +146,23 @@ def on_mesh(mesh, tree):
 
 
 def split(model, wrt):
-    """(graph, parameters, the rest) as plain arrays."""
+    """Split a model into graph, parameters and the rest, as plain arrays."""
     pure = getattr(nnx, "as_pure", None) or nnx.pure  # the older name, before flax 0.12.8
     graphdef, params, rest = nnx.split(model, wrt, ...)
     return graphdef, pure(params), pure(rest)
 
 
 def batch_of(mesh, rows, step, args):
-    """Batch number ``step``, which depends on the seed and the step alone."""
+    """Return batch number ``step``, which depends only on the seed and the step."""
     chosen = np.random.default_rng((args.seed, step)).integers(0, len(rows), args.batch_size)
     return jax.device_put(rows[chosen], NamedSharding(mesh, P("data")))
 
 
-BASE = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))  # what is trained first
+BASE = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))  # the parameters of pretraining
 
 
 def training_steps(args, epsilon):
-    """{name: (init, step)} of all that is trained, built once so that each is compiled once."""
+    """Return the train steps by name, created once so that each is compiled once."""
     model = Decoder(nnx.Rngs(0))
     base, adapters = (loss_of(split(model, wrt)[0]) for wrt in (BASE, nnx.LoRAParam))
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(args.learning_rate))
@@ -176,17 +176,17 @@ def training_steps(args, epsilon):
 
 
 def pretrained(mesh, train, rows, args):
-    """A decoder trained on source code, all of its parameters, without a penalty."""
+    """Train all parameters of a decoder on source code, without a penalty."""
     graphdef, params, rest = split(Decoder(nnx.Rngs(args.seed)), BASE)
     state, rest = train.init(placed(mesh, params)), placed(mesh, rest)
     for i in range(args.pretraining):
-        # virtual devices share few threads, which steps in flight would take from each other
+        # wait for each step: virtual devices share few threads, and concurrent steps compete
         state, _ = jax.block_until_ready(train.step(state, batch_of(mesh, rows, i, args), rest))
     return nnx.merge(graphdef, state.params, rest)
 
 
 def best_epsilon(loss_fn, params, tokens, rest):
-    """The ascent step at which the difference is nearest to the product: in bfloat16 a long one."""
+    """Return the ascent step with the smallest difference error, a large one in bfloat16."""
     value_fn = functools.partial(mean_loss, loss_fn, tokens=tokens, rest=rest)
     error = jax.jit(lambda p, epsilon: difference_error(value_fn, p, epsilon))
     errors = {e: float(error(params, e).relative_error) for e in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)}
@@ -195,14 +195,14 @@ def best_epsilon(loss_fn, params, tokens, rest):
 
 
 def mean_loss(loss_fn, params, tokens, rest):
-    """The loss as a scalar."""
+    """Return the loss as a scalar."""
     total, weight = loss_fn(params, tokens, rest)
     return total / weight
 
 
 @functools.cache
 def watching():
-    """(loss, gradient norm) of adapters on held-out text, compiled once."""
+    """Return a compiled function for loss and gradient norm of the adapters on held-out text."""
     loss_fn = loss_of(split(Decoder(nnx.Rngs(0)), nnx.LoRAParam)[0])
 
     def watch(params, tokens, rest):
@@ -213,7 +213,7 @@ def watching():
 
 
 def fine_tune(mesh, train, model, data, args, checkpoints=None):
-    """Fine-tunes the adapters; returns (loss, gradient norm) on held-out text at the end."""
+    """Fine-tune the adapters; return the final loss and gradient norm on held-out text."""
     rows, held_out = data
     _, params, rest = split(model, nnx.LoRAParam)
     rest, first = placed(mesh, rest), 0
@@ -240,7 +240,7 @@ def fine_tune(mesh, train, model, data, args, checkpoints=None):
 
 
 def run(args):
-    """One run that is watched and saved, then pairs of runs with and without the penalty."""
+    """Run pairs with and without the penalty; log and save the first run with the penalty."""
     mesh = jax.make_mesh(tuple(args.mesh), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     steps, pairs = training_steps(args, args.epsilon or 1.0), []
     for seed in range(args.seed, args.seed + args.seeds):
@@ -260,34 +260,32 @@ def run(args):
 
 
 def report(pairs, args):
-    """Both runs on held-out text, and their difference on the same seed."""
+    """Print both runs on held-out text, and their difference paired by seed."""
     print(f"\n{len(pairs)} seeds, gamma {args.gamma}, epsilon {args.epsilon}, on held-out text:")
     for index, name in enumerate(("loss", "|g|")):
         gain = pairs[:, 1, index] - pairs[:, 0, index]
         error = np.std(gain, ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else np.nan
         print(
-            f"  {name:5} without {pairs[:, 0, index].mean():.3f}, with minus without, seed by seed"
+            f"  {name:5} without {pairs[:, 0, index].mean():.3f}, with minus without (paired)"
             f" {gain.mean():+.4f} ± {error:.4f}"
         )
 
 
 def parse_arguments(argv=None):
-    """The command line; ``--help`` shows it with its defaults."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--checkpoints", type=pathlib.Path, default=pathlib.Path("checkpoints"), help="a folder")
+    add("--checkpoints", type=pathlib.Path, default=pathlib.Path("checkpoints"), help="directory")
     add("--pretraining", type=int, default=60, help="steps on source code")
-    add(
-        "--steps", type=int, default=40, help="steps of fine-tuning, those before a resume included"
-    )
-    add("--watch-every", type=int, default=10, help="steps between looks and checkpoints")
-    add("--sentences", type=int, default=96, help="sequences to fine-tune on")
+    add("--steps", type=int, default=40, help="fine-tuning steps, including those before a resume")
+    add("--watch-every", type=int, default=10, help="steps between log lines and checkpoints")
+    add("--sentences", type=int, default=96, help="sequences for fine-tuning")
     add("--batch-size", type=int, default=32, help="a multiple of 8")
-    add("--learning-rate", type=float, default=5e-3, help="of fine-tuning")
+    add("--learning-rate", type=float, default=5e-3, help="learning rate of fine-tuning")
     add("--gamma", type=float, default=0.1, help="regularization coefficient")
-    add("--epsilon", type=float, default=None, help="ascent step; left out, the best is looked for")
+    add("--epsilon", type=float, default=None, help="ascent step; by default the most accurate one")
     add("--mesh", type=int, nargs=2, default=[4, 2], help="devices for data, and for the model")
-    add("--seed", type=int, default=0, help="the first")
+    add("--seed", type=int, default=0, help="the first seed")
     add("--seeds", type=int, default=3, help="number of pairs of runs")
     return parser.parse_args(argv)
 

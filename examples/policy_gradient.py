@@ -15,9 +15,9 @@ Result with the settings below (eight seeds, ± one standard error): without a p
 reward decreases from 0.29 to 0.11 ± 0.12 while the model's increases to 1.2. The KL penalty gains
 0.27 ± 0.12. Gradient regularization gains -0.07 ± 0.11: at this scale it has *no* measurable
 effect, also at other strengths from 0.01 to 30, learning rates and sizes of the reward model. A
-likely reason: a policy that has collapsed onto one sequence has a gradient of zero, and is flat as
-well. Language models in practice are stopped long before. Needs
-``pip install gradreg-optax``; it takes a minute on one core.
+likely reason: a policy that has collapsed to one sequence has a zero gradient, and is also flat. In
+practice language models are stopped long before. Needs ``pip install gradreg-optax``; takes a
+minute on one core.
 """
 
 import argparse
@@ -35,7 +35,7 @@ EXCLUDED = ("embed", "head")  # not perturbed
 
 
 def initial_policy(key):
-    """A language model of one hidden layer that sees the last two tokens and the position."""
+    """Initialize a language model with one hidden layer, the last two tokens and the position."""
     shapes = {
         "embed": (VOCABULARY + 1, WIDTH),
         "position": (LENGTH, WIDTH),
@@ -52,14 +52,14 @@ def initial_policy(key):
 
 
 def next_logits(params, last, before, position):
-    """Logits of the next token; ``VOCABULARY`` itself stands for the beginning."""
+    """Return the logits of the next token; the token ``VOCABULARY`` marks the beginning."""
     x = params["embed"][last] @ params["last"] + params["embed"][before] @ params["before"]
     x = jnp.tanh(x + params["position"][position])
     return (x + jnp.tanh(x @ params["hidden"])) @ params["head"]
 
 
 def sample(params, key, count):
-    """Sequences drawn from the policy, of shape (count, LENGTH)."""
+    """Sample sequences from the policy; shape (count, LENGTH)."""
 
     def draw(carry, position):
         last, before, key = carry
@@ -73,7 +73,7 @@ def sample(params, key, count):
 
 
 def log_probs(params, tokens):
-    """Of every next token, given those before; shape (count, LENGTH, VOCABULARY)."""
+    """Return the log-probabilities of all next tokens; shape (count, LENGTH, VOCABULARY)."""
     padded = jnp.pad(tokens, ((0, 0), (2, 0)), constant_values=VOCABULARY)
     positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
     logits = next_logits(params, padded[:, 1:-1], padded[:, :-2], positions)
@@ -81,7 +81,7 @@ def log_probs(params, tokens):
 
 
 def chosen(log_probs, tokens):
-    """The log-probabilities of the tokens themselves."""
+    """Return the log-probabilities of the given tokens."""
     return jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
 
 
@@ -94,20 +94,20 @@ def human_texts(key, count):
 
 
 def true_reward(tokens):
-    """The share of small steps upwards, less the share of repetitions at a distance of two."""
+    """Return the fraction of small steps upwards minus that of repetitions at distance two."""
     moves = tokens[:, 1:] - tokens[:, :-1]
     rises = jnp.mean((moves >= 1) & (moves <= 3), axis=1)
     return rises - jnp.mean(tokens[:, 2:] == tokens[:, :-2], axis=1)
 
 
 def model_reward(weights, tokens):
-    """The reward model: a perceptron of the whole sequence."""
+    """Evaluate the reward model, a perceptron of the whole sequence."""
     x = jax.nn.one_hot(tokens, VOCABULARY).reshape(len(tokens), -1)
     return (jnp.tanh(x @ weights["first"]) @ weights["last"])[:, 0]
 
 
 def fitted(loss_fn, params, steps, rate):
-    """Plain Adam on a loss of parameters and a key."""
+    """Minimize a loss of parameters and a key with Adam."""
     tx = optax.adam(rate)
 
     def step(carry, key):
@@ -120,9 +120,7 @@ def fitted(loss_fn, params, steps, rate):
 
 
 def reference_and_reward_model(key, judged):
-    """A policy fitted to human texts, and a reward model fitted to ``judged`` of its samples, whose
-    judgements are noisy.
-    """
+    """Fit a policy to human texts, and a reward model to noisy scores of ``judged`` samples."""
     keys = jax.random.split(key, 6)
 
     def imitation(params, key):
@@ -145,16 +143,14 @@ def reference_and_reward_model(key, judged):
 
 
 def clipped(gradient, params, largest=1.0):
-    """The climb: no longer than ``largest``, and not in the embeddings and the head."""
+    """Return the clipped ascent direction, without embeddings and head."""
     clip = optax.clip_by_global_norm(largest)
     direction, _ = clip.update(gradient, clip.init(params))
     return masked({name: name not in EXCLUDED for name in params})(direction, params)
 
 
 def fine_tuned(gamma, kl, key, args):
-    """(true reward, the model's, KL divergence from the reference) of the policy, before training
-    and after each tenth of it.
-    """
+    """Fine-tune; return true reward, model reward and KL divergence before and after each tenth."""
     key, first = jax.random.split(key)
     reference, weights = reference_and_reward_model(first, args.judged)
     regularizer = fd_gradreg(gamma=gamma, epsilon=args.epsilon, ascent=clipped)
@@ -194,12 +190,12 @@ def fine_tuned(gamma, kl, key, args):
 
 
 def mean_and_error(x):
-    """The mean over seeds and its standard error."""
+    """Format the mean over seeds and its standard error."""
     return f"{np.mean(x):+.3f} ± {np.std(x, ddof=1) / len(x) ** 0.5:.3f}"
 
 
 def main(argv=None):
-    """Chooses a strength for each method, and compares the methods on fresh seeds."""
+    """Tune a strength for each method, and compare the methods on evaluation seeds."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -208,7 +204,7 @@ def main(argv=None):
     parser.add_argument("--epsilon", type=float, default=0.1)
     parser.add_argument("--gammas", type=float, nargs="+", default=[1e-2, 1.0, 3.0])
     parser.add_argument("--kls", type=float, nargs="+", default=[0.1, 0.3, 1.0])
-    parser.add_argument("--seeds", type=int, default=8, help="of each of the two halves")
+    parser.add_argument("--seeds", type=int, default=8, help="tuning seeds, and evaluation seeds")
     args = parser.parse_args(argv)
 
     def one(gamma, kl, seed):
@@ -222,8 +218,8 @@ def main(argv=None):
         "KL penalty": [(0.0, kl) for kl in args.kls],
         "gradient regularization": [(gamma, 0.0) for gamma in args.gammas],
     }
-    print(f"{args.steps} steps of policy gradient; means over {args.seeds} seeds, standard errors")
-    print(f"\nTrue reward at the end, seeds {choose[0]} to {choose[-1]}, to choose the strength:")
+    print(f"{args.steps} policy-gradient steps; mean ± one standard error over {args.seeds} seeds")
+    print(f"\nFinal true reward on the tuning seeds {choose[0]} to {choose[-1]}:")
     best = {}
     for name, settings in candidates.items():
         ends = {s: np.asarray(run(*s, choose))[:, -1, 0] for s in settings}
@@ -231,18 +227,18 @@ def main(argv=None):
         for setting, end in ends.items():
             strength = f"{max(setting):g}" if max(setting) else ""
             print(f"  {name:24} {strength:>6}  {mean_and_error(end)}")
-    print(f"\nOn fresh seeds, {judge[0]} to {judge[-1]}, at the end of training:")
+    print(f"\nAfter training, on the evaluation seeds {judge[0]} to {judge[-1]}:")
     curves = {name: np.asarray(run(*setting, judge)) for name, setting in best.items()}
     plain = curves["none"][:, -1, 0]
     print(f"  {'before training':24} true reward {mean_and_error(curves['none'][:, 0, 0])}")
     for name, curve in curves.items():
         true, model, distance = curve[:, -1].T
         print(
-            f"  {name:24} true reward {mean_and_error(true)}, the model's {mean_and_error(model)},"
+            f"  {name:24} true reward {mean_and_error(true)}, model reward {mean_and_error(model)},"
             f" KL {distance.mean():.1f}"
         )
         if name != "none":
-            print(f"  {'':24} gain over none, seed by seed: {mean_and_error(true - plain)}")
+            print(f"  {'':24} gain over none, paired by seed: {mean_and_error(true - plain)}")
     return curves
 
 

@@ -25,8 +25,8 @@ def run(name, *options, **env):
 def test_policy_gradient_compares_three_methods_on_fresh_seeds():
     small = ["--steps=10", "--batch-size=8", "--judged=20", "--seeds=2"]
     out = run("policy_gradient.py", *small, "--gammas=0.01", "--kls=0.1")
-    assert out.count("gain over none, seed by seed") == 2
-    assert "On fresh seeds, 2 to 3" in out
+    assert out.count("gain over none, paired by seed") == 2
+    assert "on the evaluation seeds 2 to 3" in out
 
 
 @pytest.mark.slow
@@ -42,4 +42,4 @@ def test_language_model_resumes_and_reports_pairs(tmp_path):
     assert "resumed at step 1" in again
     assert "step 2/2" in again
     assert "step 1/2" not in again
-    assert "with minus without, seed by seed" in again
+    assert "with minus without (paired)" in again
