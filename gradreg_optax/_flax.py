@@ -168,7 +168,8 @@ def nnx_regularized_loss(
     Returns:
       A loss with the signature of ``loss_fn`` and a further argument ``step``, if ``loss_fn`` has
       none. An argument ``step`` of ``loss_fn`` is passed to it, and the regularizer counts by it
-      too if it is a whole number.
+      too if it is a whole number. ``nnx.vmap`` and ``nnx.scan`` of the loss itself count the
+      added argument: ``nnx.vmap(loss, in_axes=(0, None, None))(models, x, step)``.
 
     Raises:
       ImportError: flax is not installed.
@@ -216,7 +217,9 @@ class NNXRegularizedLoss(TransformedLoss):
         params, structure = _pure(nnx, variables), jax.tree.structure(variables)
         check_params(_LOSS, params)
         init = optax.with_extra_args_support(self.regularizer).init
-        counting(_LOSS, jax.eval_shape(init, params), step)
+        state = jax.eval_shape(init, params)
+        check_once(_LOSS, self.loss_fn, params, state)
+        counting(_LOSS, state, step)
 
         def of_arrays(params: PyTree, rest: PyTree) -> tuple[Weighted, Any]:
             variables = jax.tree.unflatten(structure, jax.tree.leaves(params))

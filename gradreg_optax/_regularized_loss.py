@@ -18,7 +18,7 @@ from gradreg_optax._loss import (
     signature_of,
     with_weight,
 )
-from gradreg_optax._train_step import Call, counting, regularized_pass
+from gradreg_optax._train_step import Call, check_once, counting, regularized_pass
 from gradreg_optax._types import Loss, LossFn
 from gradreg_optax._validation import (
     check_params,
@@ -70,7 +70,8 @@ def regularized_loss(
       A loss with the signature of ``loss_fn`` and a further keyword ``step``.
 
     Raises:
-      ValueError: a regularizer with state of its own; an argument that the call does not have.
+      ValueError: a regularizer with more state than a counter; a loss that is regularized already;
+        an argument that the call does not have.
       TypeError: the regularizer is no Optax transformation, or needs the step; a loss that is no
         real scalar; parameters that are no real or complex numbers.
 
@@ -111,7 +112,9 @@ class RegularizedLoss(TransformedLoss):
     def evaluate(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array | None, Any]:
         """Return the mean with the regularized gradient, its weight and aux."""
         args, kwargs, step = bind_step(_CALLER, self.loss_fn, args, kwargs)
-        check_params(_CALLER, arguments_at(_CALLER, self._argnums, args)[0])
+        params, _ = arguments_at(_CALLER, self._argnums, args)
+        check_params(_CALLER, params)
+        check_once(_CALLER, self.loss_fn, params, jax.eval_shape(self._pass.init, params))
         arguments = ArrayArguments.of(self._argnums, args, kwargs)
         beside = StaticPart()
 

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import gradreg_optax as gr
+import two_parameters as two
 
 GAMMA, EPSILON, RATE, STEPS = 0.3, 0.2, 0.1, 5
 
@@ -543,3 +544,44 @@ def test_a_bad_group_keeps_all_groups_from_contributing(name):
         bool(jnp.all(a == b)) for a, b in zip(*map(jax.tree.leaves, (before, now)), strict=True)
     )
     assert int(after.opt_state[0].step) == 2
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.complex64])
+def test_an_ascent_is_handed_the_steepest_direction_in_float32_or_wider(dtype):
+    seen = []
+
+    def ascent(gradient, params):
+        seen.append((gradient.dtype, params.dtype))
+        return gradient
+
+    two.updated(
+        gr.fd_gradreg(**two.PENALTY, ascent=ascent),
+        jnp.ones(2, dtype),
+        lambda p: jnp.sum(jnp.abs(p.astype(jnp.result_type(dtype, jnp.float32))) ** 2),
+    )
+    wide = jnp.dtype(jnp.promote_types(dtype, jnp.float32))
+    assert set(seen) == {(wide, jnp.dtype(dtype))}
+
+
+def test_directions_of_integers_are_refused():
+    whole = jnp.asarray([3, 4])
+    for call in (
+        lambda: gr.normalized(whole, two.P),
+        lambda: gr.normalized([3, 4], two.P),
+        lambda: gr.adaptive(whole, two.P),
+        lambda: gr.adaptive(two.P, whole),
+    ):
+        with two.says(TypeError, "dtype int", "have a gradient"):
+            call()
+    with two.says(ValueError, "adaptive: the gradient must have the structure of the parameters"):
+        gr.adaptive(two.P, None)
+
+
+def test_an_ascent_that_is_no_function_is_refused_by_both_gradient_functions():
+    for name, make in {
+        "fd_value_and_grad": functools.partial(gr.fd_value_and_grad, epsilon=0.1),
+        "dbp_value_and_grad": gr.dbp_value_and_grad,
+    }.items():
+        for bad in ({"w": True}, 0.1, "normalized"):
+            with two.says(TypeError, f"{name}: ascent must be a function (gradient, params)"):
+                make(two.quartic, gamma=0.1, ascent=bad)

@@ -3,11 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
+import gradreg_optax as gr
+import two_parameters as two
+from gradreg_optax import curvature
 from gradreg_optax.curvature import (
     difference_error,
     gradient_norm,
@@ -294,3 +298,74 @@ def test_a_number_that_shapes_the_program_cannot_be_traced(name, call):
 def test_where_the_product_is_zero_the_error_is_absolute():
     found = difference_error(lambda p: p + p**3, jnp.zeros([]), 0.1)
     np.testing.assert_allclose(found.relative_error, 0.3, rtol=1e-5)  # 3 (epsilon g)^2 / epsilon
+
+
+def test_sharpness_climbs_along_the_conjugate_of_the_gradient():
+    z, target = jnp.asarray([0.5 + 1j, -0.3 + 0.2j]), jnp.asarray([1j, 2.0])
+
+    def loss(z):  # conj(gradient) = z - target
+        return jnp.sum(jnp.abs(z - target) ** 2) / 2
+
+    # (|d| + rho)^2 / 2 - |d|^2 / 2
+    distance = float(jnp.linalg.norm(z - target))
+    expected = ((distance + 0.1) ** 2 - distance**2) / 2
+    np.testing.assert_allclose(curvature.perturbed_sharpness(loss, z, 0.1), expected, rtol=1e-4)
+
+
+def test_the_standard_error_is_that_of_the_samples():
+    """Of [[0, 1], [1, 0]] a sample is 2 or -2: of n with mean m the variance is
+    (4 - m^2) n / (n - 1)."""
+    count = 9
+    mean, error = curvature.hessian_trace(
+        lambda p: p[0] * p[1], two.P, jax.random.key(0), num_samples=count
+    )
+    expected = np.sqrt((4 - float(mean) ** 2) / (count - 1))
+    assert expected > 0
+    np.testing.assert_allclose(error, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("leaf", [1, True, jnp.asarray(1), np.bool_(True), jax.random.key(0)])
+def test_leaves_without_a_gradient_are_named_by_every_curvature(leaf):
+    params, key = {"w": two.P, "n": leaf}, jax.random.key(0)
+
+    def loss(params):
+        return jnp.sum(params["w"] ** 2)
+
+    for name, call in {
+        "hessian_vector_product": lambda: curvature.hessian_vector_product(loss, params, params),
+        "gradient_norm": lambda: curvature.gradient_norm(loss, params),
+        "top_hessian_eigenvalue": lambda: curvature.top_hessian_eigenvalue(loss, params, key),
+        "hessian_trace": lambda: curvature.hessian_trace(loss, params, key),
+        "perturbed_sharpness": lambda: curvature.perturbed_sharpness(loss, params, 0.1),
+        "difference_error": lambda: curvature.difference_error(loss, params, 0.1),
+        "fd_value_and_grad": lambda: gr.fd_value_and_grad(loss, **two.PENALTY)(params),
+        "fd_gradreg": lambda: two.FD.init(params),
+        "make_train_step": lambda: gr.make_train_step(loss, optax.sgd(0.1)).init(params),
+    }.items():
+        with two.says(TypeError, f"{name}: the parameters['n'] has dtype", "have a gradient"):
+            call()
+
+
+@pytest.mark.parametrize("rho", [[0.1, 0.2], True, 1j, float("nan"), float("inf"), None, "0.1"])
+def test_a_radius_of_sharpness_is_a_finite_real_scalar(rho):
+    with two.says((TypeError, ValueError), "perturbed_sharpness: rho must be"):
+        curvature.perturbed_sharpness(two.quartic, two.P, rho)
+
+
+def test_without_parameters_there_is_no_hessian_and_nothing_to_penalise():
+    key = jax.random.key(0)
+    for call in (
+        lambda: curvature.top_hessian_eigenvalue(lambda p: 1.0, {}, key),
+        lambda: curvature.hessian_trace(lambda p: 1.0, {}, key),
+    ):
+        with two.says(ValueError, "the parameters must not be empty"):
+            call()
+    nothing = curvature.penalty_scale(lambda p, b: jnp.mean(b), {}, two.BATCH, penalty_fraction=0.5)
+    assert nothing == (1, 0, 0)
+
+
+@pytest.mark.parametrize("key", [0, None, 1.5, jax.random.split(jax.random.key(0), 3), two.P])
+def test_a_key_is_a_single_random_key(key):
+    for name in ("top_hessian_eigenvalue", "hessian_trace"):
+        with two.says(TypeError, f"{name}: key must be a single random key", "jax.random.key(0)"):
+            getattr(curvature, name)(two.quartic, two.P, key)

@@ -1,7 +1,6 @@
 """Arguments are validated early; errors name the function, the value and the remedy."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,11 @@ import numpy as np
 import optax
 import pytest
 
+import gradreg_optax as gr
+import two_parameters as two
 from gradreg_optax import (
     asam,
+    curvature,
     dbp_gradreg,
     dbp_value_and_grad,
     fd_gradreg,
@@ -22,7 +24,9 @@ from gradreg_optax import (
     microbatched,
     sam,
 )
+from gradreg_optax._sharding import leading_devices
 from gradreg_optax.curvature import difference_error, hessian_trace, top_hessian_eigenvalue
+from two_parameters import says
 
 
 def loss_fn(params, batch):
@@ -37,10 +41,6 @@ dbp = functools.partial(dbp_gradreg, gamma=0.1)
 
 def update(tx, params=PARAMS, **extra_args):
     return tx.update(PARAMS, tx.init(PARAMS), params, **extra_args)
-
-
-def says(error, *parts):
-    return pytest.raises(error, match=".*".join(re.escape(part) for part in parts))
 
 
 GAMMA = {
@@ -476,3 +476,106 @@ def test_a_mistake_inside_the_loss_shows_as_itself(mode):
         ):
             with says(kind, text):
                 make(jnp.ones(2))
+
+
+def test_the_name_in_a_sentence_is_that_of_the_function_that_was_called():
+    with says(TypeError, "microbatched: the loss must return a real scalar, got shape (2,)"):
+        gr.microbatched(lambda p, b: b @ p, 2)(two.P, two.BATCH)
+    for batch in (jnp.float32(1), {"x": jnp.float32(1), "y": jnp.float32(2)}, {}):
+        with says(ValueError, "microbatched: count needs a batch whose leaves share"):
+            gr.microbatched(two.mean_square, 2)(two.P, batch)
+    with says(ValueError, "microbatched: count needs a batch with samples"):
+        gr.microbatched(two.mean_square, 2)(two.P, two.BATCH[:0])
+
+
+def test_a_longdouble_leaf_is_named():
+    with says(TypeError, "fd_value_and_grad: the parameters has dtype"):
+        gr.fd_value_and_grad(two.quartic, **two.PENALTY)(np.ones(2, np.longdouble))
+
+
+def test_integer_updates_are_refused_and_not_truncated():
+    for tx in (two.FD, gr.sam(rho=0.1), gr.flooding(level=0.1), gr.dbp_gradreg(gamma=0.1)):
+        for dtype in (jnp.int32, jnp.uint8, jnp.bool_):
+            updates = jnp.ones(2, dtype)
+            with says(TypeError, "updates has dtype", "have a gradient"):
+                tx.update(updates, tx.init(two.P), two.P, value=0.0, value_fn=two.quartic)
+
+
+def test_what_should_be_a_transformation_or_a_loss_is_named():
+    with says(TypeError, "make_train_step: the loss must be a function", "NoneType"):
+        gr.make_train_step(None, optax.sgd(0.1))
+    with says(TypeError, "regularizer must be an Optax transformation, made by calling it"):
+        gr.make_train_step(two.mean_square, optax.sgd(0.1), gr.fd_gradreg)
+    with says(TypeError, "optimizer must be an Optax transformation", "optimizer=optax.adam("):
+        gr.make_train_step(two.mean_square, optax.sgd)
+    with says(ValueError, "flooding: level must be a number, got nan"):
+        gr.flooding(level=float("nan"))
+    with says(ValueError, "by ascent must have the shape (2,) of its parameter, got ()"):
+        two.updated(gr.fd_gradreg(**two.PENALTY, ascent=lambda gradient, params: 1.0))
+    with says(ValueError, "product: vector must have the shape (2,) of its parameter, got (3,)"):
+        curvature.hessian_vector_product(two.quartic, two.P, jnp.ones(3))
+
+
+STATES = {
+    "dict": lambda state: state._asdict(),
+    "tuple": lambda state: tuple(state),
+    "list": lambda state: list(state),
+    "None": lambda state: None,
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_state_that_came_back_as_something_else_is_named(kind):
+    for name, tx in {
+        "fd_gradreg": two.FD,
+        "dbp_gradreg": gr.dbp_gradreg(gamma=0.1),
+        "sam": gr.sam(rho=0.1, interval=2),
+        "flooding": gr.flooding(level=0.1),
+        "relative_gradreg": gr.relative_gradreg(),
+    }.items():
+        state = STATES[kind](tx.init(two.P))
+        with says(TypeError, f"{name}: the state must be the", "that init made"):
+            tx.update(two.P, state, two.P, value=1.0, value_fn=two.quartic)
+    init, step = gr.make_train_step(two.mean_square, optax.sgd(0.1), two.FD)
+    with says(TypeError, "make_train_step: the state must be the TrainState that init made"):
+        step(STATES[kind](init(two.P)), two.BATCH)
+
+
+def test_aux_that_cannot_leave_a_program_is_named():
+    def loss(params, batch):
+        return two.mean_square(params, batch), {"logits": batch @ params, "name": "text"}
+
+    for call in (
+        lambda: gr.microbatched(loss, 2, has_aux=True)(two.P, two.BATCH),
+        lambda: jax.grad(gr.microbatched(loss, 2, has_aux=True), has_aux=True)(two.P, two.BATCH),
+        lambda: two.one_step(loss, has_aux=True),
+        lambda: two.one_step(loss, has_aux=True, ascent_groups=2),
+    ):
+        with says(TypeError, "aux['name'] must be an array, got str", "arrays only"):
+            call()
+
+
+def test_a_batch_without_samples_is_refused_where_it_is_split():
+    for split in ({"ascent_groups": 2}, {"penalty_fraction": 0.5}):
+        with says(ValueError, f"{next(iter(split))} needs a batch with samples"):
+            two.one_step(batch=two.BATCH[:0], **split)
+
+
+@pytest.mark.parametrize("mode", ["forward_over_reverse", "reverse_over_reverse"])
+def test_a_mistake_in_the_loss_is_not_taken_for_a_missing_second_derivative(mode):
+    def loss(params):
+        raise ValueError("the mistake of the loss itself")
+
+    with pytest.raises(ValueError, match=r"^the mistake of the loss itself"):
+        gr.dbp_value_and_grad(loss, gamma=0.1, mode=mode)(two.P)
+
+
+def test_a_batch_split_over_two_axes_at_once_is_split_over_their_product():
+    mesh = jax.make_mesh(
+        (1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2
+    )
+    spec = jax.sharding.PartitionSpec
+    for one in (spec(("data", "model"), None), spec("data", "model"), spec(None, "model"), spec()):
+        with jax.set_mesh(mesh):
+            batch = jax.device_put(two.BATCH, jax.sharding.NamedSharding(mesh, one))
+            assert leading_devices(batch) == 1

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import gradreg_optax as gr
+import two_parameters as two
 from gradreg_optax import regularized_loss
 
 FD = gr.fd_gradreg(gamma=0.3, epsilon=0.2)
@@ -453,3 +454,42 @@ def test_the_step_of_a_loss_reaches_it():
         assert float(ours(params, step=3)) == 4.0
         _, expected = gr.fd_value_and_grad(loss, gamma=gamma, epsilon=0.2)(params, 3)
         close(jax.grad(ours)(params, step=3), expected)
+
+
+def test_in_shard_map_the_gradient_in_replicated_parameters_is_the_sum_over_the_devices():
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh, spec = jax.make_mesh((1,), ("data",), axis_types=auto), jax.sharding.PartitionSpec
+    loss = gr.regularized_loss(two.mean_square, two.FD)
+
+    def gradient(params, batch):
+        return jax.grad(loss)(params, batch)  # of a loss that varies from device to device
+
+    sharded = jax.shard_map(gradient, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec())
+    np.testing.assert_allclose(
+        jax.jit(sharded)(two.P, two.BATCH), jax.grad(loss)(two.P, two.BATCH), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda loss: loss, jax.jit, lambda loss: gr.microbatched(loss, 2)]
+)
+def test_a_regularized_loss_is_not_regularized_again(wrap):
+    loss = gr.regularized_loss(wrap(gr.regularized_loss(two.mean_square, two.FD)), gr.sam(rho=0.1))
+    with two.says(ValueError, "regularized_loss: ", "penalise twice", "chain"):
+        jax.grad(loss)(two.P, two.BATCH)
+    clipped = gr.regularized_loss(two.mean_square, optax.clip(0.1))  # no penalty
+    jax.grad(gr.regularized_loss(wrap(clipped), two.FD))(two.P, two.BATCH)
+
+
+def test_a_float_that_a_loss_calls_step_is_its_own():
+    def loss(params, step):
+        return step * two.quartic(params)
+
+    for wrap in (lambda f: f, jax.jit):
+        gradient = wrap(jax.grad(gr.regularized_loss(loss, two.FD)))
+        _, expected = gr.fd_value_and_grad(loss, **two.PENALTY)(two.P, 0.5)
+        np.testing.assert_allclose(gradient(two.P, 0.5), expected, rtol=1e-5)
+        np.testing.assert_allclose(gradient(two.P, step=jnp.asarray(0.5)), expected, rtol=1e-5)
+        with two.says(TypeError, "needs the step", "a whole number"):
+            late = gr.regularized_loss(loss, gr.fd_gradreg(**two.PENALTY, interval=2))
+            wrap(jax.grad(late))(two.P, 0.5)

@@ -9,6 +9,8 @@ import optax
 import pytest
 from jax.experimental import sparse
 
+import gradreg_optax as gr
+import two_parameters as two
 from gradreg_optax import (
     Weighted,
     dbp_gradreg,
@@ -218,3 +220,81 @@ def test_a_sparse_batch_is_refused_and_not_halved():
             step(init(params), batch)
     init, step = make_train_step(loss, optax.sgd(0.1), ONLY_A_FACTOR)  # in one piece
     np.testing.assert_allclose(step(init(params), batch)[1].loss, loss(params, x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_micro_batches_differentiate_aux_with_its_own_cotangent(count):
+    def loss(params, x):
+        return jnp.mean(x * params), params**2
+
+    def total(params, weight):
+        value, aux = gr.microbatched(loss, count, has_aux=True)(params, jnp.ones(4))
+        return 3.0 * value + weight * jnp.mean(aux)
+
+    for weight in (0.0, 1.0, -2.0):  # 3 + weight * 2 p
+        np.testing.assert_allclose(jax.grad(total)(3.0, weight), 3.0 + 6.0 * weight, rtol=1e-6)
+
+
+def masked_mean(params, batch):
+    losses = jnp.tanh(batch["x"] * params) ** 2 * batch["mask"]
+    return gr.Weighted(jnp.sum(losses), jnp.sum(batch["mask"]))
+
+
+def tokens():
+    mask = jnp.asarray([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]], jnp.float32)
+    return {"x": jnp.sin(jnp.arange(16.0)).reshape(4, 4) + 1, "mask": mask}
+
+
+def test_a_mean_over_tokens_is_the_same_in_micro_batches_and_groups():
+    batch, params = tokens(), jnp.asarray(0.7)
+
+    def whole(params):
+        weighted = masked_mean(params, batch)
+        return weighted.total / weighted.weight
+
+    for count in (1, 2, 4):
+        found = jax.value_and_grad(gr.microbatched(masked_mean, count))(params, batch)
+        np.testing.assert_allclose(found, jax.value_and_grad(whole)(params), rtol=1e-6)
+        init, step = gr.make_train_step(
+            masked_mean, optax.sgd(1.0), gr.fd_gradreg(gamma=0.0, epsilon=0.1), ascent_groups=count
+        )
+        state, info = step(init(params), batch)
+        np.testing.assert_allclose(info.loss, whole(params), rtol=1e-6)
+        np.testing.assert_allclose(params - state.params, jax.grad(whole)(params), rtol=1e-5)
+
+
+def test_a_weighted_mean_in_float16_whose_sums_overflow_is_the_mean():
+    batch = jnp.full(400, 300.0, jnp.float16)  # 400 * 300 is beyond 65504
+
+    def loss(params, batch):
+        return gr.Weighted(jnp.sum(params * batch), jnp.asarray(len(batch), jnp.float32))
+
+    params = jnp.asarray(1.0, jnp.float16)
+    for micro in (8, 40):
+        value, gradient = jax.value_and_grad(gr.microbatched(loss, micro))(params, batch)
+        assert value.dtype == gradient.dtype == jnp.float16
+        np.testing.assert_allclose([value, gradient], 300.0, rtol=2e-3)
+    plain = gr.microbatched(lambda p, b: jnp.mean(p * b) * 200, 4)  # four times 60000
+    np.testing.assert_allclose(plain(params, batch), 60000.0, rtol=2e-3)
+
+
+def test_micro_batches_work_in_the_recipe_for_shard_map():
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh, spec = jax.make_mesh((1,), ("data",), axis_types=auto), jax.sharding.PartitionSpec
+
+    def gradient(params, batch):
+        loss = gr.microbatched(two.mean_square, 2)
+        return jax.grad(lambda p: jax.lax.pmean(loss(p, batch), "data"))(params)
+
+    sharded = jax.shard_map(gradient, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec())
+    found = jax.jit(sharded)(two.P, two.BATCH)
+    np.testing.assert_allclose(found, jax.grad(two.mean_square)(two.P, two.BATCH), rtol=1e-6)
+
+
+def test_extra_arguments_meant_for_others_stop_at_a_loss_in_micro_batches():
+    for loss in (gr.microbatched(two.mean_square, 2), gr.regularized_loss(two.mean_square, two.FD)):
+        tx = gr.fd_gradreg(loss, **two.PENALTY)
+        arguments = tx.init(two.P), two.P
+        tx.update(two.P, *arguments, batch=two.BATCH, meant_for_others=7)
+        with two.says(TypeError, "fd_gradreg: the loss needs 'batch'"):
+            tx.update(two.P, *arguments, meant_for_others=7)

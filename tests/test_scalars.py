@@ -11,6 +11,8 @@ import optax
 import pytest
 
 import gradreg_optax
+import gradreg_optax as gr
+import two_parameters as two
 from gradreg_optax import (
     asam,
     dbp_gradreg,
@@ -219,3 +221,73 @@ def test_an_update_may_not_be_complex_where_its_parameter_is_real():
     tx = fd_gradreg(lambda p: jnp.sum(p["x"] ** 2), gamma=0.1, epsilon=0.1)
     with pytest.raises(TypeError, match=r"updates\['x'\] must be real, like its parameter"):
         tx.update({"x": jnp.ones(2) + 1j}, tx.init(params), params)
+
+
+def test_epsilon_and_gamma_at_the_ends_of_float32_are_refused():
+    for epsilon in (float("inf"), 1e-40, 1e39):
+        for make in (gr.fd_gradreg, gr.gradient_norm_penalty):
+            with two.says(
+                ValueError, f"{make.__name__}: epsilon must be finite and > 0, got {epsilon}"
+            ):
+                make(gamma=0.1, epsilon=epsilon)
+    with two.says(ValueError, "fd_gradreg: gamma must be finite and >= 0, got inf"):
+        gr.fd_gradreg(gamma=1e39, epsilon=0.1)
+    with jax.enable_x64(True):
+        gr.fd_gradreg(gamma=1e39, epsilon=1e-40)
+
+
+@pytest.mark.parametrize(
+    "value", [np.longdouble(1), np.timedelta64(1), np.datetime64("2020"), b"1", [1, [2]], object()]
+)
+def test_scalars_that_jax_does_not_know_are_refused(value):
+    with two.says(TypeError, "fd_gradreg: gamma must be a real number or a schedule"):
+        gr.fd_gradreg(gamma=value, epsilon=0.1)
+    with two.says(TypeError, "ascent_groups must be a whole number"):
+        gr.make_train_step(two.mean_square, optax.sgd(0.1), two.FD, ascent_groups=value)
+
+
+def test_whole_numbers_and_fractions_refuse_what_is_none():
+    for bad in ("2", None, 2.5, float("nan"), float("inf"), [2], True):
+        with two.says(
+            (TypeError, ValueError), "make_train_step: ascent_groups must be a whole number"
+        ):
+            two.one_step(ascent_groups=bad)
+        with two.says((TypeError, ValueError), "microbatched: count must be a whole number"):
+            gr.microbatched(two.mean_square, bad)
+    for bad in ("0.5", None, float("nan"), float("inf"), [0.5], True):
+        with two.says((TypeError, ValueError), "make_train_step: penalty_fraction must"):
+            two.one_step(penalty_fraction=bad)
+
+
+@pytest.mark.parametrize("value", ["no", None, 0, 1.0, [True]])
+def test_flags_are_bools(value):
+    with two.says(TypeError, "fd_gradreg: reuse_updates must be True or False"):
+        gr.fd_gradreg(**two.PENALTY, reuse_updates=value)
+    with two.says(TypeError, "fd_gradreg: reuse_updates must be True or False"):
+        two.updated(two.FD, reuse_updates=value)
+    with two.says(TypeError, "make_train_step: donate must be True or False"):
+        gr.make_train_step(two.mean_square, optax.sgd(0.1), donate=value)
+    for name, make in {
+        "fd_gradreg": lambda: gr.fd_gradreg(**two.PENALTY, has_aux=value),
+        "flooding": lambda: gr.flooding(level=0.1, has_aux=value),
+        "fd_value_and_grad": lambda: gr.fd_value_and_grad(
+            two.quartic, **two.PENALTY, has_aux=value
+        ),
+        "make_train_step": lambda: gr.make_train_step(
+            two.mean_square, optax.sgd(0.1), has_aux=value
+        ),
+        "microbatched": lambda: gr.microbatched(two.mean_square, 2, has_aux=value),
+        "regularized_loss": lambda: gr.regularized_loss(two.quartic, two.FD, has_aux=value),
+    }.items():
+        with two.says(TypeError, f"{name}: has_aux must be True or False, got {value!r}"):
+            make()
+
+
+def test_flags_are_known_before_the_program_runs():
+    with two.says(TypeError, "fd_gradreg: reuse_updates must be", "known before the program runs"):
+        jax.jit(lambda flag: two.updated(two.FD, reuse_updates=flag))(True)
+    flags = (np.bool_(False), jnp.asarray(False))
+    for flag in flags:
+        np.testing.assert_array_equal(
+            two.updated(gr.fd_gradreg(**two.PENALTY, reuse_updates=flag)), two.updated(two.FD)
+        )

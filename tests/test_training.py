@@ -10,7 +10,9 @@ import numpy as np
 import optax
 import pytest
 
+import gradreg_optax as gr
 import problems
+import two_parameters as two
 from gradreg_optax import (
     StepInfo,
     TrainState,
@@ -25,6 +27,8 @@ from gradreg_optax import (
     relative_gradreg,
     sam,
 )
+from gradreg_optax._batching import first_fraction
+from gradreg_optax._validation import fraction
 from problems import add, batch_of, correction, flat, loss_fn
 
 
@@ -442,3 +446,67 @@ def test_a_word_among_the_arguments_is_static(by, option):
     _, info = step(init(params_of()), batch_of(), *args, **kwargs)
     assert set(seen) == {"train"}
     np.testing.assert_allclose(info.loss, loss_fn(params_of(), batch_of()), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, jnp.float32])
+def test_a_fraction_is_the_decimal_that_was_written(dtype):
+    """Of n samples the first percent * n / 100 are kept, rounded up, in whole numbers."""
+    for size in (1, 3, 7, 10, 64, 100, 999, 1000):
+        batch = np.arange(size)
+        for percent in range(1, 101):
+            kept = fraction("f", "penalty_fraction", dtype(percent / 100))
+            part = first_fraction("f", "penalty_fraction", batch, kept)
+            assert len(part) == -(-percent * size // 100), (size, percent)
+
+
+def test_what_groups_cannot_share_is_named():
+    def update(updates, state, params=None):
+        return updates, jnp.any(updates > 0).astype(jnp.int32)
+
+    other = optax.GradientTransformation(lambda params: jnp.int32(0), update)
+    with two.says(
+        ValueError, "with ascent_groups, counters and keys in the regularizer's state must"
+    ):
+        two.one_step(regularizer=optax.chain(two.FD, other), ascent_groups=2)
+
+
+def test_a_part_of_the_batch_needs_a_transformation_of_ours():
+    own = optax.GradientTransformationExtraArgs(
+        lambda params: (), lambda updates, state, params, **_: (updates, state)
+    )
+    with two.says(TypeError, "penalty_fraction needs a transformation of this package"):
+        two.one_step(regularizer=own, penalty_fraction=0.5)
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.chain(optax.identity(), tx)])
+def test_a_penalty_in_the_optimizer_and_in_the_step_is_refused(wrap):
+    for ours in (two.FD, gr.sam(rho=0.1), gr.relative_gradreg()):
+        with two.says(ValueError, "make_train_step: ", "penalise twice", "optax.chain"):
+            two.one_step(optimizer=optax.chain(wrap(ours), optax.sgd(0.1)))
+    two.one_step(optimizer=optax.chain(two.FD, optax.sgd(0.1)), regularizer=None)
+
+
+def test_a_penalty_in_the_loss_and_in_the_step_is_refused():
+    loss = gr.regularized_loss(two.mean_square, two.FD)
+    for places in (
+        {"regularizer": gr.sam(rho=0.1)},
+        {"optimizer": optax.chain(two.FD, optax.sgd(1.0))},
+    ):
+        with two.says(ValueError, "make_train_step: ", "penalise twice", "Remove one"):
+            two.one_step(loss, **{"regularizer": None} | places)
+    in_the_loss, _ = two.one_step(loss, regularizer=None)
+    in_the_step, _ = two.one_step(two.mean_square)
+    np.testing.assert_allclose(in_the_loss.params, in_the_step.params, rtol=1e-6)
+    two.one_step(gr.regularized_loss(two.mean_square, optax.clip(0.1)))  # no penalty in the loss
+
+
+def test_an_argument_of_the_loss_that_a_step_keeps_for_itself_is_refused():
+    def loss(params, batch, held_out=0.0):
+        return two.mean_square(params, batch) + held_out
+
+    for make in (
+        functools.partial(gr.make_train_step, optimizer=optax.sgd(0.1)),
+        gr.make_nnx_train_step,
+    ):
+        with two.says(TypeError, "train_step: the loss has an argument 'held_out'", "Rename"):
+            make(loss)

@@ -292,3 +292,14 @@ def test_a_function_around_a_loss_in_micro_batches_is_another_loss():
     x = jnp.sin(jnp.arange(24.0)).reshape(8, 3)
     one, two = (nnx_regularized_loss(f, FD)(linear(), x) for f in (inner, doubled))
     np.testing.assert_allclose(two, 2 * one, rtol=1e-6)
+
+
+def test_vmap_over_models_counts_the_added_step_as_an_argument():
+    make = nnx.vmap(lambda key: nnx.Linear(2, 1, rngs=nnx.Rngs(key)))
+    models, x = make(jax.random.split(jax.random.key(0), 3)), jnp.eye(2)
+
+    def plain(model, x):
+        return jnp.mean(model(x) ** 2)
+
+    values = nnx.vmap(nnx_regularized_loss(plain, FD), in_axes=(0, None, None))(models, x, None)
+    np.testing.assert_array_equal(values, nnx.vmap(plain, in_axes=(0, None))(models, x))

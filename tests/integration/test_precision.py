@@ -10,7 +10,9 @@ import optax
 import pytest
 
 import gradreg_optax as gr
+import two_parameters as two
 from gradreg_optax import curvature
+from gradreg_optax._estimators import difference
 
 GAMMA = 0.1
 
@@ -160,3 +162,29 @@ def test_a_loss_scale_divides_gamma_and_epsilon(scale):
     )(params, x, y)
     # float16 rounds to 2**-11, the difference multiplies that by gamma / epsilon = 1.
     assert (relative(found, expected) < 0.02) == (scale > 1)
+
+
+def test_a_count_in_float16_does_not_end_at_65504():
+    def loss(params):
+        return gr.Weighted(params * jnp.asarray(60000.0, jnp.float16), 120000)
+
+    value, _ = gr.fd_value_and_grad(loss, **two.PENALTY)(jnp.asarray(1.0, jnp.float16))
+    np.testing.assert_allclose(value, 0.5, rtol=2e-3)
+
+
+def test_a_difference_of_narrow_gradients_is_not_rounded_before_it_is_divided():
+    """Gradients 258 and 0.25 differ by 257.75, which in bfloat16 is 258."""
+    ahead, here = jnp.asarray(258.0, jnp.bfloat16), jnp.asarray(0.25, jnp.bfloat16)
+    loss = jax.custom_vjp(lambda p: p)
+    loss.defvjp(lambda p: (p, p), lambda p, c: (jnp.where(p > 1, ahead, here) * c,))
+    params = jnp.asarray(1.0, jnp.bfloat16)
+    estimate = difference(
+        lambda p: (jax.grad(loss)(p), None),
+        params,
+        lambda gradient: (gradient, ()),
+        epsilon=jnp.float32(0.3),
+        scheme="forward",
+    )
+    product = estimate.product
+    assert product.dtype == jnp.float32
+    np.testing.assert_allclose(product, 257.75 / 0.3, rtol=1e-6)
