@@ -93,6 +93,7 @@ def convolutions(draw: st.DrawFn) -> tuple[Callable[..., jax.Array], tuple[jax.A
 
 
 @given(convolutions())
+@pytest.mark.slow
 def test_values_and_derivatives_are_those_of_the_convolution(case: Any) -> None:
     with jax.enable_x64(True):
         fun, operands = case
@@ -280,6 +281,7 @@ def test_without_a_convolution_a_lazy_update_is_what_cond_alone_gives(
         assert rewritten != jaxpr(convolved)  # so that the comparison says something
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [fd_gradreg, dbp_gradreg])
 def test_a_network_with_convolutions_trains_without_a_compiler(make: Any) -> None:
     options = {"gamma": 0.1, "interval": 2} | ({"epsilon": 0.1} if make is fd_gradreg else {})

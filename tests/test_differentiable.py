@@ -83,6 +83,7 @@ def assert_close(found, expected):
 
 
 @each_family
+@pytest.mark.slow
 def test_the_derivative_through_a_training_in_the_initial_parameters_and_in_gamma(name):
     """MAML and learnt strengths: reverse mode and forward mode, against numbers."""
     params, gamma = problem()[0], jnp.asarray(0.2)

@@ -22,6 +22,7 @@ def run(name, *options, **env):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_policy_gradient_compares_three_methods_on_fresh_seeds():
     small = ["--steps=10", "--batch-size=8", "--judged=20", "--seeds=2"]
     out = run("policy_gradient.py", *small, "--gammas=0.01", "--kls=0.1")

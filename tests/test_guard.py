@@ -197,6 +197,7 @@ def test_regularizers_that_take_turns_are_right(name):
     assert findings_of(run, TURNS[name]) == []
 
 
+@pytest.mark.slow
 def test_an_update_without_a_penalty_is_not_compared_under_vmap_either():
     tx = fd_gradreg(**FD, interval=2)
 

@@ -68,6 +68,7 @@ def test_train_steps_take_micro_batches(x64, make):
     np.testing.assert_allclose(*ends, rtol=1e-12)  # another order of summation
 
 
+@pytest.mark.slow
 def test_micro_batches_under_vmap(x64):
     batches = jax.tree.map(lambda *x: jnp.stack(x), batch_of(0), batch_of(1))
     members = jax.tree.map(lambda *x: jnp.stack(x), params_of(1), params_of(2))

@@ -564,6 +564,7 @@ SCALES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("strength", [0.5, None])
 @pytest.mark.parametrize("name", SCALES)

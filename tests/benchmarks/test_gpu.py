@@ -39,6 +39,7 @@ def test_bfloat16_computes_in_bfloat16_and_returns_gradients_in_float32(name):
     assert all("bf16" in line for line in products)
 
 
+@pytest.mark.slow
 def test_the_sizes_of_the_cpu_benchmark_are_those_of_its_table():
     for name, shape in networks.SHAPES.items():
         problem = networks.problem(name)

@@ -69,6 +69,7 @@ def test_a_residual_block_adds_to_its_input_what_is_normalized(x64):
     np.testing.assert_allclose(*added, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "cnn", "resnet"])
 def test_networks_have_no_kinks(name, x64):
     """Along a line, the second difference of a smooth function falls with the square of the step; a

@@ -131,6 +131,7 @@ def test_a_subset_of_the_parameters_is_perturbed_and_moved_alone():
     np.testing.assert_array_equal(others["first"]["kernel"], others_after["first"]["kernel"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["in the chain", "in the step", "cached"])
 def test_interval_counts_the_steps_of_the_optimizer(place):
     """With interval=2 the first and the third step carry a doubled penalty, the second none."""
@@ -258,6 +259,7 @@ def test_a_mistake_in_the_loss_of_a_module_shows_as_itself():
     refused(optax.sgd(RATE), step, TypeError, "^the loss needs a rest")
 
 
+@pytest.mark.slow
 def test_micro_batches_take_a_module_with_dropout_keys():
     """Of one micro-batch the step is that of the batch; of two, the statistics are averaged and the
     counters move once."""
@@ -301,6 +303,7 @@ def test_the_batch_is_the_first_argument_after_the_model_however_it_is_passed(by
     assert relative_error(gradient_of_step(before, split(model)[1]), by_hand(part=8)[1]) < 1e-5
 
 
+@pytest.mark.slow
 def test_held_out_samples_go_with_a_batch_by_keyword():
     tx = optax.chain(gr.relative_gradreg(strength=None), optax.sgd(0.3))
     ends = []
