@@ -335,7 +335,7 @@ def _row(cell: Columns, full: Columns, plain: Columns) -> list[str]:
         return [*found, "", "", "", ""]
     difference = statistics.points(cell, full)
     mark, share = "" if keeps_up(cell, full) else "below", gain_share(cell, full, plain)
-    found += [f"{difference:+.2f}", difference.chance, mark]
+    found += [f"{difference:+.2f}", difference.p_text, mark]
     return [*found, "" if np.isnan(share) else f"{share:.0%}"]
 
 

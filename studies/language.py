@@ -239,7 +239,7 @@ def _row(name: str, rows: Columns, found: dict[str, Columns]) -> list[str]:
     for other in (plain, equal(rows, found)):
         alone = other["row"][0] == name
         less = gain(rows, other)
-        cells += ["", ""] if alone else [f"{less:+.4f}", less.chance]
+        cells += ["", ""] if alone else [f"{less:+.4f}", less.p_text]
     return cells
 
 

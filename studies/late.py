@@ -172,7 +172,7 @@ def _row(label: str, share: float, rows: runs.Columns, found: runs.Columns) -> l
     cells = [label, *(number.replace("nan", "") for number in numbers)]
     cells.append(report.percent()(rows))
     over = gain(rows, found)
-    cells += ["", ""] if label == PLAIN else [f"{over:+.1f}", over.chance]
+    cells += ["", ""] if label == PLAIN else [f"{over:+.1f}", over.p_text]
     return [*cells, "" if label == ALWAYS else f"{gain(rows, found, ALWAYS):+.1f}"]
 
 

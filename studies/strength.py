@@ -343,7 +343,7 @@ def _row(cell: Cell) -> list[str]:
     cells = [*cell.key, f"{level:{spec}}", f"{cell.searched['gamma'][0]:g}"]
     constant = [cell.gain(rows) for rows in (cell.searched, *cell.constant.values())]
     cells += [f"{gain:+{spec}}" for gain in (*constant, tuned)]
-    cells += [tuned.chance, "" if np.isnan(cell.kept) else f"{100 * cell.kept:.0f}%"]
+    cells += [tuned.p_text, "" if np.isnan(cell.kept) else f"{100 * cell.kept:.0f}%"]
     cells.append(", ".join(f"{np.mean(cell.tuned[name]):.2f}" for name in ("early", "late")))
     return [*cells, f"{cell.gain(cell.tuned, cell.everything):+{spec}}"]
 

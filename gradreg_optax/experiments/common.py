@@ -1,4 +1,4 @@
-"""What the commands share: fields of their configurations, their errors, and their progress bar."""
+"""Options, errors, checks and the progress bar that the commands share."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -10,59 +10,56 @@ from tqdm import tqdm
 
 
 class CommandError(ValueError):
-    """Settings, data or files that a command cannot work with; one sentence says what to do."""
+    """An error of the user: settings, data or files that a command cannot use."""
 
 
 class MissingError(FileNotFoundError, CommandError):
-    """A file that is not there and cannot be had; one sentence says what to do."""
+    """A file that does not exist and cannot be downloaded."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Common:
-    """What every command takes."""
+    """Options of every command."""
 
     output: Path = Path("results")
-    """Folder for results.json, the figures and the finished parts, where a second start goes on."""
+    """Output directory. Rerun with the same directory to resume."""
     seed: int = 0
-    """The first seed."""
+    """First seed."""
     redraw: bool = False
-    """Print the table and draw the figures from the results on disk, without a run."""
+    """Print the table and draw the figures from existing results."""
     format: tuple[Literal["png", "pdf", "svg"], ...] = ("png",)
     """File formats of the figures."""
 
     from_zero: ClassVar[tuple[str, ...]] = ("seed",)
-    """The whole numbers that may be zero; all others count something."""
+    """Integer options that may be 0; all others must be positive."""
 
     def __post_init__(self) -> None:
-        """Checks the whole numbers."""
-        whole = [field.name for field in dataclasses.fields(self) if field.type in _WHOLE]
+        """Check the integers."""
+        integers = (int, int | None, tuple[int, ...])
+        names = [field.name for field in dataclasses.fields(self) if field.type in integers]
         at_least(self, 0, *self.from_zero)
-        at_least(self, 1, *(name for name in whole if name not in self.from_zero))
-
-
-_WHOLE = (int, int | None, tuple[int, ...])
+        at_least(self, 1, *(name for name in names if name not in self.from_zero))
 
 
 @dataclasses.dataclass(frozen=True)
 class Training(Common):
-    """What every command takes that trains networks on a data set."""
+    """Options of every command that trains networks on a data set."""
 
     train_size: int | None = None
-    """Number of training samples; by default 300 of digits, 1000 of fashion-mnist, else all."""
+    """Number of training samples; by default 300 for digits, 1000 for fashion-mnist, else all."""
     test_size: int | None = None
-    """Number of test samples; by default 1000 of digits, else all."""
+    """Number of test samples; by default 1000 for digits, else all."""
     label_noise: float | None = None
-    """Share of the training samples with a wrong label; by default 0.3 for digits, none for
-    others."""
+    """Fraction of training samples with label noise; by default 0.3 for digits, else 0."""
     steps: int = 3000
-    """Training steps."""
+    """Number of training steps."""
 
     def sizes(self, dataset: str) -> dict[str, Any]:
-        """Sizes, share of wrong labels and steps, for :class:`trainer.Recipe`."""
-        usual = {"train_size": None, "test_size": None, "label_noise": 0.0}
-        usual |= _SIZES.get(dataset, {}) | {"steps": self.steps}
-        given = {name: getattr(self, name) for name in usual}
-        return usual | {name: value for name, value in given.items() if value is not None}
+        """Return sizes, label noise and steps, as arguments of :class:`trainer.Recipe`."""
+        values = {"train_size": None, "test_size": None, "label_noise": 0.0, "steps": self.steps}
+        values |= _SIZES.get(dataset, {})
+        given = {name: getattr(self, name) for name in values}
+        return values | {name: value for name, value in given.items() if value is not None}
 
 
 _SIZES: dict[str, dict[str, Any]] = {
@@ -73,68 +70,71 @@ _SIZES: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class OnData(Training):
-    """What every command takes that trains on a data set to choose."""
+    """Options of every command that takes any data set."""
 
     dataset: str = "digits"
     """digits, mnist1d, fashion-mnist, or the path of an .npz file with x_train, y_train, x_test,
     y_test."""
     data_dir: Path | None = None
-    """Folder with the files of fashion-mnist; by default $GRADREG_DATA, the Debian package, the
-    cache, the network."""
+    """Directory with the files of fashion-mnist; by default $GRADREG_DATA, the Debian package, the
+    cache, or a download."""
 
 
 def at_least(config: Any, least: float, *names: str) -> None:
-    """Checks that fields, or all values in them, are not below ``least``.
+    """Check that fields, or all values in them, are finite and at least ``least``.
 
     Raises:
-      CommandError: one is, or a field of several values has none.
+      CommandError: a value is smaller, or a field with several values is empty.
     """
     for name in names:
         values = getattr(config, name)
         values = values if isinstance(values, tuple) else (values,)
         if not values:
-            raise CommandError(f"{name} must hold at least one value: leave --{option(name)} away.")
+            raise CommandError(
+                f"{name} must hold at least one value. Omit --{option(name)} for the default."
+            )
         for value in values:
             if value is not None and not least <= value < float("inf"):
                 raise CommandError(f"{name} must be at least {least:g}, got {value:g}.")
 
 
 def above_zero(config: Any, *names: str) -> None:
-    """Checks that all values of fields are positive.
+    """Check that all values of fields are positive.
 
     Raises:
-      CommandError: one is not, or a field has none.
+      CommandError: a value is not positive, or a field is empty.
     """
     at_least(config, 0, *names)
     for name in names:
         if not np.all(getattr(config, name)):
-            raise CommandError(f"{name} must be above 0, got 0: use DB for the limit of zero.")
+            raise CommandError(f"{name} must be above 0, got 0. DB is the limit of 0.")
 
 
 def some_of(name: str, values: Iterable[str], known: Iterable[str], remedy: str = "") -> None:
-    """Checks names.
+    """Check that values are known.
 
     Raises:
-      CommandError: none, or one that is not known.
+      CommandError: there are none, or one is unknown.
     """
     known, values = list(known), list(values)
     unknown = [value for value in values if value not in known]
     if unknown or not values:
         got = ", ".join(unknown) or "none"
-        raise CommandError(f"{name} must be some of {', '.join(known)}, got {got}{remedy}.")
+        raise CommandError(f"{name} must be some of {', '.join(known)}, got {got}.{remedy}")
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """The fields that numbers depend on."""
-    left = ("output", "redraw", "format")
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in left}
+    """Return the fields that the numbers depend on."""
+    presentation = ("output", "redraw", "format")
+    fields = dataclasses.asdict(config)
+    return {name: value for name, value in fields.items() if name not in presentation}
 
 
 def option(name: str) -> str:
-    """A field as the command line spells it."""
+    """Return the name of a field on the command line."""
     return name.replace("_", "-")
 
 
 def progress(total: int, what: str, unit: str) -> "tqdm[Any]":
-    """A progress bar on a terminal, and nothing in a log."""
+    """Return a progress bar, which is hidden where stderr is not a terminal."""
     return tqdm(total=total, desc=what, unit=unit, disable=None, leave=False)

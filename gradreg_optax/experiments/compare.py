@@ -1,5 +1,6 @@
-"""Every regularizer on digits with wrong labels and on clean MNIST-1D: what it does to test
-accuracy, training loss and curvature, and what it costs.
+"""Comparison of all regularizers on digits with label noise and on clean MNIST-1D.
+
+Reports test accuracy, training loss, curvature and cost.
 """
 
 import dataclasses
@@ -10,30 +11,29 @@ from typing import Any
 import numpy as np
 
 from gradreg_optax.experiments import common, data, plots, report, runs, statistics
-from gradreg_optax.experiments.report import Report, Table
+from gradreg_optax.experiments.report import Number, Report, Table
 from gradreg_optax.experiments.trainer import METHODS, SELF_TUNED, Recipe
 
-# Two rows that the sweep does not have: one needs a part of the batch, one held-out samples.
 LAZY = dataclasses.replace(METHODS["F-GR"], label="lazy F-GR")
 ROWS = METHODS | {row.label: row for row in (LAZY, SELF_TUNED)}
-_LAZY_PART, _HELD_OUT = 1 / 4, 1 / 10  # of the batch, and of the training samples
+_LAZY_FRACTION, _HELD_OUT = 1 / 4, 1 / 10  # of the batch, and of the training samples
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A data set, and how every row trains on it.
+    """A data set and how every row trains on it.
 
     Attributes:
-      title: what it is.
-      network: what differs from the usual recipe.
-      settings: the values of each row's settings, chosen on other seeds.
-      dear: a run takes so long that half of the seeds have to do.
+      title: its name in tables and figures.
+      network: differences from the default recipe.
+      settings: hyperparameters of each row, tuned on other seeds.
+      half_seeds: a run is expensive, so use half of the seeds.
     """
 
     title: str
     network: Mapping[str, Any]
     settings: Mapping[str, Mapping[str, float]]
-    dear: bool = False
+    half_seeds: bool = False
 
 
 TASKS = {
@@ -66,10 +66,10 @@ TASKS = {
             "self-tuned": {},
             "flooding": {"level": 0.01},
         },
-        dear=True,
+        half_seeds=True,
     ),
 }
-# At one gamma, the signed ascent step: B-GR is negative, DB zero, F-GR positive.
+# A scan of the signed ascent step at one gamma: B-GR is negative, DB zero, F-GR positive.
 SIGNED_ON, COMMON_GAMMA = "digits", 3.0
 SIGNED_EPSILON = (-1.0, -0.3, 0.0, 0.3, 1.0, 3.0)
 PAIRS = (
@@ -87,27 +87,24 @@ class Config(common.Training):
 
     output: Path = Path("results/compare")
     datasets: tuple[str, ...] = tuple(TASKS)
-    """Data sets: digits, with 30% wrong labels by default, and mnist1d, clean by default."""
+    """Data sets: digits (30 % label noise by default) and mnist1d (clean by default)."""
     seeds: int = 10
-    """Number of seeds, of mnist1d half as many; the methods are paired by seed."""
+    """Number of seeds; mnist1d uses half as many. Methods are paired by seed."""
 
     def __post_init__(self) -> None:
-        """Checks the names as well."""
+        """Check the names as well."""
         super().__post_init__()
-        common.some_of("datasets", self.datasets, TASKS, ": gradreg sweep takes any")
+        remedy = " gradreg sweep accepts any data set."
+        common.some_of("datasets", self.datasets, TASKS, remedy)
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Trains every method on every seed, each method in one compiled program.
-
-    Args:
-      config: the settings.
+    """Train every method on every seed, each method in one compiled program.
 
     Returns:
-      "recipes", what the methods have in common on each data set; "methods", how each is made;
-      "costs", its FLOPs per step relative to SGD; and "runs", one row a run: its "role" is "best"
-      for the settings of each method, and "signed" for those at one gamma, which have the signed
-      "step".
+      "recipes", the shared settings for each data set; "methods", the call of each transformation;
+      "costs", FLOPs per step relative to SGD; and "runs", one row per run. The "role" of a row is
+      "best" for the settings of each method and "signed" for the scan of the signed "step".
 
     Raises:
       CommandError: settings that do not fit the data.
@@ -127,29 +124,29 @@ def run(config: Config) -> dict[str, Any]:
             costs.append({"dataset": name, "method": label, "flops": flops})
         recipes[name] = chosen["SGD"].describe()
         methods[name] = {label: ROWS[label].call(given) for label, given in settings.items()}
-    table = {"costs": runs.columns(costs), "runs": runs.stack(*found)}
-    return {"recipes": recipes, "methods": methods} | table
+    tables = {"costs": runs.columns(costs), "runs": runs.stack(*found)}
+    return {"recipes": recipes, "methods": methods} | tables
 
 
 def seeds_of(config: Any, name: str) -> range:
-    """The seeds of a data set."""
-    size = -(-config.seeds // 2) if TASKS[name].dear else config.seeds
+    """Return the seeds for a data set."""
+    size = -(-config.seeds // 2) if TASKS[name].half_seeds else config.seeds
     return range(config.seed, config.seed + size)
 
 
 def recipe(config: common.Training, name: str, label: str = "SGD") -> Recipe:
-    """How a row trains on a data set."""
+    """Return the recipe of a row for a data set."""
     chosen = Recipe(**config.sizes(name), **TASKS[name].network)
     if label == LAZY.label:
-        return dataclasses.replace(chosen, penalty_fraction=_LAZY_PART)
-    if label == SELF_TUNED.label:  # it has the samples of the others, and trains on fewer
+        return dataclasses.replace(chosen, penalty_fraction=_LAZY_FRACTION)
+    if label == SELF_TUNED.label:  # the held-out samples are a part of the others' training set
         size = chosen.train_size or len(data.load(name).train_x)
         return dataclasses.replace(chosen, held_out=max(1, round(_HELD_OUT * size)))
     return chosen
 
 
 def wanted_runs(config: common.Training, name: str, label: str, seeds: Any) -> list[runs.Run]:
-    """A row's runs on a data set."""
+    """Return the runs of a row for a data set."""
     chosen, settings = recipe(config, name, label), TASKS[name].settings[label]
     tags: dict[str, Any] = {"role": "best", "dataset": name}
     if chosen.penalty_fraction < 1:
@@ -160,7 +157,6 @@ def wanted_runs(config: common.Training, name: str, label: str, seeds: Any) -> l
 
 
 def _signed(chosen: Recipe, seeds: Any) -> list[runs.Run]:
-    """The runs at one gamma."""
     wanted = []
     for step in SIGNED_EPSILON:
         method = METHODS["DB" if step == 0 else "F-GR" if step > 0 else "B-GR"]
@@ -171,50 +167,48 @@ def _signed(chosen: Recipe, seeds: Any) -> list[runs.Run]:
 
 
 def table(results: dict[str, Any]) -> Report:
-    """Return for each data set accuracies, paired differences to SGD with p-values, curvature and
-    cost, and the accuracies along the signed ascent step.
-    """
+    """Return accuracies, paired differences, curvature and cost, and the signed scan."""
     best, signed = (runs.select(results["runs"], role=role) for role in ("best", "signed"))
     parts: list[Table | str] = []
     for name, rows in runs.by(best, "dataset").items():
         found = runs.by(rows, "method")
         title = f"{described(name, results['recipes'][name])}, {len(set(rows['seed']))} seeds"
-        flops = {label: cost(results, name, label) for label in found}
-        columns = _columns(found["SGD"], flops)
+        columns = _columns(results, name, found["SGD"])
         parts += [report.table(title, found, columns, left=2), "", report.pairs(found, PAIRS), ""]
     if len(signed["seed"]):
         cells = [
-            [label, report.Number(step), report.percent()(found)]
-            for (label, step), found in runs.groups(signed, "method", "step")
+            [label, Number(step), report.percent()(rows)]
+            for (label, step), rows in runs.groups(signed, "method", "step")
         ]
         title = f"digits at γ = {COMMON_GAMMA:g}, by signed ascent step: B-GR < 0, DB = 0, F-GR > 0"
-        parts += [Table(title, ["method", "ε", "test accuracy %"], cells), ""]
+        parts += [Table(title, ["method", "ε", "test accuracy (%)"], cells), ""]
     return Report(*parts, _NOTE)
 
 
 _NOTE = (
-    "Means ± standard errors over seeds; p: paired t-test. Gradients and FLOPs per step, relative"
-    " to SGD. Lazy: on the fraction f of the batch in every k-th step. Self-tuned: holds out a"
-    " tenth of the training samples, on which all other methods train."
+    "Means ± standard errors over seeds; differences in percentage points, paired by seed; p:"
+    " paired t-test. Gradients and FLOPs per step, relative to SGD. Lazy: penalty on the fraction f"
+    " of the batch, every k-th step. Self-tuned: holds out a tenth of the training samples, which"
+    " the other methods train on."
 )
 
 
-def _columns(plain: runs.Columns, flops: Mapping[str, float]) -> dict[str, report.Column]:
-    gain, chance = report.minus(plain)
+def _columns(results: dict[str, Any], name: str, plain: runs.Columns) -> dict[str, report.Column]:
+    gain, p = report.minus(plain)
     return {
         "setting": report.settings(),
-        "gradients": report.first("gradients", ".4g"),
-        "FLOPs": lambda rows: report.Number(flops[rows["method"][0]], ".2f"),
-        "test accuracy %": report.percent(),
+        "gradients": report.gradients,
+        "FLOPs": lambda rows: Number(cost(results, name, rows["method"][0]), ".2f"),
+        "test accuracy (%)": report.percent(),
         "minus SGD": gain,
-        "p": chance,
+        "p": p,
         "training loss": report.mean("train_loss", ".3f"),
         "top eigenvalue": report.mean("eigenvalue", ".2f"),
     }
 
 
 def described(name: str, recipe: Mapping[str, Any]) -> str:
-    """What is trained on, as a title."""
+    """Return a title with the number of training samples and the label noise."""
     size, noise = recipe["train_size"], recipe["label_noise"]
     samples = f", {size} training samples" if size is not None and size == size else ""
     return f"{TASKS[name].title}{samples}, " + (
@@ -223,45 +217,41 @@ def described(name: str, recipe: Mapping[str, Any]) -> str:
 
 
 def methods(rows: runs.Columns) -> list[tuple[str, runs.Columns]]:
-    """The rows of each method."""
+    """Return the rows of each method."""
     return list(runs.by(rows, "method").items())
 
 
 def cost(results: dict[str, Any], name: str, label: str) -> float:
-    """FLOPs per step relative to SGD."""
+    """Return the FLOPs per step relative to SGD."""
     return float(runs.select(results["costs"], dataset=name, method=label)["flops"][0])
 
 
 def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
-    """Draws compare.png: accuracy against the cost of a step on each data set, and accuracy against
-    the signed ascent step.
-    """
+    """Draw accuracy against cost for each data set, and against the signed ascent step."""
     best, signed = (runs.select(results["runs"], role=role) for role in ("best", "signed"))
-    found = list(runs.groups(best, "dataset"))
-    shown = len(found) + (len(signed["seed"]) > 0)
-    made, axes = plots.figure(shown, width=4.6, height=4.0)
-    for axis, ((name,), rows) in zip(axes, found, strict=False):
+    found = runs.by(best, "dataset")
+    made, axes = plots.figure(len(found) + (len(signed["seed"]) > 0), width=4.6, height=4.0)
+    for axis, (name, rows) in zip(axes, found.items(), strict=False):
         _draw_costs(axis, rows)
         axis.set_title(described(name, results["recipes"][name]), fontsize=11)
-    axes[0].set_ylabel("test accuracy %")
+    axes[0].set_ylabel("test accuracy (%)")
     if len(signed["seed"]):
-        plain = runs.select(best, dataset=SIGNED_ON, method="SGD")
-        _draw_signed(axes[-1], signed, plain)
+        _draw_signed(axes[-1], signed, runs.select(best, dataset=SIGNED_ON, method="SGD"))
     return plots.save(made, output / "compare", formats)
 
 
 def _draw_costs(axis: Any, rows: runs.Columns) -> None:
     marks, found = [], runs.by(rows, "method")
-    for label, of_method in found.items():
-        place, lost = of_method["gradients"][0], int(np.sum(of_method["diverged"]))
-        look: Any = {"ms": 6, "fillstyle": "none" if lost else "full"}
-        mean = plots.mean(axis, place, 100 * of_method["accuracy"], label, **look)
-        name = f"{label} ({lost} of {len(of_method['seed'])} diverged)" if lost else label
-        marks.append((place, mean, name))
+    for label, runs_of in found.items():
+        cost, diverged = runs_of["gradients"][0], int(np.sum(runs_of["diverged"]))
+        style: Any = {"ms": 6, "fillstyle": "none" if diverged else "full"}
+        mean = plots.mean(axis, cost, 100 * runs_of["accuracy"], label, **style)
+        suffix = f" ({diverged} of {len(runs_of['seed'])} diverged)" if diverged else ""
+        marks.append((cost, mean, label + suffix))
     if "SGD" in found:
         plain = statistics.estimate(100 * found["SGD"]["accuracy"]).mean
         axis.axhline(plain, ls="--", lw=1, color=plots.color("SGD"), zorder=0)
-    axis.set(xlabel="cost of a step (gradient evaluations)", xlim=(0.8, 4.2), xticks=(1, 2, 3))
+    axis.set(xlabel="cost per step (gradient evaluations)", xlim=(0.8, 4.2), xticks=(1, 2, 3))
     axis.margins(y=0.1)
     plots.label(axis, [mark for mark in marks if np.isfinite(mark[1])])
 
@@ -272,11 +262,10 @@ def _draw_signed(axis: Any, signed: runs.Columns, plain: runs.Columns) -> None:
         mean = plots.mean(axis, place, 100 * rows["accuracy"], label)
         plots.note(axis, label, (place, mean), (6, -11), color=plots.color(label))
         steps.append(f"{step:g}")
-    height = statistics.estimate(100 * plain["accuracy"]).mean
-    color = plots.color("SGD")
+    height, color = statistics.estimate(100 * plain["accuracy"]).mean, plots.color("SGD")
     axis.axhline(height, ls="--", lw=1, color=color)
     plots.note(axis, "SGD", (0, height), (0, 3), color=color)
     axis.set_xticks(range(len(steps)), steps)
     axis.set_xlim(-0.4, len(steps) - 0.3)
     axis.set_xlabel("signed ascent step $\\epsilon$")
-    axis.set_title(f"the same digits at one $\\gamma$ = {COMMON_GAMMA:g}")
+    axis.set_title(f"digits at $\\gamma$ = {COMMON_GAMMA:g}", fontsize=11)

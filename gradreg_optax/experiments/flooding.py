@@ -1,7 +1,7 @@
-r"""Flooding is finite-difference gradient regularization in disguise, and where it is not.
+r"""Flooding as finite-difference gradient regularization, and where the two differ.
 
 Flooding at level :math:`b` descends where the loss is above :math:`b` and ascends where it is
-below. With plain SGD of step :math:`\eta`, and the same batch in both steps,
+below. With plain SGD of learning rate :math:`\eta`, and the same batch in both steps,
 
 .. math::
 
@@ -10,18 +10,20 @@ below. With plain SGD of step :math:`\eta`, and the same batch in both steps,
 
 where :math:`\Delta R_F(\epsilon) = (\nabla L(\theta + \epsilon g) - g)/\epsilon` and
 :math:`\Delta R_B(\epsilon) = (g - \nabla L(\theta - \epsilon g))/\epsilon` are the corrections of
-F-GR and B-GR. So a network that floats at the flood level drifts to where the gradient is small, at
-a speed of :math:`\eta/2` per unit of time. With momentum, or with different batches, the two steps
-leave a rest of order :math:`\eta`, which swamps the correction; with small steps the drift is slow.
+F-GR and B-GR. So at the flood level the parameters drift to regions with small gradients, at a
+speed of :math:`\eta/2` per unit of time. With momentum, or with different batches, the two steps
+leave a remainder of order :math:`\eta`, which is larger than the correction. With small steps the
+drift is slow.
 
 On a quadratic with eigenvalue :math:`\lambda` the two steps multiply the parameter by
-:math:`1 - \eta^2\lambda^2`. So flooding is stable for :math:`\eta\lambda < \sqrt 2`, where plain
-descent needs :math:`\eta\lambda < 2`: with large steps it leaves sharper regions.
+:math:`1 - \eta^2\lambda^2`. So flooding is stable for :math:`\eta\lambda < \sqrt 2`, plain descent
+for :math:`\eta\lambda < 2`: with large steps flooding leaves sharper regions.
 
-Source: Karakida et al., ICML 2023; flooding: Ishida et al., ICML 2020.
+Sources: Karakida et al., ICML 2023; flooding: Ishida et al., ICML 2020.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -41,71 +43,68 @@ from gradreg_optax.experiments.trainer import Array, cross_entropy
 
 Order: TypeAlias = Literal["ascent, descent", "descent, ascent"]
 
-BEYOND = 1e30  # a level that no loss reaches
-# The signs of the two steps as flood levels that force them, and the difference that they amount to
-# (in units of the step).
+BEYOND = 1e30  # above every loss
+# Flood levels that force the signs of the two steps, and the sign of the equivalent epsilon.
 ORDERS: dict[Order, tuple[tuple[float, float], int]] = {
     "ascent, descent": ((BEYOND, -BEYOND), 1),
     "descent, ascent": ((-BEYOND, BEYOND), -1),
 }
-_APPLY = models.build("mlp", (8, 8, 1), classes=10).apply  # whatever the width of the weights
+_APPLY = models.build("mlp", (8, 8, 1), classes=10).apply  # for any width
 loss_fn = cross_entropy(_APPLY)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.Common):
-    """A small network on scikit-learn's digits with some wrong labels, trained to a flood level and
-    kept there.
-    """
+    """Settings of ``gradreg flooding``."""
 
     output: Path = Path("results/flooding")
     seeds: int = 5
-    """Number of runs of each kind; each has its own data, wrong labels and initial weights."""
+    """Number of seeds; a seed determines data, label noise and initial weights."""
     train_size: int = 300
     """Number of training samples."""
     label_noise: float = 0.3
-    """Share of the training samples with a wrong label."""
+    """Fraction of training samples with label noise."""
     width: int = 32
     """Hidden units of the network (one hidden layer, GELU)."""
     level: float = 0.6
-    """The flood level b."""
+    """Flood level b."""
     learning_rate: float = 1.0
-    """The step of SGD on the whole training set."""
+    """Learning rate of full-batch SGD."""
     smaller: int = 4
-    """The run with small steps divides the step by this, and takes as many more of them."""
+    """Factor of the variant with small steps: divides the learning rate, multiplies the steps."""
     momentum: float = 0.9
-    """Momentum of the run with momentum, whose step is multiplied by 1 - momentum."""
+    """Momentum of the variant with momentum, whose learning rate is multiplied by 1 - momentum."""
     batch_size: int = 32
-    """Batch size of the run with different batches."""
+    """Batch size of the variant with different batches."""
     steps: int = 1000
-    """Number of steps (of the full size)."""
+    """Number of steps."""
     records: int = 25
-    """Number of times at which the curvature is measured."""
+    """Number of measurements of the curvature."""
 
     def __post_init__(self) -> None:
-        """Checks that the records and the batches fit."""
+        """Check the number of records and the batch size."""
         super().__post_init__()
         if self.records > self.steps:
             raise CommandError(
-                f"records must be at most steps = {self.steps}, got {self.records}: take more"
+                f"records must be at most steps = {self.steps}, got {self.records}. Take more"
                 " steps."
             )
         if 2 * self.batch_size > self.train_size:
             raise CommandError(
-                f"two batches of {self.batch_size} do not fit into {self.train_size} samples: take"
-                " smaller ones."
+                f"batch_size must be at most half of train_size = {self.train_size}, got"
+                f" {self.batch_size}. Choose smaller ones."
             )
 
 
 class Variant(NamedTuple):
-    """A way to train.
+    """Settings of one training variant.
 
     Attributes:
       level: the flood level.
-      learning_rate: the step.
+      learning_rate: the learning rate.
       momentum: zero for none.
       batch_size: samples per step.
-      repeat: steps in the time of one step of the full size.
+      repeat: number of steps that take the time of one step of the other variants.
     """
 
     level: float
@@ -116,7 +115,7 @@ class Variant(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Samples of one seed to train and to test on, inputs and labels, and the initial weights."""
+    """Training and test samples (inputs and labels) of one seed, and the initial weights."""
 
     train: Any
     test: Any
@@ -124,7 +123,7 @@ class Problem(NamedTuple):
 
 
 def variants(config: Config) -> dict[str, Variant]:
-    """The ways to train, by name."""
+    """Return the training variants by name."""
     step, momentum = config.learning_rate, config.momentum
     flood = Variant(config.level, step, 0.0, config.train_size, 1)
     small: dict[str, Any] = {"learning_rate": step / config.smaller, "repeat": config.smaller}
@@ -139,7 +138,7 @@ def variants(config: Config) -> dict[str, Variant]:
 
 
 def problem(config: Config, seed: int) -> Problem:
-    """Digits, some of them with wrong labels, and the weights to start from."""
+    """Return digits with label noise and the initial weights."""
     digits = data.load("digits")
     split = data.draw(digits, seed, config.train_size, label_noise=config.label_noise)
     inputs = digits.inputs / np.float32(digits.scale) - np.float32(digits.mean)
@@ -150,11 +149,11 @@ def problem(config: Config, seed: int) -> Problem:
 
 
 class Deviation(NamedTuple):
-    """How far two steps of flooding are from the prediction.
+    """Deviation of two steps of flooding from the prediction.
 
     Attributes:
       largest: the largest deviation of a parameter.
-      relative: the norm of the deviation over that of the prediction.
+      relative: the norm of the deviation, relative to that of the prediction.
       drift: the norm of the prediction.
     """
 
@@ -164,39 +163,41 @@ class Deviation(NamedTuple):
 
 
 def wide(problem: Problem) -> Problem:
-    """The problem in float64."""
-    made: Problem = jax.tree.map(
-        lambda a: np.asarray(a, np.float64) if np.issubdtype(a.dtype, np.floating) else a, problem
-    )
-    return made
+    """Return the problem in float64."""
+
+    def cast(a: Any) -> Any:
+        return np.asarray(a, np.float64) if np.issubdtype(a.dtype, np.floating) else a
+
+    return Problem(*jax.tree.map(cast, problem))
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Measures the two-step identities, and trains every variant.
+    """Measure the two-step identities, and train every variant.
 
     Returns:
       "level" and "learning_rate"; "identity", see :func:`measure_identity`; and "training", one row
-      a variant, seed and time, see :func:`train`.
+      for each variant, seed and time, see :func:`train`.
     """
     store = runs.Store(config.output, config=common.settings(config))
-    problems = [problem(config, config.seed + i) for i in range(config.seeds)]
+    seeds = config.seed + np.arange(config.seeds)
+    problems = [problem(config, seed) for seed in seeds.tolist()]
     with jax.enable_x64(True):
         identity = measure_identity(wide(problems[0]), config.batch_size, config.momentum)
     stacked: Problem = jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
-    ways, training = variants(config), []
-    with common.progress(len(ways), "training", "variant") as progress:
-        for name, variant in ways.items():
+    training = []
+    with common.progress(len(variants(config)), "training", "variant") as progress:
+        for name, variant in variants(config).items():
             make = partial(train, config, variant, stacked)
             found = store.keep(name.replace(",", ""), {"variant": name}, make)
-            axes = {"variant": [name], "seed": config.seed + np.arange(config.seeds)}
-            training.append(runs.tidy(axes | {"time": found.pop("time")}, **found))
+            axes = {"variant": [name], "seed": seeds, "time": found.pop("time")}
+            training.append(runs.tidy(axes, **found))
             progress.update()
     chosen = {"level": config.level, "learning_rate": config.learning_rate}
     return chosen | {"identity": identity, "training": runs.stack(*training)}
 
 
 def curves(results: dict[str, Any]) -> dict[str, dict[str, Array]]:
-    """The training by variant: what :func:`train` returned for each."""
+    """Return the value of :func:`train` for each variant."""
     variants = runs.by(results["training"], "variant")
     return {name: runs.blocks(rows, "seed", "time") for name, rows in variants.items()}
 
@@ -204,9 +205,7 @@ def curves(results: dict[str, Any]) -> dict[str, dict[str, Array]]:
 def two_steps(
     params: PyTree, batches: Any, levels: Any, learning_rate: Any, momentum: Any
 ) -> PyTree:
-    """How far two steps of flooding with SGD move the parameters: one with each batch and flood
-    level.
-    """
+    """Return the change of the parameters in two steps, with given batches and flood levels."""
     tx = optax.chain(
         flooding(level=lambda step: levels[step]), optax.sgd(learning_rate, momentum=momentum)
     )
@@ -219,9 +218,7 @@ def two_steps(
 
 
 def regularization(params: PyTree, batch: Any, learning_rate: Any, sign: Any) -> PyTree:
-    r"""The prediction :math:`-\eta^2 \Delta R(\eta)`, with F-GR's difference for sign 1 and B-GR's
-    for -1.
-    """
+    r"""Return the prediction :math:`-\eta^2 \Delta R(\eta)` of F-GR (sign 1) or B-GR (sign -1)."""
     gradient, epsilon = jax.grad(loss_fn)(params, batch), sign * learning_rate
     _, regularized = fd_value_and_grad(loss_fn, gamma=1.0, epsilon=epsilon)(params, batch)
     return jax.tree.map(lambda r, g: -(learning_rate**2) * (r - g), regularized, gradient)
@@ -231,49 +228,45 @@ def regularization(params: PyTree, batch: Any, learning_rate: Any, sign: Any) ->
 def deviation(
     params: PyTree, batches: Any, levels: Any, learning_rate: Any, *, momentum: Any, sign: Any
 ) -> Deviation:
-    """How far two steps are from the prediction."""
+    """Return the deviation of two steps from the prediction."""
     moved = two_steps(params, batches, levels, learning_rate, momentum)
     predicted = regularization(params, batches[0], learning_rate, sign)
-    rest = jax.tree.map(jnp.subtract, moved, predicted)
-    drift = optax.tree.norm(predicted)
-    return Deviation(optax.tree.norm(rest, ord=jnp.inf), optax.tree.norm(rest) / drift, drift)
+    remainder = jax.tree.map(jnp.subtract, moved, predicted)
+    largest, drift = optax.tree.norm(remainder, ord=jnp.inf), optax.tree.norm(predicted)
+    return Deviation(largest, optax.tree.norm(remainder) / drift, drift)
 
 
 def measure_identity(problem: Problem, batch_size: int, momentum: float) -> runs.Columns:
-    """How far two steps of flooding are from one step of the penalty alone, in float64.
+    """Compare two steps of flooding with one step of the penalty alone, in float64.
 
     Returns:
-      One row a case ("same batch", "momentum", "different batches"), an order of the steps and a
-      step "eta", with the fields of :class:`Deviation`.
+      One row for each case ("same batch", "momentum", "different batches"), order of the steps and
+      learning rate "eta", with the fields of :class:`Deviation`.
     """
-    whole = (problem.train, problem.train)
+    same = (problem.train, problem.train)
     starts = (0, batch_size)
-    halves = [tuple(a[start : start + batch_size] for a in problem.train) for start in starts]
-    cases = {
-        "same batch": (whole, 0.0),
-        "momentum": (whole, momentum),
-        "different batches": (halves, 0.0),
-    }
+    different = [tuple(a[start : start + batch_size] for a in problem.train) for start in starts]
+    cases = {"same batch": (same, 0.0), "momentum": (same, momentum)}
     found = []
-    for case, (batches, inertia) in cases.items():
-        for order, (levels, sign) in ORDERS.items():
-            how = {"momentum": inertia, "sign": sign}
-            for eta in np.logspace(-3, 0, 7):
-                measured = deviation(problem.params, batches, jnp.array(levels), eta, **how)
-                row = {"case": case, "order": order, "eta": eta}
-                found.append(row | measured._asdict())
+    for case, (batches, inertia) in (cases | {"different batches": (different, 0.0)}).items():
+        for (order, (levels, sign)), eta in itertools.product(
+            ORDERS.items(), np.logspace(-3, 0, 7)
+        ):
+            options = {"momentum": inertia, "sign": sign}
+            measured = deviation(problem.params, batches, jnp.array(levels), eta, **options)
+            found.append({"case": case, "order": order, "eta": eta} | measured._asdict())
     return runs.columns(found)
 
 
 def train(config: Config, variant: Variant, problems: Problem) -> dict[str, Any]:
-    """Trains one variant on all seeds at once.
+    """Train one variant on all seeds.
 
     Returns:
       Arrays of shape (seeds, records): ``loss`` and ``grad_norm`` (mean over the steps since the
-      last record, on their batches), ``sign`` (mean of the sign of L - b), ``alternation`` (share
-      of steps whose sign differs from that of the step before), ``eigenvalue`` and its
-      ``residual``, and ``accuracy`` on the test samples; ``time``, learning rate times steps, of
-      shape (records,).
+      last record, on their batches), ``sign`` (mean of the sign of L - b), ``alternation``
+      (fraction of steps whose sign differs from that of the previous step), ``eigenvalue`` and its
+      ``residual``, and ``accuracy`` on the test samples; and ``time``, learning rate times steps,
+      of shape (records,).
     """
     state = jax.vmap(_trainer(*variant[:3]).init)(problems.params)
     carry = state, jax.random.split(jax.random.key(config.seed), config.seeds)
@@ -298,7 +291,7 @@ def train(config: Config, variant: Variant, problems: Problem) -> dict[str, Any]
 
 @partial(jax.jit, static_argnames=("batch_size", "steps"))
 def advance(carry: Any, problems: Problem, settings: Any, batch_size: int, steps: int) -> Any:
-    """Takes some steps on every seed.
+    """Take some steps on every seed.
 
     Args:
       carry: states and keys, stacked over seeds.
@@ -329,9 +322,7 @@ def advance(carry: Any, problems: Problem, settings: Any, batch_size: int, steps
 
 @jax.jit
 def measure(params: PyTree, problems: Problem, keys: jax.Array) -> dict[str, jax.Array]:
-    """The top Hessian eigenvalue of the training loss with its residual, and the test accuracy, of
-    every seed.
-    """
+    """Return the top Hessian eigenvalue of the training loss and the test accuracy."""
 
     def one(params: PyTree, problem: Problem, key: jax.Array) -> dict[str, jax.Array]:
         eigenvalue, residual = curvature.top_hessian_eigenvalue(
@@ -352,8 +343,9 @@ def _trainer(level: Any, learning_rate: Any, momentum: Any) -> Any:
 
 
 def table(results: dict[str, Any]) -> Report:
-    """Return the deviations from the identities, and the last quarter of every training run."""
-    note = "Means over the last quarter of the training ± standard errors over seeds."
+    """Return the deviations from the identities, and the last quarter of each training run."""
+    seeds = len(set(results["training"]["seed"]))
+    note = f"Means over the last quarter of the training ± standard errors over {seeds} seeds."
     return Report(*_identity_parts(results["identity"]), "", _training_table(results), note)
 
 
@@ -367,7 +359,7 @@ def _identity_parts(identity: runs.Columns) -> list[Table | str]:
         if case == "same batch":
             ends_of = zip(found["drift"][[0, -1]], ends, strict=True)
             moved = " and ".join(f"by {drift:.1e} at {end}" for drift, end in ends_of)
-            drifts.append(f"{order}: the penalty itself moves the parameters {moved}")
+            drifts.append(f"{order}: the penalty alone moves the parameters {moved}")
     title = "two steps of flooding compared with one step of the penalty (F-GR or B-GR), float64"
     return [Table(title, head, rows, left=2), *drifts]
 
@@ -391,17 +383,12 @@ def _training_table(results: dict[str, Any]) -> Table:
 
 
 def late(values: Array) -> Array:
-    """The mean over the last quarter of the records; shape (seeds,)."""
+    """Return the mean over the last quarter of the records; shape (seeds,)."""
     return np.asarray(values[:, -max(1, values.shape[1] // 4) :].mean(axis=1))
 
 
 def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
-    """Draws the deviations from the identities against the step, and loss, sign, gradient norm and
-    eigenvalue over time.
-
-    Returns:
-      The path of the figure, ``flooding.png``.
-    """
+    """Draw the deviations from the identities against the learning rate, and training curves."""
     made, panels = plots.figure(3, rows=2, width=5.0, height=3.75)
     _draw_identity(panels[0, 0], results["identity"])
     columns = {
@@ -414,7 +401,7 @@ def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",
     for panel, (column, label) in zip(panels.flat[1:], columns.items(), strict=True):
         for name, part in curves(results).items():
             panel.plot(part["time"], part[column].mean(axis=0), label=name)
-        panel.set(xlabel="time (effective learning rate x steps)", ylabel=label)
+        panel.set(xlabel="time (effective learning rate × steps)", ylabel=label)
     edge = np.sqrt(2) / results["learning_rate"]
     for panel, level in ((panels[0, 1], results["level"]), (panels[1, 1], edge)):
         panel.axhline(level, color="0.7", linestyle="--", zorder=0)
@@ -430,5 +417,5 @@ def _draw_identity(panel: Any, identity: runs.Columns) -> None:
         label = f"{case}: {order}"
         panel.loglog(rows["eta"], rows["relative"], style, color=colors[case], label=label)
     panel.axhline(1, color="0.7", zorder=0)
-    panel.set(xlabel=r"step $\eta$", ylabel="relative deviation of two steps from GR")
+    panel.set(xlabel=r"learning rate $\eta$", ylabel="relative deviation of two steps from GR")
     panel.legend(fontsize=7)

@@ -1,25 +1,24 @@
 r"""Implicit bias: gradient regularization moves a diagonal linear network to the rich regime.
 
 The network is :math:`f(x) = \langle x, \beta\rangle` with :math:`\beta = u\odot u - v\odot v` and
-the loss :math:`L = \frac{1}{4N}\|X\beta - y\|^2`, with fewer samples than features, from
-:math:`u = v = \alpha 1`. With :math:`s = X^\top(X\beta - y)/N`, and :math:`s'` the same vector at
-:math:`\theta + \epsilon\nabla L(\theta)`, the flow of the regularized gradient reaches the solution
-of :math:`X\beta = y` with the least hyperbolic entropy :math:`\Phi_a` of the scale
+the loss :math:`L = \frac{1}{4N}\|X\beta - y\|^2`, with fewer samples than features, initialized at
+:math:`u = v = \alpha 1`. Let :math:`s = X^\top(X\beta - y)/N`, and :math:`s'` the same vector at
+:math:`\theta + \epsilon\nabla L(\theta)`. The flow of the regularized gradient converges to the
+solution of :math:`X\beta = y` with the least hyperbolic entropy :math:`\Phi_a` of the scale
 
 .. math::
 
     \alpha_\text{eff} = \alpha \exp\Big(-\gamma \int_0^\infty s \odot s' \, dt\Big).
 
 A small scale is the rich regime (sparse, near the minimum L1 norm), a large one the lazy regime.
-Here the flow is integrated in float64 through the package's own gradients, and the solution that it
-reaches is compared with the minimizer of the entropy, which is found independently, by convex
-duality. Sources: Karakida et al., ICML 2023; Woodworth et al., COLT 2020 (the entropy).
+This module integrates the flow in float64 with the package's own gradients, and compares its limit
+with the minimizer of the entropy, which it computes independently by convex duality. Sources:
+Karakida et al., ICML 2023; Woodworth et al., COLT 2020 (the entropy).
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -28,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from scipy import optimize
 
 from gradreg_optax import dbp_value_and_grad, fd_value_and_grad
 from gradreg_optax.experiments import common, plots, runs
@@ -39,24 +39,22 @@ Array: TypeAlias = Any  # of NumPy or of JAX
 Pair: TypeAlias = tuple[Any, Any]
 Method: TypeAlias = Literal["difference", "product"]
 
-# Local error of the integrator per step, absolute and relative, in the setting that is worst: far
-# below what the comparison resolves.
+# Absolute and relative local error of the integrator per step, in the worst setting; far below the
+# resolution of the comparison.
 TOLERANCE = 1e-9
-# Size of X beta - y, relative to the terms of that sum, at which the dual problem counts as solved;
-# rounding stops Newton near 1e-16.
+# The dual problem is solved if X beta - y is smaller than this, relative to the terms of the sum;
+# rounding limits it to about 1e-16.
 SOLVED = 1e-13
-# The flow's time is cut into pieces, between which progress shows.
-PIECES = 6
 TITLES = {
     "mean_one": "inputs N(1, 1)",
-    "converged": "inputs N(1, 1), few samples, so that the flow has converged",
-    "mean_zero": "inputs N(0, 1): the bias acts, and it does not help",
+    "converged": "inputs N(1, 1), few samples, converged flow",
+    "mean_zero": "inputs N(0, 1): the bias does not reduce the test loss",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.Common):
-    """A diagonal linear network with fewer samples than features, and the flows to integrate."""
+    """Settings of ``gradreg implicit-bias``."""
 
     output: Path = Path("results/implicit-bias")
     seeds: int = 5
@@ -67,48 +65,45 @@ class Config(common.Common):
     features: int = 100
     """Number of features d > N."""
     support: int = 5
-    """Number of features that the teacher uses, with equal weights and norm 3."""
+    """Number of nonzero weights of the teacher; they are equal, with norm 3."""
     alpha: float = 0.1
     """Initial scale of the weights."""
     gamma: float = 0.1
-    """Regularization coefficient; from 0.3 on every scheme collapses to the saddle at the
-    origin."""
+    """Regularization coefficient γ. From 0.3 on, every scheme collapses to the saddle at 0."""
     epsilons: tuple[float, ...] = (-0.4, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)
-    """Ascent steps in increasing order: negative ones are B-GR, zero is DB, positive ones are F-GR.
-    From 0.3 on the trend reverses."""
+    """Ascent steps ε in increasing order: negative for B-GR, zero for DB, positive for F-GR. From
+    0.3 on, the trend reverses."""
     horizon: float = 120.0
-    """Time to which the flow is integrated."""
+    """End time of the flow."""
     few: int = 15
-    """Number of samples of the data sets on which the flow has converged long before the
-    horizon."""
+    """Number of samples of the data sets with few samples, for which the flow converges."""
 
     def __post_init__(self) -> None:
-        """Checks the sizes and the order of the ascent steps."""
+        """Check the sizes and the order of the ascent steps."""
         super().__post_init__()
         common.at_least(self, 0, "gamma", "horizon")
         if max(self.samples, self.few, self.support) > self.features or self.alpha <= 0:
-            raise CommandError("alpha must be above 0, and samples, few, support at most features.")
+            raise CommandError(
+                "alpha must be above 0, and samples, few and support at most features."
+            )
         if not self.epsilons or list(self.epsilons) != sorted(set(self.epsilons)):
             raise CommandError(
-                f"epsilons must be in increasing order, got {self.epsilons}: sort them."
+                f"epsilons must be in increasing order, got {self.epsilons}. Sort them."
             )
 
     def cases(self) -> dict[str, tuple[float, int]]:
-        """Mean of the inputs and number of samples of the three kinds of data sets."""
-        return {
-            "mean_one": (1.0, self.samples),
-            "converged": (1.0, self.few),
-            "mean_zero": (0.0, self.samples),
-        }
+        """Return the mean of the inputs and the number of samples of each kind of data set."""
+        few = (1.0, self.few)
+        return {"mean_one": (1.0, self.samples), "converged": few, "mean_zero": (0.0, self.samples)}
 
 
 class Flow(NamedTuple):
-    """The state of the flow.
+    """The state of the flow; each array has shape (..., d).
 
     Attributes:
-      u: the weights of the positive part; shape (..., d).
-      v: the weights of the negative part; shape (..., d).
-      decay: the integral of s * s' so far; shape (..., d).
+      u: the weights of the positive part.
+      v: the weights of the negative part.
+      decay: the integral of s * s' so far.
     """
 
     u: Array
@@ -116,27 +111,25 @@ class Flow(NamedTuple):
     decay: Array
 
 
-def loss_fn(params: tuple[Array, Array], x: Array, y: Array) -> jax.Array:
-    r"""The loss :math:`\frac{1}{4N}\|X(u\odot u - v\odot v) - y\|^2` at ``params = (u, v)``."""
+def loss_fn(params: Pair, x: Array, y: Array) -> jax.Array:
+    r"""Return the loss :math:`\frac{1}{4N}\|X(u\odot u - v\odot v) - y\|^2`."""
     u, v = params
     return jnp.mean((x @ (u**2 - v**2) - y) ** 2) / 4
 
 
-def slope(params: tuple[Array, Array], x: Array, y: Array) -> jax.Array:
-    r"""The vector :math:`s = X^\top(X\beta - y)/N`: the loss has the gradient
-    :math:`(u\odot s, -v\odot s)`.
-    """
+def slope(params: Pair, x: Array, y: Array) -> jax.Array:
+    r"""Return :math:`s = X^\top(X\beta - y)/N`; the gradient is :math:`(u\odot s, -v\odot s)`."""
     u, v = params
     product: jax.Array = x.T @ (x @ (u**2 - v**2) - y) / y.size
     return product
 
 
 def velocity(method: Method, flow: Flow, data: Pair, gamma: Array, epsilon: Array) -> Flow:
-    """The time derivative of the flow: minus the regularized gradient of the package, and s * s'.
+    """Return the time derivative of the flow: minus the regularized gradient, and s * s'.
 
     Args:
-      method: "difference" for F-GR and, with a negative epsilon, B-GR; "product" for DB, which does
-        not look at epsilon.
+      method: "difference" for F-GR and, with a negative epsilon, B-GR; "product" for DB, which
+        ignores epsilon.
       flow: the state, for one data set and one setting.
       data: inputs of shape (N, d), targets of shape (N,).
       gamma: regularization coefficient; zero gives the plain flow.
@@ -146,54 +139,47 @@ def velocity(method: Method, flow: Flow, data: Pair, gamma: Array, epsilon: Arra
     params = (flow.u, flow.v)
     s = slope(params, x, y)
     if method == "product":
-        gradient, ahead = dbp_value_and_grad(loss_fn, gamma=gamma)(params, x, y)[1], s
+        gradient, perturbed = dbp_value_and_grad(loss_fn, gamma=gamma)(params, x, y)[1], s
     else:
         gradient = fd_value_and_grad(loss_fn, gamma=gamma, epsilon=epsilon)(params, x, y)[1]
-        ahead = slope((flow.u + epsilon * flow.u * s, flow.v - epsilon * flow.v * s), x, y)
-    return Flow(-gradient[0], -gradient[1], s * ahead)
+        perturbed = slope((flow.u + epsilon * flow.u * s, flow.v - epsilon * flow.v * s), x, y)
+    return Flow(-gradient[0], -gradient[1], s * perturbed)
 
 
 @partial(jax.jit, static_argnames="method")
-def integrate(method: Method, flow: Flow, times: Pair, data: Pair, settings: Pair) -> Flow:
-    """Carries the flow from one time to another, for all data sets and settings at once, with the
-    steps that the worst of them needs.
+def integrate(method: Method, flow: Flow, horizon: Array, data: Pair, settings: Pair) -> Flow:
+    """Integrate the flow for all data sets and settings, with common step sizes.
 
     Args:
       method: as for :func:`velocity`.
       flow: the states, shape (data sets, settings, d).
-      times: the time of these states, and a later one.
+      horizon: the end time.
       data: inputs and targets, stacked over data sets.
       settings: gamma and epsilon, stacked over settings.
     """
     over_settings = jax.vmap(partial(velocity, method), in_axes=(0, None, 0, 0))
     field = jax.vmap(over_settings, in_axes=(0, 0, None, None))
-    solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda t, flow, args: field(flow, data, *settings)),
-        diffrax.Dopri5(),
-        *times,
-        None,
-        flow,
-        stepsize_controller=diffrax.PIDController(rtol=TOLERANCE, atol=TOLERANCE, norm=_worst),
-        max_steps=None,
-    )
+    term = diffrax.ODETerm(lambda t, flow, args: field(flow, data, *settings))
+    control = diffrax.PIDController(rtol=TOLERANCE, atol=TOLERANCE, norm=_worst)
+    options: Any = {"stepsize_controller": control, "max_steps": None}
+    solution = diffrax.diffeqsolve(term, diffrax.Dopri5(), 0.0, horizon, None, flow, **options)
     last: Flow = jax.tree.map(lambda a: a[-1], solution.ys)
     return last
 
 
 def _worst(error: Flow) -> jax.Array:
-    """The largest root mean square over features, of all data sets and settings."""
+    """Return the largest root mean square over features, of all data sets and settings."""
     return jnp.max(jnp.sqrt(jnp.stack([jnp.mean(part**2, axis=-1) for part in error])))
 
 
 def least_entropy(x: Floats, y: Floats, scale: Floats, stages: int = 25) -> Floats:
-    r"""Minimizes the hyperbolic entropy :math:`\Phi_a(\beta) = \sum_i a_i^2\, q(\beta_i / a_i^2)`,
-    :math:`q(z) = 2 - \sqrt{4 + z^2} + z\,\text{asinh}(z/2)`, subject to :math:`X\beta = y`, by its
-    convex dual.
+    r"""Minimize the hyperbolic entropy subject to :math:`X\beta = y` by its convex dual.
 
-    The minimizer is :math:`\beta = 2a^2\odot\sinh(X^\top\nu)`, where :math:`\nu` minimizes
-    :math:`\sum_i 2a_i^2\cosh(X^\top\nu)_i - \langle y, \nu\rangle`. Newton's method with a line
-    search finds it, first for a large scale, where the problem is nearly quadratic, then along a
-    path on which log a changes in equal steps.
+    The entropy is :math:`\Phi_a(\beta) = \sum_i a_i^2\, q(\beta_i / a_i^2)` with
+    :math:`q(z) = 2 - \sqrt{4 + z^2} + z\,\text{asinh}(z/2)`. Its minimizer is
+    :math:`\beta = 2a^2\odot\sinh(X^\top\nu)`, where the multiplier :math:`\nu` solves
+    :math:`X\beta = y`. The solver follows a path from a large scale, for which the equation is
+    nearly linear, along which log a changes in equal steps.
 
     Args:
       x: inputs of full row rank, shape (N, d).
@@ -205,61 +191,40 @@ def least_entropy(x: Floats, y: Floats, scale: Floats, stages: int = 25) -> Floa
       The weights, shape (d,).
 
     Raises:
-      ValueError: the rows of x are not independent.
-      RuntimeError: Newton's method did not converge.
+      ValueError: the rows of x are linearly dependent.
+      RuntimeError: the solver did not converge.
     """
     if np.linalg.matrix_rank(x) < len(x):
         raise ValueError(
-            f"least_entropy: the {len(x)} rows of x are not independent: leave out those that"
-            " repeat the others."
+            f"least_entropy: the {len(x)} rows of x must be linearly independent. Remove redundant"
+            " rows."
         )
     lazy = np.maximum(scale, np.sqrt(np.abs(np.linalg.lstsq(x, y)[0]).max() + 1e-300))
     nu = np.zeros(len(y))
     for weight in np.linspace(0, 1, stages):
-        nu = _newton(x, y, lazy ** (1 - weight) * scale**weight, nu)
-    return np.asarray(2 * scale**2 * np.sinh(x.T @ nu))
+        nu = _multiplier(x, y, 2 * (lazy ** (1 - weight) * scale**weight) ** 2, nu)
+    beta = 2 * scale**2 * np.sinh(x.T @ nu)
+    error = np.linalg.norm(x @ beta - y)
+    if error > SOLVED * np.linalg.norm(np.abs(x) @ np.abs(beta)):
+        raise RuntimeError(
+            f"least_entropy: the solver stopped at a residual of {error:.1e}. Use more stages."
+        )
+    return np.asarray(beta)
 
 
-def _newton(x: Floats, y: Floats, scale: Floats, nu: Any) -> Floats:
-    """Minimizes the dual from ``nu`` on, until the constraint holds to ``SOLVED`` or rounding stops
-    the descent.
-    """
-
-    def dual(point: Floats) -> float:
-        with np.errstate(over="ignore", invalid="ignore"):  # a step too far is infinitely bad
-            return float(np.sum(2 * scale**2 * np.cosh(x.T @ point)) - y @ point)
-
-    for _ in range(200):
-        beta = 2 * scale**2 * np.sinh(x.T @ nu)
-        gradient = x @ beta - y
-        if np.linalg.norm(gradient) <= SOLVED * np.linalg.norm(np.abs(x) @ np.abs(beta)):
-            return np.asarray(nu)
-        hessian = (x * (2 * scale**2 * np.cosh(x.T @ nu))) @ x.T
-        step = -np.linalg.solve(hessian, gradient)
-        nu = nu + _step_length(dual, nu, step, gradient @ step) * step
-    raise RuntimeError(
-        f"least_entropy: Newton's method stopped at a residual of {np.linalg.norm(gradient):.1e}:"
-        " take more stages."
-    )
-
-
-def _step_length(dual: Callable[[Floats], float], nu: Any, step: Any, descent: Any) -> float:
-    """The largest of 1, 1/2, 1/4, ... that brings a fair share of the descent promised by the
-    gradient.
-    """
-    here = dual(nu)
-    for length in 0.5 ** np.arange(60.0):
-        # Near the minimum the gain drowns in the rounding of the dual itself, and Newton's full
-        # step is right.
-        if dual(nu + length * step) <= here + 1e-4 * length * descent + 1e-12 * abs(here):
-            return float(length)
-    return 0.0
+def _multiplier(x: Floats, y: Floats, factor: Floats, nu: Floats) -> Floats:
+    with np.errstate(over="ignore", invalid="ignore"):  # the solver rejects steps that overflow
+        solution = optimize.root(
+            lambda nu: x @ (factor * np.sinh(x.T @ nu)) - y,
+            nu,
+            jac=lambda nu: (x * (factor * np.cosh(x.T @ nu))) @ x.T,
+            options={"xtol": 1e-15},
+        )
+    return np.asarray(solution.x)
 
 
 def draw_data(config: Config, mean: float, samples: int) -> tuple[Floats, Floats, Floats]:
-    """Inputs N(mean, 1), targets and the teacher, stacked over data sets: shapes (S, N, d), (S, N),
-    (d,).
-    """
+    """Return inputs N(mean, 1), targets and the teacher: shapes (S, N, d), (S, N), (d,)."""
     used = np.arange(config.features) < config.support
     teacher = np.where(used, 3 / np.sqrt(config.support), 0.0)
     draws = [np.random.default_rng(config.seed + i) for i in range(config.seeds)]
@@ -268,17 +233,17 @@ def draw_data(config: Config, mean: float, samples: int) -> tuple[Floats, Floats
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Integrates the plain flow (gamma = 0) and the flow of every epsilon, and solves the dual
-    problem of each.
+    """Integrate the plain flow (gamma = 0) and the flow of every epsilon; solve the dual problems.
 
     Returns:
-      "gamma" and "alpha", and one row a kind of data sets ("case"), a seed and a "flow", with its
-      "epsilon" (NaN for the plain one): "flows", what :func:`measure` says; and "weights", with a
-      "feature" in place of the seed, the weights "reached" and "predicted" on the first data set.
+      "gamma" and "alpha"; "flows", one row for each kind of data set ("case"), seed and "flow",
+      with "epsilon" (NaN for the plain flow) and the values of :func:`measure`; and "weights", one
+      row for each case, flow and "feature", with the weights "reached" and "predicted" for the
+      first data set.
     """
     store = runs.Store(config.output, config=common.settings(config))
     names, flows, weights = labels(config.epsilons), [], []
-    parts = len(config.cases()) * len(methods(config)) * PIECES
+    parts = len(config.cases()) * len(methods(config))
     with jax.enable_x64(True), common.progress(parts, "flow", "part") as progress:
         for name, (mean, samples) in config.cases().items():
             make = partial(measure, config, mean, samples, progress.update)
@@ -294,68 +259,64 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def case(results: dict[str, Any], name: str) -> dict[str, Floats]:
-    """What :func:`measure` returned for a kind of data sets, with "epsilon"."""
+    """Return the value of :func:`measure` for a kind of data set, with "epsilon"."""
     flows, weights = (runs.select(results[part], case=name) for part in ("flows", "weights"))
     found = runs.blocks(flows, "seed", "flow") | runs.blocks(weights, "flow", "feature")
     return found | {"epsilon": found["epsilon"][0, 1:]}
 
 
 def labels(epsilons: Sequence[float]) -> list[str]:
-    """The names of the flows: the plain one first."""
+    """Return the names of the flows, the plain one first."""
     names = {-1: "B-GR {:g}", 0: "DB", 1: "F-GR {:g}"}
     return ["gamma = 0"] + [names[int(np.sign(e))].format(abs(e)) for e in epsilons]
 
 
 def settings(config: Config) -> tuple[Floats, Floats]:
-    """Gamma and epsilon of every flow, the plain one first."""
+    """Return gamma and epsilon of every flow, the plain one first."""
     epsilons = np.array([1.0, *config.epsilons])
     return np.where(np.arange(len(epsilons)) > 0, config.gamma, 0.0), epsilons
 
 
 def methods(config: Config) -> dict[Method, Any]:
-    """The places of the flows, by the method that they take."""
+    """Return the indices of the flows of each method."""
     product = settings(config)[1] == 0
     places: dict[Method, Any] = {"difference": np.flatnonzero(~product)}
     return places | ({"product": np.flatnonzero(product)} if product.any() else {})
 
 
 def solve_flows(config: Config, x: Floats, y: Floats, progress: Callable[[], object]) -> Flow:
-    """The states at the horizon, shape (data sets, 1 + epsilons, d), the plain flow first."""
-    whole = Flow(*np.empty((3, len(x), 1 + len(config.epsilons), config.features)))
-    knots = np.linspace(0, config.horizon, PIECES + 1)
+    """Return the states at the horizon, shape (data sets, 1 + epsilons, d); plain flow first."""
+    states = Flow(*np.empty((3, len(x), 1 + len(config.epsilons), config.features)))
     for method, places in methods(config).items():
         chosen = tuple(values[places] for values in settings(config))
         start = np.full((len(x), len(places), config.features), config.alpha)
-        flow = Flow(start, start, 0 * start)
-        for piece in pairwise(knots.tolist()):
-            made = integrate(method, flow, piece, (x, y), chosen)
-            flow = Flow(*map(np.asarray, made))
-            progress()
-        for target, part in zip(whole, flow, strict=True):
-            target[:, places] = part
-    return whole
+        end = integrate(method, Flow(start, start, 0 * start), config.horizon, (x, y), chosen)
+        for state, part in zip(states, end, strict=True):
+            state[:, places] = part
+        progress()
+    return states
 
 
 def measure(
     config: Config, mean: float, samples: int, progress: Callable[[], object]
 ) -> dict[str, Any]:
-    """Integrates the flows of a kind of data sets, and compares what they reach with the minimizers
-    of the entropy.
+    """Integrate the flows of a kind of data set; compare their limits with the minimizers.
 
     Args:
       config: the settings.
-      mean: of the inputs.
+      mean: mean of the inputs.
       samples: number of samples.
-      progress: is called after each piece of a flow.
+      progress: called after each method.
 
     Returns:
       Arrays of shape (data sets, 1 + epsilons), the plain flow first: ``scale``, the geometric mean
       of alpha_eff / alpha; ``conservation``, the largest relative error of u * v = alpha_eff ** 2;
-      ``l1``, the L1 norm over the teacher's; ``error``, the squared distance to the teacher over
-      its squared norm; ``risk``, the same in the norm of the inputs' second moments, that is the
-      test loss; ``residual`` of X beta = y, relative; ``agreement``, the relative distance between
-      the reached weights and those predicted for X beta(T), and ``agreement_y``, for y itself. And
-      of the first data set the weights, ``reached`` and ``predicted``.
+      ``l1``, the L1 norm relative to the teacher's; ``error``, the squared distance to the teacher
+      relative to its squared norm; ``risk``, the same in the norm of the inputs' second moments,
+      which is the test loss; ``residual``, the relative residual of X beta = y; ``agreement``, the
+      relative distance between the reached weights and those predicted for X beta(T); and
+      ``agreement_y``, the same for y. ``reached`` and ``predicted`` are the weights for the first
+      data set.
     """
     x, y, teacher = draw_data(config, mean, samples)
     flow, gamma = solve_flows(config, x, y, progress), settings(config)[0][:, None]
@@ -378,15 +339,13 @@ def measure(
 
 
 def predict(x: Floats, outputs: Floats, scale: Floats) -> Floats:
-    """The weights of least entropy that give ``outputs``, for every data set and setting; shape
-    (data sets, settings, d).
-    """
+    """Return the weights of least entropy for given outputs, shape (data sets, settings, d)."""
     every = np.vectorize(least_entropy, signature="(n,d),(n),(d)->(d)")
     return np.asarray(every(x[:, None], outputs, scale))
 
 
 def _second_moment(beta: Floats, mean: float) -> Floats:
-    """The mean of <x, beta> ** 2 over inputs N(mean, 1)."""
+    """Return the mean of <x, beta> ** 2 over inputs N(mean, 1)."""
     return np.asarray(np.sum(beta**2, axis=-1) + (mean * np.sum(beta, axis=-1)) ** 2)
 
 
@@ -395,11 +354,13 @@ def _relative(found: Floats, expected: Floats) -> Floats:
 
 
 def table(results: dict[str, Any]) -> Report:
-    """Return a table for every kind of data sets: means with standard errors, and the largest
-    deviation from the theory.
-    """
+    """Return a table for each kind of data set: means and the largest deviation from the theory."""
     parts = [part for name in TITLES for part in _parts(case(results, name), TITLES[name])]
-    return Report(*parts, "Means ± standard errors over data sets.")
+    return Report(
+        *parts,
+        "Means ± standard errors over data sets. Deviation: the largest relative distance of the"
+        " reached weights from those predicted for the outputs of the flow, and for y.",
+    )
 
 
 def _parts(part: dict[str, Floats], title: str) -> list[Table | str]:
@@ -417,17 +378,12 @@ def _parts(part: dict[str, Floats], title: str) -> list[Table | str]:
 
 
 def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
-    """Draws scale, L1 norm and error against epsilon, and reached against predicted weights, for
-    inputs of mean one and of mean zero.
-
-    Returns:
-      The path of the figure, ``implicit_bias.png``.
-    """
+    """Draw scale, L1 norm and test loss against epsilon, and reached against predicted weights."""
     made, panels = plots.figure(4, rows=2, width=3.75, height=3.5)
     names = {
         "scale": r"$\alpha_\mathrm{eff}/\alpha$ (geometric mean)",
         "l1": r"$\|\beta\|_1 / \|\beta^*\|_1$",
-        "risk": "test loss, relative",
+        "risk": "relative test loss",
     }
     for row, name in zip(panels, ("mean_one", "mean_zero"), strict=True):
         part = case(results, name)
@@ -453,9 +409,7 @@ def _draw_weights(panel: Any, part: dict[str, Floats]) -> None:
     panel.plot(extent, extent, color="0.7", zorder=0)
     for i, label in enumerate(labels(part["epsilon"].tolist())):
         panel.plot(part["predicted"][i], part["reached"][i], ".", markersize=4, label=label)
-    panel.set(
-        xlabel=r"predicted $\beta$: $\mathrm{argmin}\ \Phi_{\alpha_\mathrm{eff}}$",
-        ylabel=r"reached $\beta$",
-    )
+    panel.set_xlabel(r"predicted $\beta$: $\mathrm{argmin}\ \Phi_{\alpha_\mathrm{eff}}$")
+    panel.set_ylabel(r"reached $\beta$")
     panel.set_title(f"relative distance at most {part['agreement'].max():.0e}", loc="left")
     panel.legend(fontsize=7)

@@ -1,11 +1,11 @@
 """Networks as pairs of pure functions, with smooth activations and without state.
 
-A convolution is written as the sum of shifted matrix products, nine of them for images and three
-for signals. Under a ``vmap`` over the weights a convolution primitive becomes a grouped
-convolution, and inside a loop or differentiated twice it has no fast kernel on the CPU; matrix
-products have one in all of these.
+Convolutions are matrix products of shifted inputs by default. Under a ``vmap`` over the weights a
+convolution primitive becomes a grouped convolution; inside a loop or differentiated twice it has no
+fast kernel on the CPU. Matrix products are fast in all of these cases.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from gradreg_optax.experiments.common import CommandError
 
 PyTree: TypeAlias = Any
 Name: TypeAlias = Literal["mlp", "cnn", "resnet"]
+Layer: TypeAlias = Callable[[PyTree, jax.Array], jax.Array]
 
 
 class Model(NamedTuple):
@@ -29,29 +30,33 @@ class Model(NamedTuple):
     """
 
     init: Callable[[jax.Array], PyTree]
-    apply: Callable[[PyTree, jax.Array], jax.Array]
+    apply: Layer
 
 
 def build(
-    name: str, shape: tuple[int, ...], classes: int, *, width: int = 64, depth: int = 1
+    name: str,
+    shape: tuple[int, ...],
+    classes: int,
+    *,
+    width: int = 64,
+    depth: int = 1,
+    primitive: bool = False,
 ) -> Model:
-    """A network for inputs of a shape.
+    """Build a network with GELU activations.
 
     Args:
-      name: "mlp" (``depth`` hidden layers of ``width`` units); "cnn" (``depth`` + 1 convolutions,
-        each followed by mean pooling that halves every side, the first with ``width`` channels and
-        each further one with twice as many); or "resnet" (a wide residual network of three stages
-        of ``depth`` blocks each, the first stage of ``width`` channels and each further one of
-        twice as many on sides of half the length; with root-mean-square normalization of each
-        sample in place of batch normalization).
-      shape: shape of one input. For "cnn" and "resnet" (height, width, channels), the same with
-        more or fewer sides, or (length,) for a signal of one channel.
+      name: "mlp" (``depth`` hidden layers of ``width`` units), "cnn" (``depth`` + 1 convolutions,
+        each followed by mean pooling that halves every spatial axis; the first has ``width``
+        channels and each further one twice as many), or "resnet" (a wide residual network with
+        three stages of ``depth`` blocks; the first stage has ``width`` channels and each further
+        one twice as many on axes of half the length; root-mean-square normalization of each sample
+        replaces batch normalization).
+      shape: shape of one input. For "cnn" and "resnet" (height, width, channels), or with another
+        number of spatial axes, or (length,) for a signal with one channel.
       classes: number of classes.
       width: see ``name``.
       depth: see ``name``.
-
-    Returns:
-      The network, with GELU activations.
+      primitive: use XLA's convolution instead of matrix products.
 
     Raises:
       CommandError: an unknown name.
@@ -62,18 +67,26 @@ def build(
         names = ", ".join(map(repr, ("mlp", *_CONVOLUTIONAL)))
         raise CommandError(f"unknown model {name!r}: choose one of {names}.")
     shape = shape if len(shape) > 1 else (*shape, 1)
-    made = _CONVOLUTIONAL[name](shape, classes, width, depth)
-    return Model(made.init, lambda params, x: made.apply(params, x.reshape(len(x), *shape)))
+    model = _CONVOLUTIONAL[name](shape, classes, width, depth)
+    convolution = _primitive if primitive else _convolution
+    return Model(
+        model.init, lambda params, x: model.apply(convolution, params, x.reshape(len(x), *shape))
+    )
+
+
+class _Convolutional(NamedTuple):
+    """A network whose ``apply`` takes the convolution as its first argument."""
+
+    init: Callable[[jax.Array], PyTree]
+    apply: Callable[[Layer, PyTree, jax.Array], jax.Array]
 
 
 def _mlp(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Model:
-    sizes = [math.prod(shape), *[width] * depth, classes]
+    sizes = list(itertools.pairwise([math.prod(shape), *[width] * depth, classes]))
 
     def init(key: jax.Array) -> PyTree:
-        keys = jax.random.split(key, len(sizes) - 1)
-        return [
-            dense(k, size, out) for k, size, out in zip(keys, sizes[:-1], sizes[1:], strict=True)
-        ]
+        keys = jax.random.split(key, len(sizes))
+        return [dense(k, *size) for k, size in zip(keys, sizes, strict=True)]
 
     def apply(params: PyTree, x: jax.Array) -> jax.Array:
         x = x.reshape(len(x), -1)
@@ -84,90 +97,83 @@ def _mlp(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Model:
     return Model(init, apply)
 
 
-def _cnn(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Model:
-    sides, channels = len(shape) - 1, [shape[-1], *[width * 2**i for i in range(depth + 1)]]
+def _cnn(shape: tuple[int, ...], classes: int, width: int, depth: int) -> _Convolutional:
+    axes, channels = len(shape) - 1, [shape[-1], *[width * 2**i for i in range(depth + 1)]]
 
     def init(key: jax.Array) -> PyTree:
-        keys = jax.random.split(key, len(channels))
-        convolutions = [
-            dense(k, 3**sides * size, out)
-            for k, size, out in zip(keys[1:], channels[:-1], channels[1:], strict=True)
-        ]
-        return {"convolutions": convolutions, "head": dense(keys[0], channels[-1], classes)}
+        head, *keys = jax.random.split(key, len(channels))
+        sizes = zip(keys, itertools.pairwise(channels), strict=True)
+        convolutions = [dense(k, 3**axes * size, out) for k, (size, out) in sizes]
+        return {"convolutions": convolutions, "head": dense(head, channels[-1], classes)}
 
-    def apply(params: PyTree, x: jax.Array) -> jax.Array:
+    def apply(convolution: Layer, params: PyTree, x: jax.Array) -> jax.Array:
         for layer in params["convolutions"]:
-            x = _pool(jax.nn.gelu(_convolution(layer, x)))
-        return affine(params["head"], _over_sides(x))
+            x = _pool(jax.nn.gelu(convolution(layer, x)))
+        return affine(params["head"], _spatial_mean(x))
 
-    return Model(init, apply)
+    return _Convolutional(init, apply)
 
 
-def _resnet(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Model:
-    """Blocks of the kind that normalizes first; where the channels grow, the skipped path is a
-    matrix product, and the sides are halved by mean pooling.
-    """
-    sides, stages = len(shape) - 1, [width * 2**i for i in range(3)]
-    grown = list(itertools.pairwise([width, *stages]))
+def _resnet(shape: tuple[int, ...], classes: int, width: int, depth: int) -> _Convolutional:
+    axes, stages = len(shape) - 1, [width, width, 2 * width, 4 * width]
 
     def init(key: jax.Array) -> PyTree:
-        stem, head, *keys = jax.random.split(key, 2 + len(stages))
-        stage_keys = zip(keys, grown, strict=True)
+        stem, head, *keys = jax.random.split(key, 5)
+        sizes = zip(keys, itertools.pairwise(stages), strict=True)
         return {
-            "stem": dense(stem, 3**sides * shape[-1], width),
-            "stages": [_stage(k, size, out, depth, sides) for k, (size, out) in stage_keys],
+            "stem": dense(stem, 3**axes * shape[-1], width),
+            "stages": [_stage(k, size, out, depth, axes) for k, (size, out) in sizes],
             "scale": jnp.ones(stages[-1]),
             "head": dense(head, stages[-1], classes),
         }
 
-    def apply(params: PyTree, x: jax.Array) -> jax.Array:
-        x = _convolution(params["stem"], x)
+    def apply(convolution: Layer, params: PyTree, x: jax.Array) -> jax.Array:
+        x = convolution(params["stem"], x)
         for place, stage in enumerate(params["stages"]):
-            for block in stage:
-                x = _residual(block, x)
-            x = x if place == len(stages) - 1 else _pool(x)
-        active = jax.nn.gelu(normalized(params["scale"], x, sides))
-        return affine(params["head"], _over_sides(active))
+            x = functools.reduce(
+                lambda x, block: _residual(block, x, convolution), stage, _pool(x) if place else x
+            )
+        active = jax.nn.gelu(normalized(params["scale"], x, axes))
+        return affine(params["head"], _spatial_mean(active))
 
-    return Model(init, apply)
+    return _Convolutional(init, apply)
 
 
 _CONVOLUTIONAL = {"cnn": _cnn, "resnet": _resnet}
 
 
-def normalized(scale: jax.Array, x: jax.Array, sides: int = 0) -> jax.Array:
-    """By the root mean square over the channels, and over that many axes before them."""
-    size = jnp.mean(x**2, axis=tuple(range(-1 - sides, 0)), keepdims=True)
-    return jnp.expand_dims(scale, range(x.ndim - 1)) * x * jax.lax.rsqrt(size + 1e-5)
+def normalized(scale: jax.Array, x: jax.Array, axes: int = 0) -> jax.Array:
+    """Divide by the root mean square over the channels and over that many axes before them."""
+    square = jnp.mean(x**2, axis=tuple(range(-1 - axes, 0)), keepdims=True)
+    return jnp.expand_dims(scale, range(x.ndim - 1)) * x * jax.lax.rsqrt(square + 1e-5)
 
 
-def _stage(key: jax.Array, size: int, out: int, depth: int, sides: int) -> list[PyTree]:
-    """The weights of some blocks, of which the first may have more channels out than in."""
+def _stage(key: jax.Array, size: int, out: int, depth: int, axes: int) -> list[PyTree]:
+    """Return the weights of some blocks; the first may have more channels out than in."""
     blocks = []
     for k, inputs in zip(jax.random.split(key, depth), [size] + [out] * (depth - 1), strict=True):
         first, second, skip = jax.random.split(k, 3)
-        made = {
-            "first": dense(first, 3**sides * inputs, out),
-            "second": dense(second, 3**sides * out, out),
+        block = {
+            "first": dense(first, 3**axes * inputs, out),
+            "second": dense(second, 3**axes * out, out),
             "scales": [jnp.ones(inputs), jnp.ones(out)],
         }
-        blocks.append(made | ({"skip": dense(skip, inputs, out)} if inputs != out else {}))
+        blocks.append(block | ({"skip": dense(skip, inputs, out)} if inputs != out else {}))
     return blocks
 
 
-def _residual(block: PyTree, x: jax.Array) -> jax.Array:
-    sides, h = x.ndim - 2, x
+def _residual(block: PyTree, x: jax.Array, convolution: Layer | None = None) -> jax.Array:
+    """Apply a block that normalizes first, with a matrix product as skip where channels grow."""
+    hidden, convolve = x, convolution or _convolution
     for name, scale in zip(("first", "second"), block["scales"], strict=True):
-        h = _convolution(block[name], jax.nn.gelu(normalized(scale, h, sides)))
-    return h + (affine(block["skip"], x) if "skip" in block else x)
+        hidden = convolve(block[name], jax.nn.gelu(normalized(scale, hidden, x.ndim - 2)))
+    return hidden + (affine(block["skip"], x) if "skip" in block else x)
 
 
 def dense(key: jax.Array, size: int, out: int) -> PyTree:
-    """Weights with variance 1 / fan-in, and zero biases."""
-    return {
-        "kernel": jax.random.normal(key, (size, out)) * math.sqrt(1 / size),
-        "bias": jnp.zeros(out),
-    }
+    """Return weights with variance 1 / fan-in, and zero biases."""
+    kernel = jax.random.normal(key, (size, out)) * math.sqrt(1 / size)
+    return {"kernel": kernel, "bias": jnp.zeros(out)}
 
 
 def affine(layer: PyTree, x: jax.Array) -> jax.Array:
@@ -177,8 +183,9 @@ def affine(layer: PyTree, x: jax.Array) -> jax.Array:
 
 
 def _convolution(layer: PyTree, x: jax.Array) -> jax.Array:
-    """A convolution of length 3 along every side, which stay as long; its kernel has shape
-    (3**sides * channels, out).
+    """Convolve along every spatial axis with kernels of length 3 and zero padding.
+
+    The kernel has shape (3**axes * channels, out).
     """
     sides = x.shape[1:-1]
     padded = jnp.pad(x, ((0, 0), *[(1, 1)] * len(sides), (0, 0)))
@@ -189,9 +196,18 @@ def _convolution(layer: PyTree, x: jax.Array) -> jax.Array:
     return affine(layer, jnp.concatenate(shifted, axis=-1))
 
 
+def _primitive(layer: PyTree, x: jax.Array) -> jax.Array:
+    """Compute the same as :func:`_convolution` with XLA's convolution, for images."""
+    kernel = layer["kernel"].reshape(3, 3, x.shape[-1], -1)
+    names = ("NHWC", "HWIO", "NHWC")
+    y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=names)
+    return y + jnp.expand_dims(layer["bias"], range(y.ndim - 1))
+
+
 def _pool(x: jax.Array) -> jax.Array:
-    """Means over two neighbours along every side; an odd last one is left away, and a side of one
-    stays.
+    """Average pairs of neighbours along every spatial axis; the last of an odd number is dropped.
+
+    An axis of length 1 stays.
     """
     n, *sides, channels = x.shape
     by = [min(2, side) for side in sides]
@@ -201,5 +217,5 @@ def _pool(x: jax.Array) -> jax.Array:
     return jnp.mean(x, axis=tuple(range(2, 2 * len(sides) + 1, 2)))
 
 
-def _over_sides(x: jax.Array) -> jax.Array:
+def _spatial_mean(x: jax.Array) -> jax.Array:
     return jnp.mean(x, axis=tuple(range(1, x.ndim - 1)))

@@ -1,4 +1,4 @@
-"""What the figures have in common. They are drawn without a display, from results on disk."""
+"""Figures, drawn without a display from results on disk."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,14 +26,14 @@ COLORS = {
 
 
 def color(label: str) -> str:
-    """The color of a method; black for one that is not in the table."""
+    """Return the color of a method; black for an unknown one."""
     return COLORS.get(label, "#000000")
 
 
 def figure(
     columns: int, *, rows: int = 1, width: float = 4.2, height: float = 3.6, **options: Any
 ) -> tuple[Figure, Any]:
-    """A figure and its array of axes, without the upper and right spine."""
+    """Return a figure and its array of axes, without top and right spines."""
     made = Figure(figsize=(width * columns, height * rows), layout="constrained")
     axes = made.subplots(rows, columns, squeeze=False, **options)
     for axis in axes.flat:
@@ -41,77 +41,75 @@ def figure(
     return made, axes[0] if rows == 1 else axes
 
 
-def mean(axis: Any, place: float, values: Any, method: str, **look: Any) -> float:
-    """Draws the mean of some values with its standard error, in the color of a method."""
+def mean(axis: Any, x: float, values: Any, method: str, **style: Any) -> float:
+    """Draw the mean of values and its standard error in a method's color; return the mean."""
     found = statistics.estimate(values)
-    errors(axis, [place], [found], **{"color": color(method)} | look)
+    errors(axis, [x], [found], **{"color": color(method)} | style)
     return found.mean
 
 
-def errors(axis: Any, places: Any, found: Iterable[Any], **look: Any) -> None:
-    """Draws means, or mean differences, with their standard errors."""
-    means, spread = zip(*((one.mean, one.error) for one in found), strict=True)
-    axis.errorbar(places, means, spread, **{"fmt": "o"} | look)
+def errors(axis: Any, xs: Any, estimates: Iterable[Any], **style: Any) -> None:
+    """Draw means with their standard errors."""
+    means, spread = zip(*((one.mean, one.error) for one in estimates), strict=True)
+    axis.errorbar(xs, means, spread, **{"fmt": "o"} | style)
 
 
 def seeds(axis: Any, methods: Mapping[str, Any]) -> None:
-    """A column of dots, one a run, with mean and standard error, for each of some methods."""
+    """Draw a column of dots for each method, one dot for each run, with mean and error."""
     for place, (label, rows) in enumerate(methods.items()):
         accuracy = 100 * rows["accuracy"]
         axis.plot(np.full(len(accuracy), place), accuracy, ".", color=color(label), alpha=0.35)
         mean(axis, place, accuracy, label, fmt="_", ms=22, mew=2.5)
     axis.set_xticks(range(len(methods)), list(methods), rotation=35)
-    axis.set(ylabel="test accuracy %")
+    axis.set(ylabel="test accuracy (%)")
 
 
-def note(axis: Any, text: str, place: tuple[float, float], away: Any, **look: Any) -> None:
-    """Writes a text some points away from a place."""
-    axis.annotate(text, place, away, textcoords="offset points", **{"fontsize": 9} | look)
+def note(axis: Any, text: str, point: tuple[float, float], offset: Any, **style: Any) -> None:
+    """Write a text at an offset from a point, in typographic points."""
+    axis.annotate(text, point, offset, textcoords="offset points", **{"fontsize": 9} | style)
 
 
-def label(axis: Any, marks: Sequence[tuple[float, float, str]], apart: float = 0.06) -> None:
+def label(axis: Any, marks: Sequence[tuple[float, float, str]], gap: float = 0.06) -> None:
     """Write the name of each mark to its right, with a line from the mark to its name.
 
-    Names of marks at one place keep the order of their heights and do not overlap.
+    Names of marks with equal x keep the order of their heights and do not overlap.
 
     Args:
       axis: the axis, with its final limits.
-      marks: place, height and name of each; the first word of a name is its method.
-      apart: smallest distance of two names, relative to the height of the axis.
+      marks: x, y and name of each; the text before a bracket is the method.
+      gap: smallest distance between two names, relative to the height of the axis.
     """
     (low, high), (left, right) = axis.get_ylim(), axis.get_xlim()
-    for place in {place for place, _, _ in marks}:
-        here = sorted(mark for mark in marks if mark[0] == place)
-        heights = spread([height for _, height, _ in here], apart * (high - low))
-        for (_, height, name), wanted in zip(here, heights, strict=True):
+    for x in {x for x, _, _ in marks}:
+        column = sorted(mark for mark in marks if mark[0] == x)
+        heights = spread([y for _, y, _ in column], gap * (high - low))
+        for (_, y, name), height in zip(column, heights, strict=True):
             chosen = color(name.split(" (")[0])
-            line: Any = {"arrowstyle": "-", "color": chosen, "lw": 0.8, "shrinkA": 0, "shrinkB": 2}
+            line = {"arrowstyle": "-", "color": chosen, "lw": 0.8, "shrinkA": 0, "shrinkB": 2}
             text: Any = {"fontsize": 9, "va": "center", "color": chosen, "arrowprops": line}
             text["bbox"] = {"fc": "white", "ec": "none", "pad": 0.5}
-            axis.annotate(name, (place, height), (place + 0.07 * (right - left), wanted), **text)
+            axis.annotate(name, (x, y), (x + 0.07 * (right - left), height), **text)
 
 
-def spread(heights: Sequence[float], apart: float) -> list[float]:
-    """Move increasing numbers as little as possible until neighbours are ``apart``."""
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Move increasing numbers as little as possible until neighbours are ``gap`` apart."""
     groups: list[list[float]] = []  # each is centred on the mean of its numbers
     for height in heights:
         groups.append([height])
-        while len(groups) > 1 and _start(groups[-1], apart) < _end(groups[-2], apart) + apart:
+        while len(groups) > 1 and _start(groups[-1], gap) < _start(groups[-2], gap) + gap * len(
+            groups[-2]
+        ):
             last = groups.pop()
             groups[-1] += last
-    return [_start(group, apart) + i * apart for group in groups for i in range(len(group))]
+    return [_start(group, gap) + i * gap for group in groups for i in range(len(group))]
 
 
-def _start(group: Sequence[float], apart: float) -> float:
-    return sum(group) / len(group) - (len(group) - 1) * apart / 2
-
-
-def _end(group: Sequence[float], apart: float) -> float:
-    return sum(group) / len(group) + (len(group) - 1) * apart / 2
+def _start(group: Sequence[float], gap: float) -> float:
+    return sum(group) / len(group) - (len(group) - 1) * gap / 2
 
 
 def save(made: Figure, path: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
-    """Write a figure under a path without suffix, once in each format, and return the paths."""
+    """Write a figure in each format to a path without suffix; return the paths."""
     path.parent.mkdir(parents=True, exist_ok=True)
     paths = [path.with_name(f"{path.name}.{suffix}") for suffix in formats]
     for one in paths:

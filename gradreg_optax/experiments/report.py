@@ -24,12 +24,12 @@ HYPERPARAMETERS = {
 
 
 class Number(NamedTuple):
-    """A cell: a number, or a mean with its error, and how it is printed.
+    """A cell with a number, or with a mean and its standard error.
 
     Attributes:
-      value: a number, or anything with "mean" and "error"; NaN is printed as an empty cell.
-      spec: its format.
-      note: text after it.
+      value: a number or an estimate; NaN gives an empty cell.
+      spec: format specification.
+      note: text after the number.
     """
 
     value: Any
@@ -37,9 +37,16 @@ class Number(NamedTuple):
     note: str = ""
 
     def __str__(self) -> str:
-        """The cell as text."""
+        """Return the formatted cell."""
         missing = isinstance(self.value, float) and math.isnan(self.value)
         return ("" if missing else f"{self.value:{self.spec}}") + self.note
+
+    def record(self, name: str) -> dict[str, Any]:
+        """Return the number, its error and its note as columns of a CSV file."""
+        columns = {name: self.value}
+        if isinstance(self.value, statistics.Estimate):
+            columns = {name: self.value.mean, f"{name} (standard error)": self.value.error}
+        return columns | ({f"{name} (note)": self.note.strip()} if self.note else {})
 
 
 class Table(NamedTuple):
@@ -48,8 +55,8 @@ class Table(NamedTuple):
     Attributes:
       title: the line above it.
       head: headings of the columns.
-      rows: cells, as many in each row as there are headings.
-      left: how many columns are aligned left; the others are aligned right.
+      rows: cells, one for each heading.
+      left: number of columns that are aligned left; the others are aligned right.
     """
 
     title: str
@@ -58,35 +65,27 @@ class Table(NamedTuple):
     left: int = 1
 
     def __str__(self) -> str:
-        """Title and columns, two spaces apart."""
-        cells = [list(self.head), *([str(cell) for cell in row] for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if place < self.left else cell.rjust(width)
-                for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in cells
+        """Return the title and the aligned columns."""
+        lines = [list(self.head), *([str(cell) for cell in row] for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        sides = ["<" if place < self.left else ">" for place in range(len(widths))]
+        text = [
+            "  ".join(map("{:{}{}}".format, line, sides, widths)).rstrip()  # cell, side, width
+            for line in lines
         ]
-        return "\n".join([self.title, *lines] if self.title else lines)
+        return "\n".join([self.title, *text] if self.title else text)
 
     def records(self) -> Iterable[dict[str, Any]]:
-        """Rows as dicts; the error and the note of a number are columns of their own."""
+        """Return the rows as dicts."""
         for row in self.rows:
             record: dict[str, Any] = {"table": self.title}
             for name, cell in zip(self.head, row, strict=True):
-                value = cell.value if isinstance(cell, Number) else cell
-                estimated = isinstance(value, (statistics.Estimate, statistics.Difference))
-                record[name] = value.mean if estimated else value
-                if estimated:
-                    record[f"{name} (standard error)"] = value.error
-                if isinstance(cell, Number) and cell.note:
-                    record[f"{name} (note)"] = cell.note.strip()
+                record |= cell.record(name) if isinstance(cell, Number) else {name: cell}
             yield record
 
 
 class Report(str):
-    """Tables and lines of text; as a string it is what a command prints.
+    """Text of a command: tables and lines between them.
 
     Attributes:
       tables: the tables.
@@ -96,12 +95,12 @@ class Report(str):
 
     def __new__(cls, *parts: Table | str) -> "Report":
         """Join the parts with line breaks."""
-        made = super().__new__(cls, "\n".join(map(str, parts)))
-        made.tables = tuple(part for part in parts if isinstance(part, Table))
-        return made
+        report = super().__new__(cls, "\n".join(map(str, parts)))
+        report.tables = tuple(part for part in parts if isinstance(part, Table))
+        return report
 
     def csv(self) -> str:
-        """All tables, one below the other, with the union of their columns."""
+        """Return all tables as CSV, with the union of their columns."""
         records = [record for table in self.tables for record in table.records()]
         file = io.StringIO()
         writer = csv.DictWriter(file, dict.fromkeys(name for one in records for name in one))
@@ -113,35 +112,40 @@ class Report(str):
 def table(
     title: str, groups: Mapping[str, Rows], columns: Mapping[str, Column], left: int = 1
 ) -> Table:
-    """Make a table with a row for each group of runs.
+    """Make a table with one row for each group of runs.
 
     Args:
-      title: the line above it.
+      title: the line above the table.
       groups: runs by the label of their row.
-      columns: how the cell of each column is made from the runs of a row, by heading.
-      left: how many columns are aligned left, the labels included.
+      columns: functions from the runs of a row to a cell, by heading.
+      left: number of columns that are aligned left, labels included.
     """
-    rows = [[label, *(make(rows) for make in columns.values())] for label, rows in groups.items()]
+    rows = [[label, *(cell(runs) for cell in columns.values())] for label, runs in groups.items()]
     return Table(title, ["method", *columns], rows, left)
 
 
 def first(name: str, spec: str = "g") -> Column:
-    """Column that all runs of a row share."""
+    """Return a column for a value that all runs of a row share."""
     return lambda rows: Number(rows[name][0], spec) if name in rows else ""
 
 
+def gradients(rows: Rows) -> Number:
+    """Return the gradient evaluations per step, with 1.125 rounded up to 1.13."""
+    return Number(float(rows["gradients"][0]) + 1e-9, ".2f")
+
+
 def mean(name: str, spec: str, scale: float = 1.0) -> Column:
-    """Mean over the runs, with its standard error."""
+    """Return a column with a mean over runs and its standard error."""
     return lambda rows: Number(statistics.estimate(scale * np.asarray(rows[name])), spec)
 
 
 def percent(name: str = "accuracy", spec: str = ".1f") -> Column:
-    """Mean of shares in percent, and how many runs diverged."""
+    """Return a column with a mean in percent and the number of diverged runs."""
 
     def cell(rows: Rows) -> Number:
-        found, total = statistics.estimate(100 * rows[name]), np.size(rows[name])
-        lost = total - found.size
-        return Number(found, spec, f" ({lost} of {total} diverged)" if lost else "")
+        estimate, total = statistics.estimate(100 * rows[name]), np.size(rows[name])
+        diverged = total - estimate.size
+        return Number(estimate, spec, f" ({diverged} of {total} diverged)" if diverged else "")
 
     return cell
 
@@ -149,27 +153,26 @@ def percent(name: str = "accuracy", spec: str = ".1f") -> Column:
 def minus(
     other: Rows, spec: str = "+.1f", name: str = "accuracy", scale: float = 100.0
 ) -> tuple[Column, Column]:
-    """Paired difference to other runs, and its p-value; empty for these runs themselves."""
+    """Return columns with the paired difference to other runs and its p-value.
 
-    def difference(rows: Rows) -> statistics.Difference | None:
+    Both are empty in the row of these other runs.
+    """
+
+    def difference(rows: Rows) -> statistics.Difference:
         same = rows["method"][0] == other["method"][0] and np.array_equal(
             rows[name], other[name], equal_nan=True
         )
-        return None if same else statistics.paired(scale * rows[name], scale * other[name])
+        baseline = np.full_like(other[name], np.nan) if same else other[name]
+        return statistics.paired(scale * rows[name], scale * baseline)
 
-    def gap(rows: Rows) -> Any:
-        found = difference(rows)
-        return "" if found is None else Number(found, spec)
-
-    def chance(rows: Rows) -> Any:
-        found = difference(rows)
-        return "" if found is None else Number(found.p, ".1g")
-
-    return gap, chance
+    return (
+        lambda rows: Number(difference(rows), spec),
+        lambda rows: Number(difference(rows).p, ".1g"),
+    )
 
 
 def settings(symbols: Mapping[str, str] = HYPERPARAMETERS) -> Column:
-    """Hyperparameters of the runs of a row, those that have a symbol."""
+    """Return a column with the hyperparameters that have a symbol."""
 
     def cell(rows: Rows) -> str:
         values = {symbol: rows[name][0] for name, symbol in symbols.items() if name in rows}
@@ -179,11 +182,11 @@ def settings(symbols: Mapping[str, str] = HYPERPARAMETERS) -> Column:
 
 
 def pairs(groups: Mapping[str, Rows], wanted: Iterable[tuple[str, str]]) -> Table:
-    """Paired differences in points between the runs of two methods, where both are there."""
+    """Return a table of paired differences between methods, in percentage points."""
     rows = []
     for one, other in wanted:
         if one in groups and other in groups:
             gain = statistics.points(groups[one], groups[other])
-            gap = Number(gain, "+.2f")
-            rows.append([f"{one} minus {other}", gap, Number(gain.p, ".1g"), gain.size])
+            cells = Number(gain, "+.2f"), Number(gain.p, ".1g"), gain.size
+            rows.append([f"{one} minus {other}", *cells])
     return Table("", ("paired difference", "points", "p", "seeds"), rows)

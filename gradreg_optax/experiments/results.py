@@ -1,6 +1,4 @@
-"""Results on disk: small json files that carry the command, the versions, the machine and a digest
-of the sources that made them.
-"""
+"""Results on disk: JSON files with the command, versions, machine and a digest of the sources."""
 
 import dataclasses
 import functools
@@ -19,31 +17,31 @@ import numpy as np
 from gradreg_optax.experiments.common import CommandError, MissingError
 
 FILE = "results.json"
-LAYOUT = 2  # of the file; 1 nested a dict for each method
-PACKAGES = [Path(__file__).parents[1]]  # whose sources the numbers depend on
+LAYOUT = 2  # of the file; layout 1 had a nested dict for each method
+PACKAGES = [Path(__file__).parents[1]]  # the numbers depend on these sources
 
 
 def prepare(output: Path) -> None:
-    """Makes the folder, tries to write there, and removes what a killed run left half written.
+    """Create the directory, check that it is writable, and remove partial files of killed runs.
 
     Raises:
-      CommandError: the folder cannot be made or written to.
+      CommandError: the directory cannot be created or written to.
     """
     write(output / ".writable", {})
     (output / ".writable").unlink()
-    for left in [*output.glob(".*.partial"), *output.glob("parts/.*.partial")]:
-        if not _alive(int(left.name.split(".")[-2])):
-            left.unlink(missing_ok=True)
+    for partial in [*output.glob(".*.partial"), *output.glob("parts/.*.partial")]:
+        if not _is_running(int(partial.name.split(".")[-2])):
+            partial.unlink(missing_ok=True)
 
 
 def save(output: Path, command: str, config: Any, results: dict[str, Any]) -> Path:
-    """Writes ``results`` under ``output``.
+    """Write results to a directory.
 
     Args:
-      output: the folder, made if need be.
-      command: the command that made them, such as "gradreg compare".
+      output: the directory; created if it does not exist.
+      command: the command that computed them, such as "gradreg compare".
       config: its dataclass.
-      results: a dict of arrays, numbers, strings, lists and dicts, of which none is None.
+      results: a dict of arrays, numbers, strings, lists and dicts, without None.
 
     Returns:
       The path of the file.
@@ -56,34 +54,34 @@ def save(output: Path, command: str, config: Any, results: dict[str, Any]) -> Pa
 
 
 def load(path: Path, command: str | None = None) -> dict[str, Any]:
-    """Reads the ``results`` of a file, or of the file in a folder, with lists of equals as arrays.
+    """Read results; lists of numbers, booleans or strings become arrays.
 
     Args:
-      path: a file of :func:`save`, or its folder.
-      command: last word of the command that must have made them; any by default.
+      path: a file of :func:`save`, or its directory.
+      command: last word of the command that must have computed them; any by default.
 
     Raises:
-      MissingError: nothing has been saved there.
-      CommandError: the file is broken, of an older layout, or of another command.
+      MissingError: there is no file.
+      CommandError: the file is broken, of another layout, or of another command.
     """
     path = path / FILE if path.is_dir() else path
-    again = "run the command without --redraw"
+    remedy = "Run the command without --redraw"
     if not path.exists():
-        raise MissingError(f"no results at {path}: {again} first.")
+        raise MissingError(f"no results at {path}. {remedy} first.")
     try:
         document = read(path)
         made, layout, results = document["command"], document.get("layout", 1), document["results"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CommandError(f"{path} is broken or no file of results: {again}.") from error
+        raise CommandError(f"{path} is broken or not a results file. {remedy}.") from error
     if command is not None and made.split()[-1] != command:
         raise CommandError(f"{path} holds results of {made!r}, not of {command!r}.")
     if layout != LAYOUT or not isinstance(results, dict):
-        raise CommandError(f"{path} has layout {layout!r}, this version reads {LAYOUT}: {again}.")
+        raise CommandError(f"{path} has layout {layout!r}, expected {LAYOUT}. {remedy}.")
     return results
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
-    """Writes a file in one move, so that an interrupted run or a full disk leaves no half of it.
+    """Write a JSON file atomically: an interrupt or a full disk leaves no partial file.
 
     Raises:
       CommandError: the file cannot be written.
@@ -105,27 +103,26 @@ def write(path: Path, document: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Reads a file of :func:`write`; lists of numbers, truths or strings become arrays, and null
-    NaN.
+    """Read a file of :func:`write`; null becomes NaN.
 
     Raises:
-      ValueError: it holds no json, or no object.
+      ValueError: the file holds no JSON object.
     """
     document = _arrays(json.loads(path.read_text()))
     if not isinstance(document, dict):
-        raise ValueError(f"{path} holds no object.")
+        raise ValueError(f"{path} does not hold a JSON object.")
     return document
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Return the versions of the packages that the numbers depend on."""
     names = ("jax", "jaxlib", "optax", "numpy", "gradreg-optax")
-    found = {name: importlib.metadata.version(name) for name in names}
-    return {"python": platform.python_version(), **found}
+    packages = {name: importlib.metadata.version(name) for name in names}
+    return {"python": platform.python_version(), **packages}
 
 
 def sources() -> str:
-    """Return a digest of all modules of :data:`PACKAGES`: an edited module makes new numbers."""
+    """Return a digest of all modules of :data:`PACKAGES`."""
     return _digest(*PACKAGES)
 
 
@@ -140,15 +137,16 @@ def _digest(*packages: Path) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """The processor and the accelerator, without names of hosts or users."""
+    """Return the processor and the accelerator, without host and user names."""
     device, processor = jax.devices()[0], platform.machine()
-    found = {"processor": processor, "cores": os.cpu_count()}
-    return found | {"backend": device.platform, "device": device.device_kind}
+    cpu = {"processor": processor, "cores": os.cpu_count()}
+    return cpu | {"backend": device.platform, "device": device.device_kind}
 
 
 def plain(value: Any) -> Any:
-    """Arrays and dataclasses as lists, numbers and dicts; floats to nine significant digits, and
-    None where they are not finite.
+    """Convert arrays and dicts to JSON values.
+
+    Floats keep nine significant digits; non-finite ones become None.
     """
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
@@ -162,33 +160,31 @@ def plain(value: Any) -> Any:
 
 
 def _one_line(column: re.Match[str]) -> str:
-    return re.sub(r"\s*\n\s*", " ", column[0])  # a line break is never within a string
+    return re.sub(r"\s*\n\s*", " ", column[0])  # strings hold no line breaks in JSON
 
 
 def _arrays(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _arrays(item) for key, item in value.items()}
     if isinstance(value, list):
-        found = np.array(value, object)
-        dtype = _dtype({type(item) for item in found.flat}, found)
-        return [_arrays(item) for item in value] if dtype is None else found.astype(dtype)
+        array = np.array(value, object)
+        dtype = _dtype({type(item) for item in array.flat}, array)
+        return [_arrays(item) for item in value] if dtype is None else array.astype(dtype)
     return np.nan if value is None else value
 
 
-def _dtype(kinds: set[type], found: Any) -> Any:
-    """What an array of numbers, of truths or of strings is made of; None for any other list."""
-    if kinds == {int}:  # beyond 64 bits an object, never a rounded float
-        return np.int64 if all(-(2**63) <= item < 2**63 for item in found.flat) else object
-    if kinds and kinds <= {int, float, type(None)}:
+def _dtype(types: set[type], array: Any) -> Any:
+    """Return the dtype of numbers, booleans or strings; None for any other list."""
+    if types == {int}:  # integers beyond 64 bits stay exact
+        return np.int64 if all(-(2**63) <= item < 2**63 for item in array.flat) else object
+    if types and types <= {int, float, type(None)}:
         return float
-    return next(iter(kinds)) if kinds in ({bool}, {str}) else None
+    return next(iter(types)) if types in ({bool}, {str}) else None
 
 
-def _alive(process: int) -> bool:
+def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True

@@ -1,9 +1,9 @@
-"""One row a run: what is to be trained, the training side by side, and the results as columns.
+"""Training runs, and their results as columns.
 
-A :class:`Run` is a method, a recipe, the values of the method's settings and a seed. ``train``
-returns one row for each, as a dict of columns (arrays of one length); ``select``, ``groups`` and
-``stack`` are all that tables and figures need. Finished parts are kept on disk, so that a second
-start goes on where the first one ended.
+A :class:`Run` is a method, a recipe, the values of the method's hyperparameters and a seed.
+``train`` returns one row per run, as a dict of columns (arrays of equal length); ``select``,
+``groups`` and ``stack`` read them. Finished parts are stored on disk, so that an interrupted run
+resumes.
 """
 
 import concurrent.futures
@@ -21,20 +21,28 @@ import numpy as np
 
 from gradreg_optax.experiments import common, results
 from gradreg_optax.experiments.data import Dataset
-from gradreg_optax.experiments.trainer import METHODS, Array, Method, Metrics, Recipe, Told, Trainer
+from gradreg_optax.experiments.trainer import (
+    METHODS,
+    Array,
+    Method,
+    Metrics,
+    Progress,
+    Recipe,
+    Trainer,
+)
 
 Columns: TypeAlias = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training.
+    """One training run.
 
     Attributes:
-      method: how it is regularized.
-      recipe: what it has in common with others.
-      settings: the values of the method's hyperparameters, and of "interval" if there is one.
-      seed: decides on data split, wrong labels, initial parameters and batches.
+      method: the method.
+      recipe: the settings that it shares with others.
+      settings: the values of the method's hyperparameters, and optionally of "interval".
+      seed: determines data split, label noise, initial parameters and batches.
       tags: further columns of its row.
     """
 
@@ -57,31 +65,30 @@ def grid(
     Args:
       method: the method.
       recipe: the recipe.
-      values: one value or several for each of the method's settings, for "interval", and for any
-        field of the recipe, such as "learning_rate"; other names are ignored.
+      values: one or several values for each hyperparameter of the method, for "interval", and for
+        fields of the recipe, such as "learning_rate"; other names are ignored.
       seeds: the seeds.
-      **tags: further columns of their rows.
+      **tags: further columns of the rows.
     """
     fields = {field.name for field in dataclasses.fields(recipe)}
     names = [name for name in values if name in fields | {*method.settings, "interval"}]
-    combined = itertools.product(*(np.atleast_1d(values[name]).tolist() for name in names))
     wanted = []
-    for chosen in combined:
-        given = dict(zip(names, chosen, strict=True))
+    for combination in itertools.product(*(np.atleast_1d(values[name]).tolist() for name in names)):
+        given = dict(zip(names, combination, strict=True))
         changes = {name: given.pop(name) for name in names if name in fields}
-        how = dataclasses.replace(recipe, **changes) if changes else recipe
-        wanted += [Run(method, how, given, int(seed), tags | changes) for seed in seeds]
+        changed = dataclasses.replace(recipe, **changes) if changes else recipe
+        wanted += [Run(method, changed, given, int(seed), tags | changes) for seed in seeds]
     return wanted
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A row of a comparison: a method, its recipe, and the values to choose from.
+    """A row of a comparison.
 
     Attributes:
       method: the method.
       recipe: the recipe.
-      values: see :func:`grid`.
+      values: candidate values, see :func:`grid`.
       tags: further columns of its runs, which with the method's label identify it.
     """
 
@@ -97,9 +104,9 @@ class Candidate:
 
     @property
     def names(self) -> list[str]:
-        """The columns that its values fill."""
-        runs = self.runs([0], "")
-        return [name for name in self.values if any(name in {**r.settings, **r.tags} for r in runs)]
+        """The columns with its values."""
+        known = set[str]().union(*({**run.settings, **run.tags} for run in self.runs([0], "")))
+        return [name for name in self.values if name in known]
 
 
 def select_then_report(
@@ -120,22 +127,21 @@ def select_then_report(
 
     Args:
       dataset: the data.
-      candidates: what is compared.
-      tuning: seeds of the tuning runs, which try all values; if empty, every candidate must have
-        one setting.
-      evaluation: other seeds.
+      candidates: the methods to compare.
+      tuning: seeds for all settings; if empty, every candidate must have one setting.
+      evaluation: other seeds, for the best setting.
       store: see :func:`train`.
-      score: the number that the best setting maximizes, given its runs; by default their mean
+      score: function from the runs of a setting to the number to maximize; by default the mean
         accuracy.
-      required: raise an error where all settings of a candidate diverged, instead of leaving out
-        its evaluation.
+      required: raise an error if all settings of a candidate diverged, instead of omitting its
+        evaluation.
       **options: further arguments of :func:`train`.
 
     Returns:
-      One row a run, as from :func:`train`, with a "role": "choose" or "report".
+      One row per run, as from :func:`train`, with a "role": "choose" (tuning) or "report".
 
     Raises:
-      CommandError: seeds that are used twice, or a candidate whose settings all diverged.
+      CommandError: a seed in both sets, or a candidate whose settings all diverged.
     """
     if set(tuning) & set(evaluation):
         raise common.CommandError("tuning and evaluation seeds must differ.")
@@ -150,23 +156,25 @@ def select_then_report(
             chosen += candidate.runs(evaluation, "report", setting)
         elif required:
             raise common.CommandError(
-                f"{candidate.method.label} diverged with every setting: choose smaller values."
+                f"{candidate.method.label} diverged with every setting. Choose smaller values."
             )
     again = train(dataset, chosen, store, **options)
     return stack(*(part for part in (found, again) if part))
 
 
 class Store:
-    """Finished parts on disk, each under a digest of everything that its numbers depend on: the
-    package's sources, versions and machine, and what the caller names.
+    """Finished parts on disk.
+
+    The name of a part contains a digest of everything that its numbers depend on: sources, versions
+    and machine, and the values given by the caller.
     """
 
     def __init__(self, output: Path | None, **depends: Any) -> None:
-        """Looks at nothing yet.
+        """Set the directory.
 
         Args:
-          output: the folder of the run; None keeps nothing.
-          **depends: what every part depends on.
+          output: the output directory; None stores nothing.
+          **depends: values that all parts depend on.
         """
         self.folder = None if output is None else output / "parts"
         versions = {name: v for name, v in results.versions().items() if name != "python"}
@@ -174,15 +182,15 @@ class Store:
         self._common |= {"machine": results.machine()} | depends
 
     def keep(self, label: str, what: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What ``make`` makes, from the disk if it is there and whole.
+        """Return the value of ``make``, from disk if it is stored.
 
         Args:
-          label: what kind of part it is; begins the name of its file.
-          what: everything else that the numbers depend on.
+          label: the kind of part; the file name starts with it.
+          what: all other values that the numbers depend on.
           make: returns a dict of arrays.
 
         Returns:
-          The dict, with numbers to nine significant digits.
+          The dict, with numbers rounded to nine significant digits.
         """
         if self.folder is None:
             return make()
@@ -191,12 +199,12 @@ class Store:
         path = self.folder / f"{label.replace(' ', '-')}-{digest}.json"
         try:
             return results.read(path)
-        except (OSError, ValueError):  # not there, or cut short
+        except (OSError, ValueError):  # missing or truncated
             results.write(path, make())
         return results.read(path)
 
     def clear(self) -> None:
-        """Removes all parts."""
+        """Remove all parts."""
         for path in self.folder.glob("*.json") if self.folder else ():
             path.unlink()
 
@@ -210,23 +218,23 @@ def train(
     what: str = "training",
     metrics: Metrics | None = None,
 ) -> Columns:
-    """Trains runs side by side, those of one method and recipe in one compiled program.
+    """Train runs, those of one method and recipe in one compiled program.
 
-    Two programs run at a time, in threads: ``jax.config.update`` reaches them, a context such as
-    ``jax.default_matmul_precision`` does not.
+    Two programs run at a time, in threads. ``jax.config.update`` applies to them, a context manager
+    such as ``jax.default_matmul_precision`` does not.
 
     Args:
       dataset: the data.
-      runs: what to train, in any order.
-      store: keeps what is finished; None keeps nothing.
-      lanes: how many runs train side by side; memory grows with it.
-      what: the name of the progress bar, which shows on a terminal alone.
-      metrics: what is measured at the end of each, ``(problem, params, seed, split, pool) ->
-        metrics``, in place of what every run is measured by.
+      runs: the runs, in any order.
+      store: stores finished parts; None stores nothing.
+      lanes: number of runs in one program; memory grows with it.
+      what: label of the progress bar, which is shown only on a terminal.
+      metrics: replacement for the default metrics of the final network, ``(problem, params, seed,
+        split, pool) -> metrics``.
 
     Returns:
-      One row a run, in their order: "method", "seed", a column for each setting (NaN where a method
-      has none), "gradients" (evaluations per step) and the metrics of
+      One row per run, in their order: "method", "seed", a column for each hyperparameter (NaN for
+      methods without it), "gradients" (evaluations per step) and the metrics of
       :class:`~gradreg_optax.experiments.trainer.Trainer`.
 
     Raises:
@@ -237,17 +245,17 @@ def train(
     total = sum(len(places) * runs[places[0]].recipe.steps for places in parts)
     with common.progress(total, what, "step") as bar:
 
-        def make(places: list[int], advanced: Told) -> Columns:
+        def make(places: list[int], advanced: Progress) -> Columns:
             return _part(dataset, [runs[place] for place in places], store, advanced, metrics)
 
-        for places, part in zip(parts, _together(make, parts, bar.update), strict=True):
+        for places, part in zip(parts, _two_at_a_time(make, parts, bar.update), strict=True):
             for i, place in enumerate(places):
                 found[place] = {name: values[i] for name, values in part.items()}
     return columns([_row(run) | metrics for run, metrics in zip(runs, found, strict=True)])
 
 
 def flops(dataset: Dataset, method: Method, recipe: Recipe, store: Store | None = None) -> float:
-    """Floating-point operations of a step, every penalty taken, over those of the plain one."""
+    """Return the floating-point operations of a penalised step, relative to a plain one."""
     store = store or Store(None)
 
     def count(method: Method, recipe: Recipe) -> float:
@@ -262,7 +270,7 @@ def flops(dataset: Dataset, method: Method, recipe: Recipe, store: Store | None 
 
 @functools.lru_cache(maxsize=4)
 def fingerprint(dataset: Dataset) -> str:
-    """A digest of all inputs, all labels, and how they are read."""
+    """Return a digest of all inputs and labels and of their interpretation."""
     kind = f"{dataset.shape} {dataset.classes} {dataset.scale} {dataset.resplit}"
     digest = hashlib.sha256(kind.encode())
     for array in (dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y):
@@ -272,43 +280,42 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def select(columns: Mapping[str, Any], **where: Any) -> Columns:
-    """The rows whose columns have the given values; NaN is found by NaN."""
+    """Return the rows whose columns have the given values; NaN matches NaN."""
     table = {name: np.asarray(values) for name, values in columns.items()}
     keep = np.ones(_size(table), bool)
     for name, value in where.items():
-        keep &= _equal(table[name], value)
+        missing = isinstance(value, float) and np.isnan(value)
+        keep &= np.isnan(table[name]) if missing else table[name] == value
     return {name: values[keep] for name, values in table.items()}
 
 
 def groups(columns: Mapping[str, Any], *names: str) -> Iterator[tuple[tuple[Any, ...], Columns]]:
-    """The different values of some columns, in the order of their first rows, with their rows."""
-    rows = _size(columns)
+    """Yield the distinct values of some columns, in order of appearance, with their rows."""
     lists = [np.asarray(columns[name]).tolist() for name in names]
-    keys = zip(*lists, strict=True) if names else [()] * rows
-    seen = {repr(values): values for values in keys}  # NaN equals NaN here
-    for values in seen.values():
+    keys = zip(*lists, strict=True) if names else [()] * _size(columns)
+    distinct = {repr(values): values for values in keys}  # with repr, NaN equals NaN
+    for values in distinct.values():
         yield values, select(columns, **dict(zip(names, values, strict=True)))
 
 
 def by(columns: Mapping[str, Any], name: str) -> dict[Any, Columns]:
-    """The rows of each value of a column, in the order of their first rows."""
+    """Return the rows of each value of a column, in order of appearance."""
     return {value: rows for (value,), rows in groups(columns, name)}
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> Columns:
-    """Rows as columns; what one of them lacks is NaN there, or empty."""
+    """Convert rows to columns; a missing value is NaN, or an empty string."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: _column([row.get(name) for row in rows]) for name in names}
 
 
 def tagged(columns: Mapping[str, Any], **tags: Any) -> Columns:
-    """The rows, with further columns of one value each in front."""
-    rows = _size(columns)
-    return {name: np.full(rows, value) for name, value in tags.items()} | dict(columns)
+    """Return the rows with further columns in front, of one value each."""
+    return {name: np.full(_size(columns), tag) for name, tag in tags.items()} | dict(columns)
 
 
 def stack(*tables: Mapping[str, Any]) -> Columns:
-    """Tables one below the other; a column that one of them lacks is NaN there, or empty."""
+    """Concatenate the rows of tables; a missing value is NaN, or an empty string."""
     rows: list[dict[str, Any]] = []
     for table in tables:
         lists = {name: np.asarray(values).tolist() for name, values in table.items()}
@@ -317,11 +324,11 @@ def stack(*tables: Mapping[str, Any]) -> Columns:
 
 
 def tidy(axes: Mapping[str, Any], **blocks: Any) -> Columns:
-    """Arrays over some axes as columns, one row an entry.
+    """Convert arrays to columns, one row per entry.
 
     Args:
       axes: the values along each axis, by name.
-      **blocks: arrays over all of them.
+      **blocks: arrays with these axes.
     """
     grid = np.meshgrid(*map(np.asarray, axes.values()), indexing="ij")
     columns = dict(zip(axes, (axis.ravel() for axis in grid), strict=True))
@@ -329,8 +336,9 @@ def tidy(axes: Mapping[str, Any], **blocks: Any) -> Columns:
 
 
 def blocks(columns: Mapping[str, Any], *axes: str) -> dict[str, Array]:
-    """Columns as arrays over the different values of some of them, and these values, each in the
-    order of its first row: the inverse of :func:`tidy`.
+    """Convert columns to arrays with one axis per given column: the inverse of :func:`tidy`.
+
+    The values along each axis, in order of appearance, are returned under its name.
     """
     found, places = dict[str, Array](), []
     for axis in axes:
@@ -348,28 +356,30 @@ def blocks(columns: Mapping[str, Any], *axes: str) -> dict[str, Array]:
 def best(
     columns: Mapping[str, Any], *names: str, score: Callable[[Columns], float] | None = None
 ) -> dict[str, float] | None:
-    """Return the setting with the best score among those where no run diverged.
+    """Return the setting with the best score among those without a diverged run.
 
     Args:
       columns: the runs of one method.
-      names: the columns that make a setting.
+      names: the columns that define a setting.
       score: see :func:`select_then_report`.
 
     Returns:
-      Its values, of equals the first; None if every setting diverged.
+      Its values, the first of equals; None if every setting diverged.
     """
     score = score or (lambda rows: float(np.mean(rows["accuracy"])))
-    sound = [
+    converged = [
         (score(rows), dict(zip(names, values, strict=True)))
         for values, rows in groups(columns, *names)
         if not np.any(rows["diverged"])
     ]
-    return max(sound, key=lambda one: one[0])[1] if sound else None
+    return max(converged, key=lambda one: one[0])[1] if converged else None
 
 
 def _parts(runs: Sequence[Run], lanes: int) -> Iterator[list[int]]:
-    """The places of the runs of each part; the last one is repeated to the width of the others, so
-    that all parts of a method and a recipe share a program.
+    """Yield the indices of the runs of each part.
+
+    The last part of a method and recipe is padded with its last run, so that all of them share a
+    program.
     """
     alike: dict[Any, list[int]] = {}
     for place, run in enumerate(runs):
@@ -382,48 +392,46 @@ def _parts(runs: Sequence[Run], lanes: int) -> Iterator[list[int]]:
             yield part + part[-1:] * (width - len(part))
 
 
-def _together(
-    make: Callable[[list[int], Told], Columns], parts: Sequence[list[int]], advanced: Told
+def _two_at_a_time(
+    make: Callable[[list[int], Progress], Columns], parts: Sequence[list[int]], advanced: Progress
 ) -> Iterator[Columns]:
-    """What ``make`` makes of each part, in their order; two are under way at once, so that one is
-    compiled while another trains.
-    """
-    given_up = threading.Event()
+    """Yield the result of ``make`` for each part; one part compiles while another one trains."""
+    stopped = threading.Event()
 
     def advance(steps: int) -> None:
-        if given_up.is_set():
-            raise _GivenUpError
+        if stopped.is_set():
+            raise _StoppedError
         advanced(steps)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         try:
             yield from pool.map(lambda part: make(part, advance), parts)
-        finally:  # an interrupt, or an error in one part, ends the others at their next report
-            given_up.set()
+        finally:  # after an error in one part, or an interrupt, stop the others
+            stopped.set()
 
 
-class _GivenUpError(Exception):
+class _StoppedError(Exception):
     """Another part failed, or the user interrupted."""
 
 
 def _part(
-    dataset: Dataset, runs: list[Run], store: Store, advanced: Told, metrics: Metrics | None
+    dataset: Dataset, runs: list[Run], store: Store, advanced: Progress, metrics: Metrics | None
 ) -> Columns:
-    """The metrics of runs of one method and recipe that train side by side."""
+    """Return the metrics of runs of one method and recipe."""
     method, recipe, names = runs[0].method, runs[0].recipe, sorted(runs[0].settings)
     trainer, seeds = _trainer(dataset, method, recipe), np.array([run.seed for run in runs])
     settings = {name: np.array([run.settings[name] for run in runs]) for name in names}
-    how: dict[str, Any] = {} if metrics is None else {"metrics": metrics}
-    what = {"recipe": recipe.describe(), "program": trainer.digest(tuple(names), **how)}
+    options: dict[str, Any] = {} if metrics is None else {"metrics": metrics}
+    what = {"recipe": recipe.describe(), "program": trainer.digest(tuple(names), **options)}
     what |= {"settings": settings, "seeds": seeds, "data": fingerprint(dataset)}
-    taken: list[int] = []
+    completed: list[int] = []
 
-    def tell(steps: int) -> None:
-        taken.append(steps)
+    def advance(steps: int) -> None:
+        completed.append(steps)
         advanced(steps)
 
-    found = store.keep(method.label, what, lambda: trainer(settings, seeds, tell, **how))
-    if not taken:  # from the disk
+    found = store.keep(method.label, what, lambda: trainer(settings, seeds, advance, **options))
+    if not completed:  # read from disk
         advanced(len(runs) * recipe.steps)
     return found
 
@@ -434,7 +442,7 @@ def _trainer(dataset: Dataset, method: Method, recipe: Recipe) -> Trainer:
 
 
 def _size(columns: Mapping[str, Any]) -> int:
-    """The number of rows."""
+    """Return the number of rows."""
     return len(next(iter(columns.values())))
 
 
@@ -446,10 +454,5 @@ def _row(run: Run) -> dict[str, Any]:
 
 
 def _column(values: list[Any]) -> Array:
-    given = [value for value in values if value is not None]
-    missing = "" if isinstance(given[0], str) else np.nan
+    missing = "" if any(isinstance(value, str) for value in values) else np.nan
     return np.array([missing if value is None else value for value in values])
-
-
-def _equal(column: Array, value: Any) -> Array:
-    return np.isnan(column) if isinstance(value, float) and np.isnan(value) else column == value

@@ -1,67 +1,51 @@
-"""Means with their errors and paired tests; a run that diverged is NaN and enters none of them."""
+"""Means, standard errors and paired t-tests. Non-finite values (diverged runs) are ignored."""
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from scipy import stats
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds.
+    """A mean over seeds; ``f"{estimate:.1f}"`` prints it with its standard error.
 
     Attributes:
       mean: the mean; NaN without a value.
       error: its standard error; NaN with fewer than two values.
       size: number of values.
+      p: for a paired difference, the two-sided p-value of the t-test that the mean is zero.
     """
 
     mean: float
     error: float
     size: int
+    p: float = math.nan
 
     def __format__(self, spec: str) -> str:
-        """The mean with its error, each in the format ``spec``."""
-        return _with_error(self.mean, self.error, spec)
-
-
-class Difference(NamedTuple):
-    """A mean paired difference.
-
-    Attributes:
-      mean: the mean.
-      error: its standard error.
-      p: two-sided p-value of the paired t-test that the mean is zero.
-      size: number of pairs.
-    """
-
-    mean: float
-    error: float
-    p: float
-    size: int
-
-    def __format__(self, spec: str) -> str:
-        """The mean with its error, each in the format ``spec``; with none as :meth:`__str__`."""
-        return _with_error(self.mean, self.error, spec) if spec else str(self)
+        """Return ``mean ± error``, the mean alone without an error, nothing without a value."""
+        if math.isnan(self.mean):
+            return ""
+        error = "" if math.isnan(self.error) else f" ± {self.error:{spec.lstrip('+')}}"
+        return f"{self.mean:{spec}}{error}"
 
     @property
-    def chance(self) -> str:
-        """``p`` with one digit; nothing where a single pair has none."""
+    def p_text(self) -> str:
+        """``p`` with one digit; empty if it is NaN."""
         return "" if math.isnan(self.p) else f"{self.p:.1g}"
 
-    def __str__(self) -> str:
-        """The mean with its error, and p if there is one."""
-        return f"{self:+.2f}" + (f" (p = {self.chance})" if self.chance else "")
+
+Difference: TypeAlias = Estimate  # of pairs
 
 
-def points(rows: Mapping[str, Any], over: Mapping[str, Any]) -> Difference:
-    """The paired difference of the accuracies of two methods' runs, in points."""
-    return paired(100 * rows["accuracy"], 100 * over["accuracy"])
+def points(rows: Mapping[str, Any], other: Mapping[str, Any]) -> Difference:
+    """Return the paired difference of the accuracies of two methods, in percentage points."""
+    return paired(100 * rows["accuracy"], 100 * other["accuracy"])
 
 
 def estimate(values: Any) -> Estimate:
-    """The mean of the finite values with its standard error."""
+    """Return the mean of the finite values and its standard error."""
     finite = np.asarray(values, float)[np.isfinite(np.asarray(values, float))]
     mean = float(np.mean(finite)) if len(finite) else math.nan
     error = float(np.std(finite, ddof=1) / math.sqrt(len(finite))) if len(finite) > 1 else math.nan
@@ -69,28 +53,18 @@ def estimate(values: Any) -> Estimate:
 
 
 def paired(first: Any, second: Any) -> Difference:
-    """The mean of ``first - second`` over the pairs that are both finite, with its standard error
-    and p-value.
+    """Return the mean of ``first - second`` over the pairs in which both are finite.
 
     Raises:
-      ValueError: the two have different shapes, so that they are no pairs.
+      ValueError: the two have different shapes.
     """
     a, b = np.asarray(first, float), np.asarray(second, float)
     if a.shape != b.shape:
-        raise ValueError(f"paired values must have one shape, got {a.shape} and {b.shape}.")
-    difference = (a - b)[np.isfinite(a - b)]
-    mean, error, size = estimate(difference)
-    if size < 2:
-        return Difference(mean, error, math.nan, size)
-    if error == 0:  # all differences are equal
-        return Difference(mean, error, 1.0 if mean == 0 else 0.0, size)
-    return Difference(mean, error, float(2 * stats.t.sf(abs(mean / error), size - 1)), size)
-
-
-def _with_error(mean: float, error: float, spec: str) -> str:
-    """``mean ± error``; the mean alone where one value has no error, and nothing where there is no
-    value.
-    """
-    if math.isnan(mean):
-        return ""
-    return f"{mean:{spec}}" + ("" if math.isnan(error) else f" ± {error:{spec.lstrip('+')}}")
+        raise ValueError(f"paired: values must have one shape, got {a.shape} and {b.shape}.")
+    found = estimate(a - b)
+    if found.size < 2:
+        return found
+    if found.error == 0:  # all differences are equal
+        return found._replace(p=1.0 if found.mean == 0 else 0.0)
+    t = abs(found.mean / found.error)
+    return found._replace(p=float(2 * stats.t.sf(t, found.size - 1)))

@@ -1,9 +1,7 @@
-"""Time, FLOPs and memory of jitted steps, measured side by side so that their ratios mean
-something.
+"""Time, FLOPs and memory of jitted steps, measured in turn.
 
-A processor is never quite the same from one second to the next. So the steps that are compared run
-in turn, round after round, and what counts is the median over rounds of the ratio *within* a round,
-with its quartiles.
+The speed of a processor changes from one second to the next. So the steps run in turn, round after
+round, and the result is the median over rounds of the ratio within a round, with its quartiles.
 """
 
 import math
@@ -17,20 +15,20 @@ import numpy.typing as npt
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
-# JAX leaves these two without annotations.
-_wait: Any = jax.block_until_ready
-_forget: Any = jax.clear_caches
+# JAX has no annotations for these two.
+_block_until_ready: Any = jax.block_until_ready
+_clear_caches: Any = jax.clear_caches
 
 
 class Program(NamedTuple):
     """A compiled step.
 
     Attributes:
-      run: takes one step and waits for its end.
-      trace: seconds to trace the step and lower it for XLA.
-      compile: seconds that XLA takes to compile it.
-      flops: XLA's count of floating-point operations; of a conditional it counts the dearer branch.
-      memory: bytes of temporary memory, beyond arguments and results.
+      run: takes one step and blocks until it is done.
+      trace: seconds to trace and lower the step.
+      compile: seconds to compile it.
+      flops: XLA's count of floating-point operations; for a conditional, of its larger branch.
+      memory: bytes of temporary memory, without arguments and results.
     """
 
     run: Callable[[], None]
@@ -41,18 +39,14 @@ class Program(NamedTuple):
 
 
 def build(step: Any, state: Any, *args: Any) -> Program:
-    """Traces and compiles a jitted ``step(state, *args) -> (state, ...)``, with JAX's caches
-    emptied first.
+    """Trace and compile a jitted ``step(state, *args) -> (state, ...)``, with JAX's caches cleared.
 
     Args:
       step: a jitted function, which may donate the state.
-      state: what it starts from; not usable afterwards.
-      *args: its further arguments, the same at every step.
-
-    Returns:
-      The compiled step.
+      state: the initial state; not usable afterwards.
+      *args: further arguments, the same for every step.
     """
-    _forget()
+    _clear_caches()
     start = time.perf_counter()
     lowered = step.lower(state, *args)
     traced = time.perf_counter()
@@ -61,10 +55,9 @@ def build(step: Any, state: Any, *args: Any) -> Program:
 
     def run() -> None:
         nonlocal state
-        state = _wait(step(state, *args)[0])
+        # Users call the step itself, and it dispatches faster than its compiled form.
+        state = _block_until_ready(step(state, *args)[0])
 
-    # The step itself is called, not its compiled form: it is what users call, and it dispatches
-    # faster.
     run()
     flops = float(compiled.cost_analysis()["flops"])
     memory = int(compiled.memory_analysis().temp_size_in_bytes)
@@ -76,16 +69,15 @@ def interleave(
     rounds: Iterable[int],
     repeats: Mapping[str, int] | None = None,
 ) -> dict[str, Floats]:
-    """Runs everything in turn.
+    """Time functions in turn.
 
     Args:
-      runs: what to time, each of which waits for its own end.
-      rounds: ``range(n)``, or a progress bar around it. Every round starts with another one, so
-        that none has a better place.
-      repeats: how many times in succession to run some of them within a round (one is the default).
+      runs: blocking functions by name.
+      rounds: ``range(n)``, or a progress bar around it. Each round starts with another function.
+      repeats: number of successive calls in a round, by name; 1 by default.
 
     Returns:
-      Seconds per run, one for each round.
+      Seconds per call, one value for each round.
     """
     repeats = repeats or {}
     names = list(runs)
@@ -104,13 +96,13 @@ def interleave(
 
 
 class Ratio(NamedTuple):
-    """A ratio of times over the rounds of one run.
+    """A ratio of times over rounds.
 
     Attributes:
-      median: its median.
-      lower: its first quartile.
-      upper: its third quartile.
-      noise: half the width of the 95% confidence interval of the median, from order statistics.
+      median: the median.
+      lower: the first quartile.
+      upper: the third quartile.
+      noise: half the width of the 95 % confidence interval of the median, from order statistics.
     """
 
     median: float
@@ -123,7 +115,7 @@ class Ratio(NamedTuple):
 
 
 def ratio(seconds: Floats, reference: Floats) -> Ratio:
-    """The ratio of two rows of times that were measured in the same rounds."""
+    """Return the ratio of two arrays of times from the same rounds."""
     values = np.sort(np.asarray(seconds) / np.asarray(reference))
     lower, median, upper = np.quantile(values, [0.25, 0.5, 0.75])
     # 1.96 standard deviations of a binomial count around n / 2

@@ -140,9 +140,9 @@ def test_a_refused_configuration_points_to_the_help_of_its_command(arguments, tm
         ),
         (
             ["sweep", "--batch-size", "500"],
-            "gradreg sweep: batch_size must not exceed the 300 training samples",
+            "gradreg sweep: batch_size must be at most 300, the number of training samples",
         ),
-        (["compare", "--train-size", "2000"], "gradreg compare: train_size must lie between 1 and"),
+        (["compare", "--train-size", "2000"], "gradreg compare: train_size must be between 1 and"),
         (["compare", "--redraw"], "gradreg compare: no results at "),
     ],
 )

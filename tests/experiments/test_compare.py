@@ -87,7 +87,7 @@ def test_the_table_names_method_difference_cost_and_number_of_seeds(found):
 def test_the_table_sets_forward_differences_beside_sam(found):
     gain = statistics.paired(100 * accuracy(found, "F-GR"), 100 * accuracy(found, "SAM"))
     row = next(line for line in compare.table(found).splitlines() if "F-GR minus SAM" in line)
-    assert row.split()[3:] == [*f"{gain:+.2f}".split(), gain.chance, "3"]
+    assert row.split()[3:] == [*f"{gain:+.2f}".split(), gain.p_text, "3"]
 
 
 def test_one_seed_has_no_p(found):

@@ -18,7 +18,7 @@ ROWS = {
 
 
 @given(rows=st.lists(st.lists(cells, min_size=3, max_size=3), min_size=1, max_size=5))
-def test_columns_are_aligned_whatever_they_hold(rows):
+def test_columns_are_aligned_for_any_cells(rows):
     lines = str(Table("", ["a", "b", "c"], rows)).splitlines()
     widths = [max(len(row[i]) for row in [*rows, ["a", "b", "c"]]) for i in range(3)]
     for line, row in zip(lines, [["a", "b", "c"], *rows], strict=True):
@@ -37,9 +37,15 @@ def test_a_diverged_run_is_counted_and_not_averaged():
 
 
 def test_the_baseline_has_no_difference_to_itself_and_others_are_paired_by_seed():
-    gain, chance = report.minus(ROWS["SGD"])
-    assert (gain(ROWS["SGD"]), chance(ROWS["SGD"])) == ("", "")
+    gain, p = report.minus(ROWS["SGD"])
+    assert (str(gain(ROWS["SGD"])), str(p(ROWS["SGD"]))) == ("", "")
     assert str(gain(ROWS["F-GR"])) == "+15.0 ± 5.0"  # over the two seeds that both finished
+
+
+def test_gradients_are_rounded_half_up_as_the_documentation_does():
+    costs = (1, 1.125, 7 / 3, 3)
+    cells = [str(report.gradients({"gradients": [cost]})) for cost in costs]
+    assert cells == ["1.00", "1.13", "2.33", "3.00"]
 
 
 def test_pairs_name_the_number_of_seeds_and_leave_out_methods_that_are_absent():

@@ -76,7 +76,7 @@ def test_nothing_but_the_results_is_left_in_the_folder(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="run the command without --redraw first"):
+    with pytest.raises(FileNotFoundError, match="Run the command without --redraw first"):
         results.load(tmp_path)
 
 
@@ -87,7 +87,7 @@ def test_a_missing_file_is_named(tmp_path):
         ('{"command": "gradreg test", "layout"', "results.json is broken"),
         ("[1, 2]", "results.json is broken"),
         ('{"results": {}}', "results.json is broken"),
-        ('{"command": "gradreg test", "layout": 1, "results": {}}', "layout 1, this version reads"),
+        ('{"command": "gradreg test", "layout": 1, "results": {}}', "layout 1, expected 2"),
         ('{"command": "gradreg cost", "layout": 2, "results": {}}', "of 'gradreg cost', not of"),
         (b"\xff\xfe\x00", "results.json is broken"),
     ],

@@ -185,7 +185,7 @@ def test_a_changed_file_uses_no_stale_part(tmp_path, pretended):
         ({"rhos": (-0.1,)}, "rhos must be at least 0, got -0.1"),
         ({"interval": 0}, "interval must be at least 1, got 0"),
         ({"penalty_fraction": 0.0}, "penalty_fraction must be above 0"),
-        ({"penalty_fraction": 1.5}, "penalty_fraction must not exceed 1, got 1.5"),
+        ({"penalty_fraction": 1.5}, "penalty_fraction must be at most 1, got 1.5"),
         ({"methods": ()}, "methods must be some of SGD, .*, got none"),
         ({"methods": ("GR",)}, "methods must be some of SGD, .*, got GR"),
     ],

@@ -99,7 +99,7 @@ def test_lanes_of_a_convolutional_network_are_runs_of_their_own():
     parts = x[:40], np.arange(40) % 3, x[40:], np.arange(20) % 3
     signals = data.from_arrays("signals", *parts)
     sizes = {"train_size": None, "test_size": None, "batch_size": 16, "steps": 6, "width": 2}
-    recipe = training.Recipe(model="resnet", label_noise=0.0, eigenvalue=False, **sizes)
+    recipe = training.Recipe(model="cnn", label_noise=0.0, eigenvalue=False, **sizes)
     trainer = training.Trainer(signals, training.METHODS["F-GR"], recipe)
     both = trainer({"gamma": np.array([1.0, 0.1]), "epsilon": 0.5}, [0, 1])
     twice = trainer({"gamma": 0.1, "epsilon": 0.5}, [1, 1])["train_loss"]
@@ -142,7 +142,7 @@ def test_settings_of_another_method_are_refused(settings, forward):
         ({"model": "vit"}, "unknown model 'vit'"),
         ({"model": (lambda key: 0.0, lambda p, x: x)}, r"logits of shape \(batch, 10\), got"),
         ({"warmup_steps": 3000}, "warmup_steps must be at least 0 and below the 3000 steps"),
-        ({"batch_size": 41}, "must not exceed the 40"),
+        ({"batch_size": 41}, "batch_size must be at most 40"),
     ],
 )
 def test_a_recipe_that_cannot_be_followed_is_refused(change, message):
