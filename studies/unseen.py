@@ -208,7 +208,7 @@ def _row(cell: Cell) -> list[Any]:
     tuned = cell.gain(cell.tuned)
     cells = [cell.task, cell.part, report.mean("score", ".1f")(cell.plain)]
     cells += [Number(cell.gain(rows), "+.1f") for rows in cell.constant.values()]
-    cells += [f"{cell.best:g}", Number(tuned, "+.1f"), tuned.chance]
+    cells += [f"{cell.best:g}", Number(tuned, "+.1f"), tuned.p_text]
     cells += [Number(100 * cell.kept(r), ".0f") for r in (cell.best, cell.hindsight)]
     over = statistics.paired(cell.tuned["score"], cell.everything["score"])
     return [*cells, Number(over, "+.1f")]
