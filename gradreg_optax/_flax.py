@@ -51,22 +51,23 @@ def make_nnx_train_step(
 ) -> Callable[..., StepInfo]:
     r"""Build a train step for Flax NNX modules and the stock ``nnx.Optimizer``.
 
-    The regularizer is the first transformation of the optimizer's chain, or is passed here. Each
-    step makes one clean pass, which updates the model and every other NNX object among the
-    arguments (BatchNorm statistics, dropout counters, ``nnx.Rngs``, metrics, a teacher) once, in
-    place. The passes of the regularizer run on copies of the state before the step, so that they
-    evaluate the same function.
+    The regularizer is the first transformation of the optimizer's chain, or an argument here. The
+    first pass of a step updates the model and every other NNX object among the arguments (BatchNorm
+    statistics, dropout counters, ``nnx.Rngs``, metrics, a teacher) once, in place. The passes of
+    the regularizer use copies of the state before the step, so that they evaluate the same
+    function.
 
-    Cost: as for :func:`make_train_step`. On a small module the bookkeeping of ``nnx.jit`` makes a
-    step several times slower than a functional step. Where that matters, split the module once and
-    use :func:`make_train_step`. That function also has ``ascent_groups``, which this one has not:
-    each group would leave its own statistics.
+    Cost:
+      As for :func:`make_train_step`. For a small module, the overhead of ``nnx.jit`` makes a step
+      several times slower than a functional step; to avoid it, split the module once and use
+      :func:`make_train_step`. ``ascent_groups`` is available only there, because each group would
+      produce its own statistics.
 
     Args:
       loss_fn: ``loss_fn(model, *args, **kwargs)``, which returns a real scalar, or ``(scalar,
         aux)`` with ``has_aux``. Any argument may be, or contain, an NNX object.
-      regularizer: a transformation of this package, or a chain of them. Its step counter is the
-        optimizer's. A regularizer with further state belongs in the optimizer's chain.
+      regularizer: a transformation of this package, or a chain of them. It uses the step counter of
+        the optimizer. Put a regularizer with further state into the optimizer's chain.
       has_aux: whether ``loss_fn`` returns ``(value, aux)``.
       penalty_fraction: as for :func:`make_train_step`. The batch is the first argument after the
         model, passed by position or by name. With the regularizer in the optimizer's chain, a line
@@ -83,10 +84,10 @@ def make_nnx_train_step(
       ImportError: flax is not installed.
       TypeError: the regularizer is not an Optax transformation; the loss has an argument
         ``held_out``.
-      ValueError: penalty_fraction outside (0, 1]; a static argument that the loss does not have; at
-        the first step a regularizer in both places or in neither, an optimizer in place of the
-        regularizer, a regularizer here that has more state than a step counter, or a loss that
-        changes the structure of an object.
+      ValueError: penalty_fraction outside (0, 1]; an unknown name in static_argnames; at the first
+        step, a regularizer in both places or in neither, an optimizer in place of the regularizer,
+        a regularizer argument with more state than a step counter, or a loss that changes the
+        structure of an NNX object.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -148,19 +149,21 @@ def nnx_regularized_loss(
     r"""Return the loss of an NNX module with the regularized gradient, for ``nnx.value_and_grad``.
 
     As in :func:`regularized_loss`, value and aux are those of ``loss_fn``, and ``nnx.grad`` returns
-    what ``regularizer`` makes of the gradient. Any argument may be, or contain, an NNX object
-    (``nnx.Rngs``, a metric, a teacher, a cache). A call leaves each object as one call of
-    ``loss_fn`` leaves it; the passes of the regularizer start from the state before the call. A
-    loss in micro-batches (:func:`microbatched`) averages what its micro-batches leave.
+    the output of ``regularizer`` for the gradient. Any argument may be, or contain, an NNX object
+    (``nnx.Rngs``, a metric, a teacher, a cache). After a call, each object is in the state that one
+    call of ``loss_fn`` would leave. The passes of the regularizer start from the state before the
+    call. For a loss in micro-batches (:func:`microbatched`), statistics are averaged over the
+    micro-batches.
 
-    Cost: of an evaluation, that of the loss; of a gradient, that of the transformation.
+    Cost:
+      An evaluation costs the same as that of the loss, and a gradient the same as the
+      transformation.
 
     Args:
       loss_fn: ``loss_fn(model, *args, **kwargs)``, which returns a real scalar, or ``(scalar,
         aux)`` with ``has_aux``.
-      regularizer: as for :func:`regularized_loss`. One with more state than a step counter, such as
-        :func:`relative_gradreg`, belongs in the optimizer's chain, with
-        :func:`make_nnx_train_step`.
+      regularizer: as for :func:`regularized_loss`. For one with more state than a step counter,
+        such as :func:`relative_gradreg`, use the optimizer's chain and :func:`make_nnx_train_step`.
       wrt: a filter for the parameters that are penalised, ``nnx.Param`` by default; the same as in
         ``nnx.value_and_grad(..., argnums=nnx.DiffState(0, wrt))``.
       has_aux: whether ``loss_fn`` returns ``(value, aux)``.
@@ -236,11 +239,11 @@ class NNXRegularizedLoss(TransformedLoss):
 def _pure_loss(
     caller: str, nnx: Any, loss_fn: LossFn, has_aux: bool
 ) -> Callable[..., tuple[Weighted, Any]]:
-    """Return a loss of ``(model, selected, keywords, params, *values)`` that changes not one.
+    """Return a loss of ``(model, selected, keywords, params, *values)`` without side effects.
 
-    ``params`` take the place of the selected variables, and ``keywords`` are the names of the last
-    values. Its aux is (aux, what the loss changed): a dictionary from the number of a variable
-    among those of the arguments to its new arrays.
+    ``params`` replace the selected variables, and ``keywords`` are the names of the last values.
+    Its aux is ``(aux, changes)``, where ``changes`` maps the index of a variable among those of the
+    arguments to its new arrays.
     """
     one, count = pieces_of(loss_fn)
     whole = with_weight(caller, one, has_aux)
@@ -257,9 +260,10 @@ def _pure_loss(
         mean, aux = whole(*arguments[:positional], **named)
         if nnx.graphdef(objects) != graphdef:
             raise ValueError(
-                f"{caller}: the loss must leave the structure of its NNX objects as it is, but adds"
-                " variables (nnx.sow, a cache) or sets attributes (model.eval()). Do so before the"
-                " step; return intermediate values as aux, nnx.pop(model, nnx.Intermediate)."
+                f"{caller}: the loss must leave the structure of its NNX objects as it is, got one"
+                " that adds variables (nnx.sow, a cache) or sets attributes (model.eval()). Do this"
+                " before the step, or return intermediate values as aux: nnx.pop(model,"
+                " nnx.Intermediate)."
             )
         pairs = enumerate(zip(before, _arrays(nnx, objects), strict=True))
         return mean, (aux, {i: new for i, (old, new) in pairs if not _same(old, new)})
@@ -279,7 +283,7 @@ def _pure_loss(
 def _static_arguments(
     caller: str, loss_fn: LossFn, names: str | Sequence[str]
 ) -> dict[str, tuple[Any, ...]]:
-    """Return the static arguments of the step: its optimizer stands after the model."""
+    """Return the static arguments of the step, whose second argument is the optimizer."""
     static = static_arguments(caller, loss_fn, names)
     if "static_argnums" in static:
         static["static_argnums"] = tuple(number + 1 for number in static["static_argnums"])
@@ -307,7 +311,7 @@ def _arrays(nnx: Any, objects: list[Any]) -> list[list[Any]]:
 
 
 def _write(nnx: Any, arguments: PyTree, changes: Mapping[int, list[Any]]) -> None:
-    """Write what a loss changed into the objects among the arguments."""
+    """Write the changes of a loss into the objects among the arguments."""
     objects = _objects(nnx, arguments)
     variables = list(nnx.to_flat_state(nnx.state(objects)))
     changed = [(variables[i][0], _refilled(variables[i][1], new)) for i, new in changes.items()]
@@ -319,7 +323,7 @@ def _same(old: list[Any], new: list[Any]) -> bool:
 
 
 def _refilled(tree: PyTree, arrays: PyTree) -> PyTree:
-    """Return the first tree, NNX's variables in it, with the leaves of the second."""
+    """Return the first tree, which may have NNX variables, with the leaves of the second."""
     return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(arrays))
 
 
@@ -339,9 +343,9 @@ def _signature(loss_fn: LossFn) -> inspect.Signature:
 
 
 def _with_step(signature: inspect.Signature) -> tuple[inspect.Signature, bool]:
-    """Add an argument ``step`` where the loss has none; return whether that was done.
+    """Add an argument ``step`` if the loss has none; return whether it was added.
 
-    It is positional where it can be: nnx.grad passes all arguments by position.
+    It is positional if possible, because nnx.grad passes all arguments by position.
     """
     parameters = list(signature.parameters.values())
     kinds = [p.kind for p in parameters]
@@ -363,11 +367,11 @@ def _check_optimizer(caller: str, nnx: Any, optimizer: Any) -> None:
 
 
 def _check_batch(caller: str, batch: Sequence[Any], kept: float, held_out: PyTree) -> None:
-    """Check that there is a batch, which can be split, where an option needs it."""
+    """Check for a batch that can be split, if an option needs it."""
     if not batch and (kept < 1 or held_out is not None):
         raise TypeError(
             f"{caller}: penalty_fraction and held_out= need a batch, the first argument of the loss"
-            " after the model. Pass the batch to the loss."
+            " after the model, got none. Pass the batch to the loss."
         )
     if kept < 1:
         batch_size(caller, "penalty_fraction", batch[0])
@@ -392,14 +396,14 @@ def _check_place(caller: str, here: bool, state: optax.OptState, chain: optax.Op
 
 @contextlib.contextmanager
 def _explained(caller: str, clean: Callable[[], Any]) -> Iterator[None]:
-    """Name the caller in an error of the regularizer; ``clean`` raises those of the loss."""
+    """Name the caller in an error of the regularizer; ``clean`` raises an error of the loss."""
     try:
         yield
     except (TypeError, AttributeError) as error:
         clean()
         raise TypeError(
-            f"{caller}: the regularizer failed ({error}). It needs no loss of its own, because"
-            f" {caller} passes one: write fd_gradreg(gamma=..., epsilon=...)."
+            f"{caller}: the regularizer raised an error ({error}). It needs no loss, because"
+            f" {caller} passes one. Write fd_gradreg(gamma=..., epsilon=...)."
         ) from error
 
 
@@ -407,4 +411,6 @@ def _flax(caller: str) -> Any:
     try:
         return importlib.import_module("flax.nnx")
     except ImportError as error:
-        raise ImportError(f'{caller} needs flax: pip install "gradreg-optax[flax]".') from error
+        raise ImportError(
+            f'{caller}: Flax is not installed. Run pip install "gradreg-optax[flax]".'
+        ) from error

@@ -1,4 +1,4 @@
-"""A loss whose gradient is the regularized one, for trainers that take a loss."""
+"""A loss with the regularized gradient, for trainers that take a loss."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -38,32 +38,34 @@ def regularized_loss(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
 ) -> Loss:
-    r"""The same loss with the regularized gradient, for any trainer that takes a loss.
+    r"""Return the same loss with the regularized gradient, for any trainer that takes a loss.
 
-    Its value, and its aux, are those of ``loss_fn``, bit for bit. Its gradient with respect to the
-    parameters is what ``regularizer`` makes of :math:`\nabla L`, such as
-    :math:`g + \frac{\gamma}{\epsilon}(\nabla L(\theta + \epsilon g) - g)`; with respect to other
-    arguments it is that of the loss. So ``jax.grad``, ``jax.value_and_grad`` and every trainer that
-    calls them train with the regularizer. Both passes see the same arguments, and aux is the clean
-    pass's. Factors of the trainer's own, a loss scale say, multiply the regularized gradient.
+    Value and aux are those of ``loss_fn``, bit for bit. The gradient with respect to the parameters
+    is the output of ``regularizer`` for :math:`\nabla L`, such as
+    :math:`g + \frac{\gamma}{\epsilon}(\nabla L(\theta + \epsilon g) - g)`. Gradients with respect
+    to other arguments are those of the loss. So ``jax.grad``, ``jax.value_and_grad`` and every
+    trainer that uses them train with the regularizer. Both passes use the same arguments, and aux
+    is that of the first pass. A factor outside the loss, such as a loss scale, multiplies the
+    regularized gradient.
 
-    The loss sets the units: of a *sum* over n tokens gamma and epsilon are those of the mean
-    divided by n. A trainer that adds up the gradients of micro-batches averages their regularized
+    The loss determines the units: for a *sum* over n tokens, divide gamma and epsilon of the mean
+    by n. A trainer that accumulates gradients of micro-batches averages their regularized
     gradients.
 
-    Cost: of an evaluation, that of the loss; of a gradient, that of the transformation. Gradients
-    with respect to other arguments cost nothing where they are not taken.
+    Cost:
+      An evaluation costs the same as that of the loss, and a gradient the same as the
+      transformation. Gradients with respect to other arguments are computed only if requested.
 
     Args:
-      loss_fn: ``loss_fn(params, *args, **kwargs)``, a real scalar, or ``(scalar, aux)`` with
-        ``has_aux``.
+      loss_fn: ``loss_fn(params, *args, **kwargs)``, which returns a real scalar, or ``(scalar,
+        aux)`` with ``has_aux``.
       regularizer: ``fd_gradreg(...)``, ``dbp_gradreg(...)``, ``sam(...)``, ``flooding(...)``, or a
-        chain of them. It needs no loss of its own; one that it has gets its arguments by name from
-        those of ``loss_fn``. A loss keeps no state from call to call: one with a schedule,
-        ``start`` or ``interval`` > 1 needs the step, ``loss(..., step=step)``, and one with more
-        state than a counter is refused.
-      argnums: which argument, or arguments, of ``loss_fn`` are the parameters, counted in its
-        signature; of several, all together are penalised.
+        chain of them. It uses ``loss_fn``, unless it was constructed with another loss, whose
+        arguments are picked by name from those of ``loss_fn``. The loss keeps no state between
+        calls: with a schedule, ``start`` or ``interval`` > 1 call ``loss(..., step=step)``. A
+        regularizer with more state than a counter is an error.
+      argnums: the position of the parameters in the signature of ``loss_fn``, or a tuple of
+        positions. With a tuple, the penalty is on the norm of all gradients together.
       has_aux: whether ``loss_fn`` returns ``(value, aux)``.
 
     Returns:
@@ -150,9 +152,9 @@ def bind_step(
 ) -> tuple[tuple[Any, ...], dict[str, Any], jax.Array | None]:
     """Bind a call of a regularized loss: ``(args, kwargs, step of the regularizer)``.
 
-    An argument ``step`` of the loss is the loss's own; the regularizer counts by it if it is a
-    whole number >= 0. A loss with ``**kwargs`` receives ``step`` too. Otherwise ``step`` is for the
-    regularizer alone.
+    If the loss has an argument ``step``, it receives the value, and the regularizer uses it as well
+    if it is a whole number >= 0. A loss with ``**kwargs`` receives ``step`` too. Otherwise only the
+    regularizer receives it.
     """
     signature = signature_of(loss_fn)
     parameters = {} if signature is None else dict(signature.parameters)
@@ -172,7 +174,7 @@ def bind_step(
 
 
 def whole_step(step: Any) -> bool:
-    """Return whether the loss's own ``step`` can be a step counter as well."""
+    """Return whether the argument ``step`` of the loss can be a step counter as well."""
     dtype = getattr(step, "dtype", np.dtype(int) if type(step) is int else np.dtype(bool))
     if not jnp.issubdtype(dtype, jnp.integer) or jnp.shape(step):
         return False
