@@ -119,15 +119,15 @@ def relative_gradreg(
 
     .. math::
 
-        S = \min\Big( \frac{\bar L_\text{held out} - \bar L - 2\sigma}{L_0 - \bar L},\;
-        1 - \frac{\hat L_\text{held out} - \bar L_\text{held out}}{\hat L - \bar L} \Big),
+        S = \min\Big( \frac{\bar L_h - \bar L - 2\sigma}{L_0 - \bar L},\;
+        1 - \frac{\hat L_h - \bar L_h}{\hat L - \bar L} \Big),
 
-    where :math:`\sigma` is the standard error of the gap, estimated from the changes of the losses
-    between updates. The strength is :math:`r = 12 (S - 0.01)`, clipped to [0, 1], after the
-    training loss has decreased by 4.5 times its change from batch to batch. Before that it is zero:
-    on an initial plateau :math:`S` is noise, and a penalty could prevent the escape. Running means
-    cover about 50 penalised updates. The rule penalises memorisation. It does not penalise an
-    underfitting model or single-epoch training.
+    where h denotes held-out samples, and :math:`\sigma` is the standard error of the gap, estimated
+    from the changes of the losses between updates. The strength is :math:`r = 12 (S - 0.01)`,
+    clipped to [0, 1], after the training loss has decreased by 4.5 times its change from batch to
+    batch. Before that it is zero: on an initial plateau :math:`S` is noise, and a penalty could
+    prevent the escape. Running means cover about 50 penalised updates. The rule penalises
+    memorisation. It does not penalise an underfitting model or single-epoch training.
 
     The held-out loss is evaluated, not differentiated. Use a new random sample of the held-out data
     in every update, as large as a batch; with fewer samples the gap is noisy for longer. The

@@ -2,6 +2,7 @@
 
 import html.parser
 import importlib
+import inspect
 import pathlib
 import re
 import subprocess
@@ -109,6 +110,20 @@ def test_every_public_name_is_in_the_reference_with_a_docstring(site):
     for name in public_names():
         module, _, attribute = name.rpartition(".")
         assert getattr(importlib.import_module(module), attribute).__doc__, name
+
+
+SECTIONS = {"Cost:", "Args:", "Returns:", "Raises:", "Example:"}
+CHECKING = {"Cost:", "Yields:", "Warns:", "Example:"}  # a context manager without arguments
+
+
+@pytest.mark.parametrize("name", sorted(public_names()))
+def test_every_public_function_states_cost_arguments_errors_and_an_example(name):
+    module, _, attribute = name.rpartition(".")
+    function = getattr(importlib.import_module(module), attribute)
+    if isinstance(function, type):  # classes document their attributes
+        return
+    lines = {line.strip() for line in inspect.getdoc(function).splitlines()}
+    assert (CHECKING if attribute == "checking" else SECTIONS) <= lines
 
 
 def test_every_test_named_on_a_page_exists():
