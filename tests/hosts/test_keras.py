@@ -1,6 +1,8 @@
 """Keras 3 on JAX: ``fit`` with a regularized train step, after ``docs/how-to/keras.md``."""
 
 import os
+import pathlib
+import re
 
 import jax
 import numpy as np
@@ -124,3 +126,14 @@ def test_fit_on_digits_with_wrong_labels_gains_by_the_penalty():
     error = np.std(gains, ddof=1) / len(gains) ** 0.5
     print(f"without {plain.mean():.1f}%, gain {np.mean(gains):.1f} +- {error:.1f} points")
     assert np.mean(gains) > 10 * error > 0
+
+
+def test_the_code_of_the_page_trains():
+    page = pathlib.Path(__file__).parents[2] / "docs" / "how-to" / "keras.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    x, y, _ = digits()
+    names = {"x": x[:100], "y": y[:100]}
+    exec(code.replace("epochs=60", "epochs=2, verbose=0"), names)
+    history = names["model"].history.history
+    assert history["loss"][1] < history["loss"][0]
+    assert "accuracy" in history
