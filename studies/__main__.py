@@ -9,7 +9,7 @@ PROGRAM = Program(
     " results.json, and resumes when it is started again.",
     {
         "frontier": Command(
-            "Accuracy against cost for lazy penalties and penalties on a part of the batch.",
+            "Accuracy against cost for lazy penalties.",
             "7 minutes on two cores",
             "--optimizers sgd --report-seeds 5 --choose-seeds 5",
         ),
@@ -17,7 +17,7 @@ PROGRAM = Program(
             "Relative strength, fixed or self-tuned, compared with a searched gamma on eight"
             " tasks.",
             "24 minutes on two cores",
-            '--tasks "digits, 30% wrong" --seeds 3',
+            '--tasks "digits, 30 % label noise" --seeds 3',
         ),
         "late": Command(
             "Early, late, lazy and partial penalties at the same cost.",

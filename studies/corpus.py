@@ -66,19 +66,19 @@ def _windows(files: list[Path], length: int) -> Array:
 def transformer(
     tokens: int, length: int, *, width: int = 32, depth: int = 2, heads: int = 4
 ) -> Model:
-    """A causal transformer: the logits of the next token at every place of a sequence.
+    """Return a causal transformer: logits of the next token at every position.
 
     Args:
-      tokens: number of different tokens.
+      tokens: size of the vocabulary.
       length: length of a sequence.
-      width: numbers that stand for a token.
-      depth: blocks of attention and of a hidden layer of four times the width, with learnt
-        root-mean-square normalization in front of each.
-      heads: of the attention; a divisor of the width.
+      width: size of the embedding.
+      depth: number of blocks with attention and a hidden layer of four times the width, each after
+        a root-mean-square normalization.
+      heads: number of attention heads; a divisor of the width.
 
     Returns:
-      The network; its inputs are whole numbers of shape (batch, length), its outputs have shape
-      (batch, length, tokens).
+      The network, from token ids of shape (batch, length) to logits of shape (batch, length,
+      tokens).
     """
     visible = jnp.tril(jnp.ones((length, length), bool))
 

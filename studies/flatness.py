@@ -1,5 +1,7 @@
-"""What flatness is said to buy, on the networks of ``gradreg compare``: calibration, and what
-rounded weights, noisy inputs and a second task leave of the accuracy.
+"""Flatness and its expected benefits, for the networks of ``gradreg compare``.
+
+Measures calibration, and the loss of accuracy with quantized weights, noisy inputs and a second
+task.
 """
 
 import dataclasses
@@ -30,22 +32,19 @@ class Config(compare.Config):
 
     output: Path = Path("results/flatness")
     second_steps: int = 300
-    """Steps of plain SGD on the second task: the same inputs with their entries permuted."""
+    """Steps of plain SGD on the second task, which permutes the entries of the inputs."""
     from_zero = (*compare.Config.from_zero, "second_steps")
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Trains the methods on every seed, and measures.
-
-    Args:
-      config: the settings.
+    """Train the methods on every seed, and measure.
 
     Returns:
-      "recipes", what the methods have in common on each data set; and "runs", one row a run: to the
-      metrics of every run it adds "confidence", "calibration_error" and "calibration_error_noisy",
-      on labels as wrong as the training's; "accuracy_B_bits" and "train_loss_B_bits" of weights
+      "recipes", the shared settings for each data set; and "runs", one row per run. Additional
+      metrics are "confidence"; "calibration_error", and "calibration_error_noisy" on labels with
+      the noise of the training labels; "accuracy_B_bits" and "train_loss_B_bits" with weights
       rounded to B bits; "accuracy_noise_S" with Gaussian noise of S standard deviations on the
-      inputs; "accuracy_after" fine-tuning on a second task, and "accuracy_second" there.
+      inputs; "accuracy_after" fine-tuning on a second task, and "accuracy_second" on that task.
 
     Raises:
       CommandError: settings that do not fit the data.
@@ -64,9 +63,7 @@ def run(config: Config) -> dict[str, Any]:
 def measure(
     problem: Problem, params: PyTree, seed: jax.Array, split: data.Split, pool: Pool, *, steps: int
 ) -> dict[str, jax.Array]:
-    """The usual metrics of one run, and what flatness is said to buy; the seed decides on noise,
-    second task and batches, whatever the method.
-    """
+    """Return the metrics of one run; the seed alone determines noise, second task and batches."""
     noise, order, batches = jax.random.split(jax.random.fold_in(jax.random.key(seed), 4), 3)
     x, y = problem.take(pool, split.test), pool[1][split.test]
     train_x, train_y = problem.take(pool, split.train), pool[1][split.train]
@@ -93,25 +90,26 @@ def measure(
     return found | after
 
 
-def calibration_error(probabilities: jax.Array, labels: jax.Array, wrong: float = 0.0) -> jax.Array:
-    """The expected calibration error of Guo et al. (2017): the gap between the largest probability
-    and the accuracy, in 15 bins of equal width, averaged over the samples.
+def calibration_error(probabilities: jax.Array, labels: jax.Array, noise: float = 0.0) -> jax.Array:
+    """Return the expected calibration error of Guo et al. (2017), with 15 bins of equal width.
+
+    It is the gap between the largest probability and the accuracy, averaged over the samples.
 
     Args:
-      probabilities: of each class, for each sample.
-      labels: the right classes.
-      wrong: counts a sample as if this share of the labels had been replaced by other classes.
+      probabilities: probabilities of the classes, for each sample.
+      labels: the true classes.
+      noise: fraction of labels to treat as replaced by other classes.
     """
     confidence = jnp.max(probabilities, axis=-1)
-    others = wrong / (probabilities.shape[-1] - 1)
-    right = jnp.where(jnp.argmax(probabilities, axis=-1) == labels, 1 - wrong, others)
+    others = noise / (probabilities.shape[-1] - 1)
+    right = jnp.where(jnp.argmax(probabilities, axis=-1) == labels, 1 - noise, others)
     place = jnp.clip(jnp.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)
     gaps = jax.ops.segment_sum(right - confidence, place, _BINS)
     return jnp.sum(jnp.abs(gaps)) / len(labels)
 
 
 def rounded(params: PyTree, bits: int) -> PyTree:
-    """Every tensor on a symmetric grid of ``2**bits - 1`` values up to its largest entry."""
+    """Round every tensor to a symmetric grid of ``2**bits - 1`` values up to its largest entry."""
     levels = 2 ** (bits - 1) - 1
     grid = np.arange(-levels, levels + 1, dtype=np.float32) / np.float32(levels)
 
@@ -126,7 +124,7 @@ def rounded(params: PyTree, bits: int) -> PyTree:
 def fine_tuned(
     problem: Problem, params: PyTree, samples: Pool, key: jax.Array, steps: int
 ) -> PyTree:
-    """The parameters after steps of plain SGD on samples drawn at random."""
+    """Return the parameters after some steps of plain SGD on random samples."""
     x, y = samples
 
     def step(i: jax.Array, params: PyTree) -> PyTree:
@@ -143,9 +141,7 @@ def _permuted(order: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def quantities(rows: runs.Columns) -> dict[str, Array]:
-    """What is compared, over the seeds: accuracies and calibration in points, losses in nats, and
-    what rounding, noise and fine-tuning change.
-    """
+    """Return accuracies and calibration in points, losses in nats, and changes of the accuracy."""
 
     def change(name: str) -> Array:
         return 100 * (rows[f"accuracy_{name}"] - rows["accuracy"])
@@ -169,7 +165,7 @@ _TABLES = (
 
 
 def table(results: dict[str, Any]) -> Report:
-    """The quantities as text: those of SGD, and paired differences with p-values."""
+    """Return the quantities of SGD, and paired differences with p-values."""
     lines: list[Table | str] = []
     for (name,), found in runs.groups(results["runs"], "dataset"):
         of_methods = {label: quantities(rows) for label, rows in compare.methods(found)}
@@ -179,11 +175,11 @@ def table(results: dict[str, Any]) -> Report:
             shown = [one for one in names if recipe["label_noise"] or one != "ECE, noisy"]
             lines += [Table("", ["", *shown], list(_rows(of_methods, shown))), ""]
     lines.append(
-        "means over seeds ± standard error; in brackets p of the paired t-test. Accuracies and ECE"
-        " (expected calibration error) in points, NLL and loss in nats. ECE, noisy: on labels as"
-        " wrong as the training's. B bits, noise, forgetting: the change in test accuracy, and in"
-        " training loss, as all weights are rounded to B bits, with noise on the inputs (in their"
-        " standard deviations), and after fine-tuning on a second task."
+        "Means ± standard errors over seeds, p of the paired t-test in brackets. Accuracies and ECE"
+        " (expected calibration error) in percentage points, NLL and loss in nats. ECE, noisy: on"
+        " labels with the noise of the training labels. B bits, noise, forgetting: change of the"
+        " test accuracy, and of the training loss, with all weights rounded to B bits, with noise"
+        " on the inputs (in their standard deviations), and after fine-tuning on a second task."
     )
     return Report(*lines)
 
@@ -207,37 +203,35 @@ def _spec(name: str) -> str:
 
 
 def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
-    """Draws flatness.png: calibration, accuracy against bits and against noise, and what is kept of
-    the first task against what is learnt of the second.
-    """
+    """Draw calibration, accuracy against bits and against noise, and forgetting."""
     tasks = list(runs.groups(results["runs"], "dataset"))
     made, axes = plots.figure(4, rows=len(tasks), width=3.8, height=3.4)
     for line, ((name,), found) in zip(np.atleast_2d(axes), tasks, strict=True):
         for place, (label, rows) in enumerate(compare.methods(found)):
             _draw(line, label, rows, place)
         line[0].set_xticks(range(len(LABELS)), LABELS, rotation=35)
-        line[0].set(ylabel="calibration error, points\n(hollow: on noisy labels)", ylim=(0, None))
+        line[0].set(ylabel="calibration error (points)\n(hollow: on noisy labels)", ylim=(0, None))
         title = compare.described(name, results["recipes"][name])
         line[0].set_title(title, loc="left", fontsize=11)
         line[1].set_xticks(range(1 + len(BITS)), ["32", *map(str, BITS)])
-        line[1].set(xlabel="bits of a weight", ylabel="test accuracy %")
-        line[2].set(xlabel="noise on the inputs, standard deviations", ylabel="test accuracy %")
-        line[3].set(xlabel="accuracy on the second task %", ylabel="then on the first %")
+        line[1].set(xlabel="bits per weight", ylabel="test accuracy (%)")
+        line[2].set(xlabel="input noise (standard deviations)", ylabel="test accuracy (%)")
+        line[3].set(xlabel="accuracy on the second task (%)", ylabel="then on the first (%)")
     np.atleast_2d(axes)[0, 2].legend(frameon=False, fontsize=8, loc="lower left")
     return plots.save(made, output / "flatness", formats)
 
 
 def _draw(axes: Any, label: str, rows: runs.Columns, place: int) -> None:
-    look: Any = {"color": plots.color(label), "label": label}
+    style: Any = {"color": plots.color(label), "label": label}
 
     def points(*names: str) -> list[statistics.Estimate]:
         return [statistics.estimate(100 * rows[name]) for name in names]
 
     for name, filled in (("calibration_error_noisy", "none"), ("calibration_error", "full")):
-        plots.errors(axes[0], [place], points(name), fillstyle=filled, **look)
+        plots.errors(axes[0], [place], points(name), fillstyle=filled, **style)
     bits = points("accuracy", *(f"accuracy_{bits}_bits" for bits in BITS))
-    plots.errors(axes[1], range(len(bits)), bits, fmt="o-", **look)
+    plots.errors(axes[1], range(len(bits)), bits, fmt="o-", **style)
     noises = points("accuracy", *(f"accuracy_noise_{size:g}" for size in NOISES))
-    plots.errors(axes[2], (0, *NOISES), noises, fmt="o-", **look)
+    plots.errors(axes[2], (0, *NOISES), noises, fmt="o-", **style)
     x, y = points("accuracy_second", "accuracy_after")
-    axes[3].errorbar(x.mean, y.mean, y.error, x.error, fmt="o", **look)
+    axes[3].errorbar(x.mean, y.mean, y.error, x.error, fmt="o", **style)

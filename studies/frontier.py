@@ -1,10 +1,9 @@
-r"""The penalty at the price of SGD: accuracy against the cost of a step, with lazy and sub-batch
-penalties.
+r"""Lazy penalties: accuracy against the cost of a step.
 
-F-GR costs two gradients a step. Applied on every k-th step with gamma times k, and on a fraction f
-of the batch with that part's own gradient, it costs 1 + 2f/k (1 + 1/k for f = 1). Gamma is chosen
-on one set of seeds and reported on another, for each cell (f, k) by search, and once more by rule:
-the gamma of the full penalty times :func:`gradreg_optax.curvature.penalty_scale`.
+F-GR costs two gradients per step. On a fraction f of the batch, every k-th step with k times gamma,
+it costs 1 + 2f/k gradients (1 + 1/k for f = 1). For each cell (f, k), gamma is searched on tuning
+seeds, and also computed by a rule: the gamma of the full penalty times
+:func:`gradreg_optax.curvature.penalty_scale`.
 """
 
 import dataclasses
@@ -36,9 +35,9 @@ from gradreg_optax.experiments.trainer import (
 )
 
 LEARNING_RATES: dict[str, float] = {"sgd": 0.2, "momentum": 0.02, "adam": 0.002}
-_PROBES = 16  # batches that a gradient norm or an eigenvalue is averaged over
+_PROBES = 16  # number of batches for a mean gradient norm or eigenvalue
 _PROBE_SEEDS = 4
-_PROBE_TIMES = 6  # how often along the training
+_PROBE_TIMES = 6  # number of measurements during training
 _PLAIN, _TWICE = Method("plain", None), Method("plain, twice the steps", None)
 _CELL = ("method", "fraction", "interval", "choice", "gamma")
 _SEARCHED = ("fraction", "interval", "gamma")
@@ -51,49 +50,45 @@ class Config(common.OnData):
 
     output: Path = Path("results/frontier")
     optimizers: tuple[OptimizerName, ...] = ("sgd", "momentum", "adam")
-    """Optimizers, each of which is compared with itself."""
+    """Optimizers; each is compared with itself."""
     gammas: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0)
-    """Values of gamma to choose from, in every cell and for DB."""
+    """Candidate values of gamma, for every cell and for DB."""
     epsilon: float = 3.0
-    """The ascent step."""
+    """Ascent step."""
     fractions: tuple[float, ...] = (1.0, 0.25)
-    """Fractions f of the batch that the penalty is taken on, each one over a whole number."""
+    """Fractions f of the batch for the penalty; each is 1 divided by an integer."""
     intervals: tuple[int, ...] = (1, 4, 8)
-    """Intervals k: the penalty is applied on every k-th step."""
+    """Intervals k: the penalty is applied every k-th step."""
     report_seeds: int = 10
-    """Seeds that the accuracies are reported on; those that choose gamma follow after them."""
+    """Number of evaluation seeds; the tuning seeds follow them."""
     choose_seeds: int = 10
-    """Other seeds, that gamma is chosen on."""
+    """Number of tuning seeds, for gamma."""
     warmup: bool = True
-    """With Adam among the optimizers: compare ways to start the penalty while the learning rate
-    warms up."""
+    """Compare schedules of the penalty during a learning-rate warm-up, with Adam."""
 
     def __post_init__(self) -> None:
-        """Checks what the cells need."""
+        """Check the cells as well."""
         common.at_least(self, 2, "report_seeds", "choose_seeds")  # a standard error needs two
         super().__post_init__()
         common.at_least(self, 0, "gammas")
         common.above_zero(self, "epsilon", "fractions")
         if not self.optimizers or max(self.fractions) > 1:
-            raise CommandError("optimizers must not be empty, and fractions must not exceed 1.")
+            raise CommandError("optimizers must not be empty, and fractions must be at most 1.")
         if self.fractions[:1] != (1.0,) or self.intervals[:1] != (1,):
             raise CommandError(
-                "fractions and intervals must begin with 1: the full penalty is what the others are"
-                " compared with."
+                "fractions and intervals must begin with 1: all cells are compared with the full"
+                " penalty."
             )
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Trains every cell for every gamma on the choosing seeds, and the chosen ones on the reporting
-    seeds.
-
-    Args:
-      config: the settings.
+    """Train every cell with every gamma on the tuning seeds, and with the best on the others.
 
     Returns:
-      What was set, and tables of one row each: "cells", a run on a reporting seed; "search", a
-      fraction, an interval and a gamma, with the mean accuracy on the choosing seeds; "probes",
-      what the rule is made of; and "warmup", a run with Adam and a penalty that starts in some way.
+      The settings, and tables with one row per entry: "cells", runs on the evaluation seeds;
+      "search", the mean accuracy on the tuning seeds for each fraction, interval and gamma;
+      "probes", measurements for the rule; and "warmup", runs with Adam and a schedule of the
+      penalty.
 
     Raises:
       CommandError: settings that do not fit the data.
@@ -101,20 +96,20 @@ def run(config: Config) -> dict[str, Any]:
     dataset = data.load(config.dataset, config.data_dir)
     seeds = config.seed + np.arange(config.report_seeds + config.choose_seeds)
     report, choose = seeds[: config.report_seeds], seeds[config.report_seeds :]
-    lab = _Lab(config, dataset, runs.Store(config.output), report.tolist(), choose.tolist())
-    found = [lab.race(optimizer) for optimizer in config.optimizers]
+    study = _Study(config, dataset, runs.Store(config.output), report.tolist(), choose.tolist())
+    found = [study.cells(optimizer) for optimizer in config.optimizers]
     made = {name: runs.stack(*(one[name] for one in found)) for name in found[0]}
     if config.warmup and "adam" in config.optimizers:
         gamma = select(made["cells"], optimizer="adam", **_FULL)["gamma"][0]
-        made["warmup"] = lab.warmups(float(gamma))
+        made["warmup"] = study.warmups(float(gamma))
     rates = {name: LEARNING_RATES[name] for name in config.optimizers}
     chosen = {"dataset": config.dataset, "epsilon": config.epsilon, "learning_rates": rates}
     return chosen | {"seeds": {"choose": choose, "report": report}} | made
 
 
 @dataclasses.dataclass(frozen=True)
-class _Lab:
-    """What the cells of all optimizers share."""
+class _Study:
+    """Data and seeds of the cells of all optimizers."""
 
     config: Config
     dataset: data.Dataset
@@ -122,8 +117,8 @@ class _Lab:
     report: list[int]
     choose: list[int]
 
-    def race(self, optimizer: OptimizerName) -> dict[str, Columns]:
-        """The tables of one optimizer."""
+    def cells(self, optimizer: OptimizerName) -> dict[str, Columns]:
+        """Return the tables of one optimizer."""
         config, recipe = self.config, _recipe(self.config, optimizer)
         parts = {f: dataclasses.replace(recipe, penalty_fraction=f) for f in config.fractions}
         lazy: dict[str, Any] = {"gamma": config.gammas, "epsilon": config.epsilon}
@@ -159,7 +154,7 @@ class _Lab:
         return runs.train(self.dataset, wanted, self.store, what=what)
 
     def _probes(self, recipe: Recipe, gamma: float) -> Columns:
-        """What the rule is made of, measured along the training with the full penalty."""
+        """Return the measurements for the rule, along the training with the full penalty."""
         config, seeds = self.config, self.choose[:_PROBE_SEEDS]
         what = {"recipe": recipe.describe(), "gamma": gamma, "epsilon": config.epsilon}
         what |= {"seeds": seeds, "fractions": config.fractions}
@@ -167,15 +162,13 @@ class _Lab:
         return self.store.keep("probes", what, lambda: _probe(self, recipe, gamma, seeds))
 
     def warmups(self, gamma: float) -> Columns:
-        """Adam with a learning rate that warms up over a tenth of the steps, and a penalty that
-        starts in several ways.
-        """
+        """Train with Adam, a warm-up over a tenth of the steps, and schedules of the penalty."""
         steps = self.config.steps // 10
         recipe = dataclasses.replace(_recipe(self.config, "adam"), warmup_steps=steps)
         values = {"gamma": gamma, "epsilon": self.config.epsilon}
         tags, wanted = {"warmup_steps": steps, "penalty": gamma}, []
-        for way in starts(steps):
-            wanted += runs.grid(way, recipe, values, self.report, **tags)
+        for method in starts(steps):
+            wanted += runs.grid(method, recipe, values, self.report, **tags)
         return self._train(wanted, "warmup")
 
 
@@ -185,7 +178,7 @@ def _recipe(config: Config, optimizer: OptimizerName) -> Recipe:
 
 
 def _search(tried: Columns) -> Columns:
-    """The mean accuracies over seeds, where a diverged run counts as zero."""
+    """Return the mean accuracies over seeds; a diverged run counts as zero."""
     found = [
         dict(zip(_SEARCHED, key, strict=True)) | {"accuracy": _score(rows)}
         for key, rows in runs.groups(tried, *_SEARCHED)
@@ -203,18 +196,15 @@ def _best(search: Columns, fraction: float, interval: int) -> float:
     return float(rows["gamma"][np.argmax(rows["accuracy"])])
 
 
-# The rule: squared gradient norms and curvature of batches and their parts along the training.
-
-
-def _probe(lab: _Lab, recipe: Recipe, gamma: float, seeds: list[int]) -> Columns:
-    """Averages over batches and seeds along the training with the full penalty.
+def _probe(study: _Study, recipe: Recipe, gamma: float, seeds: list[int]) -> Columns:
+    """Average over batches and seeds, along the training with the full penalty.
 
     Returns:
-      "step" and "fraction"; "norm", the mean squared gradient norm of fB samples, and "eigenvalue",
+      "step" and "fraction"; "norm", the mean squared gradient norm of fB samples; and "eigenvalue",
       the mean top Hessian eigenvalue of their loss.
     """
-    config, task = lab.config, problem(lab.dataset, recipe)
-    trainer = Trainer(lab.dataset, METHODS["F-GR"], recipe)
+    config, task = study.config, problem(study.dataset, recipe)
+    trainer = Trainer(study.dataset, METHODS["F-GR"], recipe)
     stride = max(1, config.steps // _PROBE_TIMES // 100) * 100
     split, rows = task.draw(seeds), []
     probe = jax.jit(
@@ -259,22 +249,18 @@ def _value(task: Problem, batch: Any, params: PyTree) -> jax.Array:
 
 
 def _over_training(probes: Columns, name: str, fractions: Any) -> Array:
-    """The mean of a probe along the training, for each fraction."""
+    """Return the mean of a measurement over the training, for each fraction."""
     return np.array([np.mean(select(probes, fraction=f)[name]) for f in fractions])
 
 
 def _scales(probes: Columns, fractions: Any) -> Array:
-    """The factor on gamma for each fraction: the ratio of the squared norms, averaged over the
-    training.
-    """
+    """Return the factor on gamma for each fraction: the ratio of the mean squared norms."""
     norm = _over_training(probes, "norm", fractions)
     return np.asarray(norm[0] / norm)
 
 
 def starts(steps: int) -> list[Method]:
-    """Ways to start F-GR while ``steps`` steps warm up, by which its gamma or epsilon has come to
-    its value.
-    """
+    """Return F-GR with schedules of gamma or epsilon over the ``steps`` of the warm-up."""
 
     def rises(value: Any) -> Any:
         return lambda step: value * jnp.minimum((step + 1) / steps, 1)
@@ -282,7 +268,7 @@ def starts(steps: int) -> list[Method]:
     def switched_on(value: Any) -> Any:
         return lambda step: jnp.where(step < steps, 0.0, value)
 
-    ways: dict[str, Callable[..., Any]] = {
+    schedules: dict[str, Callable[..., Any]] = {
         "gamma from the start": fd_gradreg,
         "gamma rises": lambda gamma, epsilon: fd_gradreg(gamma=rises(gamma), epsilon=epsilon),
         "gamma switched on": lambda gamma, epsilon: fd_gradreg(
@@ -290,17 +276,12 @@ def starts(steps: int) -> list[Method]:
         ),
         "epsilon rises": lambda gamma, epsilon: fd_gradreg(gamma=gamma, epsilon=rises(epsilon)),
     }
-    made = [Method(name, make, ("gamma", "epsilon"), 2) for name, make in ways.items()]
+    made = [Method(name, make, ("gamma", "epsilon"), 2) for name, make in schedules.items()]
     return [Method("no penalty", None), *made]
 
 
-# Table and figure.
-
-
 def table(results: dict[str, Any]) -> Report:
-    """The cells of each optimizer as text: cost, accuracy, paired difference to the full penalty,
-    and the share of its gain over SGD.
-    """
+    """Return the cells of each optimizer: cost, accuracy, and gain relative to the full penalty."""
     lines: list[Table | str] = []
     for (name,), cells in runs.groups(results["cells"], "optimizer"):
         full, plain = select(cells, **_FULL), select(cells, method="plain")
@@ -312,84 +293,81 @@ def table(results: dict[str, Any]) -> Report:
         lines += _warmup_lines(results["warmup"])
     report, choose = (len(results["seeds"][name]) for name in ("report", "choose"))
     lines += [
-        f"{results['dataset']}: means over {report} seeds ± standard error; gamma chosen on"
-        f" {choose} others.",
-        "p: paired t-test against the full penalty (f = 1, k = 1, by search); below: worse than it"
-        " by more than one standard error.",
-        "Costs are per step, relative to the plain optimizer; twice the steps is twice the budget.",
+        f"{results['dataset']}: means ± standard errors over {report} evaluation seeds; gamma tuned"
+        f" on {choose} other seeds.",
+        "p: paired t-test against the full penalty (f = 1, k = 1, by search); below: worse by more"
+        " than one standard error.",
+        "Gradients and FLOPs per step, relative to the plain optimizer.",
     ]
     return Report(*lines)
 
 
-_HEAD = ["method", "f", "k", "gamma", "by", "gradients", "FLOPs", "test accuracy %"]
-_HEAD += ["minus full F-GR", "p", "", "share of its gain"]
+_HEAD = ["method", "f", "k", "gamma", "by", "gradients", "FLOPs", "test accuracy (%)"]
+_HEAD += ["minus full F-GR", "p", "", "relative gain"]
 
 
-def _row(cell: Columns, full: Columns, plain: Columns) -> list[str]:
+def _row(cell: Columns, full: Columns, plain: Columns) -> list[Any]:
     method, fraction, interval, choice, gamma = (cell[name][0] for name in _CELL)
-    found = [method] + ([f"{fraction:g}", f"{interval:g}"] if method == "F-GR" else ["", ""])
+    found: list[Any] = [method]
+    found += [f"{fraction:g}", f"{interval:g}"] if method == "F-GR" else ["", ""]
     found += [f"{gamma:g}" if choice else "", choice]
-    found += [f"{cell[name][0]:.3f}" for name in ("gradients", "flops")]
+    found += [report.gradients(cell), f"{cell['flops'][0]:.2f}"]
     found.append(report.percent(spec=".2f")(cell))
     if (method, fraction, interval, choice) == tuple(_FULL.values()):
         return [*found, "", "", "", ""]
     difference = statistics.points(cell, full)
-    mark, share = "" if keeps_up(cell, full) else "below", gain_share(cell, full, plain)
+    mark, kept = "" if keeps_up(cell, full) else "below", relative_gain(cell, full, plain)
     found += [f"{difference:+.2f}", difference.p_text, mark]
-    return [*found, "" if np.isnan(share) else f"{share:.0%}"]
+    return [*found, "" if np.isnan(kept) else f"{kept:.0%}"]
 
 
 def keeps_up(cell: Columns, full: Columns) -> bool:
-    """Whether a cell's accuracy is not below the full penalty's by more than one standard error of
-    their paired difference.
+    """Return whether a cell is at most one standard error below the full penalty.
 
-    A cell where a run diverged does not keep up.
+    The error is that of the paired difference. The value is False if a run diverged.
     """
     difference = statistics.paired(cell["accuracy"], full["accuracy"])
     return bool(np.all(np.isfinite(cell["accuracy"]))) and difference.mean >= -difference.error
 
 
-def gain_share(cell: Columns, full: Columns, plain: Columns) -> float:
-    """A cell's gain in accuracy over the plain optimizer, divided by the full penalty's gain; NaN
-    where that is zero.
+def relative_gain(cell: Columns, full: Columns, plain: Columns) -> float:
+    """Return the gain in accuracy of a cell, relative to that of the full penalty.
+
+    The value is NaN if the full penalty has no gain.
     """
     accuracy, most, least = map(_score, (cell, full, plain))
     return (accuracy - least) / (most - least) if most != least else float("nan")
 
 
 def searched(results: dict[str, Any], optimizer: str) -> tuple[dict[str, Array], Array]:
-    """The search of an optimizer as a block.
-
-    Returns:
-      The values along the three axes, by name ("fraction", "interval", "gamma"), and the mean
-      accuracies on the choosing seeds.
-    """
+    """Return the axes "fraction", "interval" and "gamma" of a search, and its mean accuracies."""
     found = runs.blocks(select(results["search"], optimizer=optimizer), *_SEARCHED)
     return {name: found[name] for name in _SEARCHED}, found["accuracy"]
 
 
-def kicks(results: dict[str, Any], optimizer: str = "sgd") -> Array:
-    r"""How far the steps that take the penalty go in the sharpest direction of their samples:
-    :math:`\eta\lambda(1 + k\gamma\lambda)`.
+def kappa(results: dict[str, Any], optimizer: str = "sgd") -> Array:
+    r"""Return :math:`\kappa = \eta\lambda(1 + k\gamma\lambda)` of penalised SGD steps.
+
+    Such a step multiplies the distance to the minimum in the sharpest direction by
+    :math:`1 - \kappa`; beyond 2 it overshoots.
 
     Args:
       results: of :func:`run`.
-      optimizer: which of them; what it says is plain descent's.
+      optimizer: an optimizer of the results; the formula is that of SGD.
 
     Returns:
-      One minus the factor on the distance to the minimum in that direction, of the shape of
-      :func:`searched`; beyond 2 the step overshoots.
+      An array of the shape of :func:`searched`.
     """
     axes, _ = searched(results, optimizer)
     probes = select(results["probes"], optimizer=optimizer)
     top = _over_training(probes, "eigenvalue", axes["fraction"])[:, None, None]
     rate = results["learning_rates"][optimizer]
-    kick: Array = rate * top * (1 + axes["interval"][:, None] * axes["gamma"] * top)
-    return kick
+    product: Array = rate * top * (1 + axes["interval"][:, None] * axes["gamma"] * top)
+    return product
 
 
 def _rule_lines(results: dict[str, Any], optimizer: str) -> list[str]:
-    """What the rule says: the factor on gamma at the start and over the training."""
+    """Return the factor on gamma by the rule, at the start and over the training."""
     probes, search = (select(results[name], optimizer=optimizer) for name in ("probes", "search"))
     fractions, start = searched(results, optimizer)[0]["fraction"], select(probes, step=0)
     late, early = _scales(probes, fractions), _scales(start, fractions)
@@ -402,18 +380,16 @@ def _rule_lines(results: dict[str, Any], optimizer: str) -> list[str]:
 
 
 def _search_lines(results: dict[str, Any], optimizer: str) -> list[Table | str]:
-    """The mean accuracies on the choosing seeds; with SGD also the kick of the step that takes the
-    penalty.
-    """
-    (axes, accuracy), kick = searched(results, optimizer), kicks(results, optimizer)
+    """Return the mean accuracies on the tuning seeds; with SGD also kappa."""
+    (axes, accuracy), kappas = searched(results, optimizer), kappa(results, optimizer)
     known, rows = optimizer == "sgd", []
     for i, j in np.ndindex(accuracy.shape[:2]):
-        pairs = zip(accuracy[i, j], kick[i, j], strict=True)
+        pairs = zip(accuracy[i, j], kappas[i, j], strict=True)
         cells = [f"{100 * a:.1f}" + (f" ({b:.1f})" if known else "") for a, b in pairs]
         rows.append([f"{axes['fraction'][i]:g}", f"{axes['interval'][j]:g}", *cells])
-    title = "test accuracy % on the seeds that choose gamma"
+    title = "test accuracy (%) on the tuning seeds"
     head = ["f", "k", *(f"gamma {gamma:g}" for gamma in axes["gamma"])]
-    end = ", and the kick eta lambda (1 + k gamma lambda)" if known else ""
+    end = ", and κ = ηλ(1 + kγλ) in brackets" if known else ""
     return [title + end, Table("", head, rows, left=0)]
 
 
@@ -421,17 +397,15 @@ def _warmup_lines(warmup: Columns) -> list[Table | str]:
     found, rows = runs.by(warmup, "method"), []
     for start, of_start in found.items():
         minus = statistics.points(of_start, found["gamma from the start"])
-        compared = "" if start == "gamma from the start" else str(minus)
-        rows.append([start, report.percent(spec=".2f")(of_start), compared])
+        compared = ["", ""] if start == "gamma from the start" else [f"{minus:+.2f}", minus.p_text]
+        rows.append([start, report.percent(spec=".2f")(of_start), *compared])
     title = f"adam, learning rate warmed up over {warmup['warmup_steps'][0]:g} steps"
-    head = ["start", "test accuracy %", "minus gamma from the start"]
+    head = ["schedule", "test accuracy (%)", "minus gamma from the start", "p"]
     return [f"{title}, F-GR with gamma {warmup['penalty'][0]:g}", Table("", head, rows), ""]
 
 
 def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
-    """Draws frontier.png: accuracy against the cost of a step; diamonds are cells whose gamma comes
-    from the rule.
-    """
+    """Draw accuracy against the cost of a step; diamonds are cells with gamma by the rule."""
     found = list(runs.groups(results["cells"], "optimizer"))
     made, axes = plots.figure(len(found), width=4.4, height=3.9)
     for axis, ((name,), cells) in zip(axes, found, strict=True):
@@ -441,14 +415,14 @@ def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",
         for fraction, line in runs.by(searched, "fraction").items():
             costs = runs.by(line, "gradients")
             means = [100 * statistics.estimate(rows["accuracy"]).mean for rows in costs.values()]
-            look: Any = {"color": _color("F-GR", fraction), "label": f"F-GR, f = {fraction:g}"}
-            axis.plot(list(costs), means, "-", lw=1, zorder=0, **look)
-        axis.set(xlabel="cost of a step (gradient evaluations)", title=name, xlim=(0.8, 3.3))
+            style: Any = {"color": _color("F-GR", fraction), "label": f"F-GR, f = {fraction:g}"}
+            axis.plot(list(costs), means, "-", lw=1, zorder=0, **style)
+        axis.set(xlabel="cost per step (gradient evaluations)", title=name, xlim=(0.8, 3.3))
         axis.margins(y=0.15)
-        rule: Any = {"mec": "0.4", "mfc": "white", "label": "its γ by rule, not by search"}
+        rule: Any = {"mec": "0.4", "mfc": "white", "label": "γ by the rule instead of a search"}
         axis.plot([], [], "D", ms=5, **rule)
         axis.legend(loc="center right", frameon=False, fontsize=8)
-    axes[0].set_ylabel("test accuracy %")
+    axes[0].set_ylabel("test accuracy (%)")
     return plots.save(made, output / "frontier", formats)
 
 
@@ -462,8 +436,8 @@ def _draw(axis: Any, cell: Columns) -> None:
     if by_rule and fraction == 1:
         return
     color = _color(method, fraction)
-    look: Any = {"fmt": "D", "alpha": 0.6, "markerfacecolor": "white"} if by_rule else {}
-    mean = plots.mean(axis, cost, 100 * cell["accuracy"], method, ms=5, color=color, **look)
+    style: Any = {"fmt": "D", "alpha": 0.6, "markerfacecolor": "white"} if by_rule else {}
+    mean = plots.mean(axis, cost, 100 * cell["accuracy"], method, ms=5, color=color, **style)
     if not by_rule:
         place = ((-4, -22) if fraction < 1 else (-4, 16)) if lazy else (6, -11)
         text: Any = {"fontsize": 7, "color": color, "rotation": 60 if lazy else 0}

@@ -1,5 +1,6 @@
-"""A byte-level language model that sees its text once: what every penalty does to the loss on other
-files, beside plain AdamW for as many steps and for as much compute.
+"""Penalties in single-epoch training of a byte-level language model.
+
+Compares the loss on held-out files with plain AdamW at equal steps and at equal compute.
 """
 
 import dataclasses
@@ -18,12 +19,12 @@ from gradreg_optax.experiments.runs import Columns, select
 from gradreg_optax.experiments.trainer import METHODS, SELF_TUNED, Method, Recipe
 from studies import corpus
 
-PLAIN = METHODS["SGD"]  # the plain gradient, here in the hands of AdamW
-PART, INTERVAL = 1 / 4, 4  # of the lazy rows
-LATE = 3 / 4  # of the steps, before a late penalty begins
+PLAIN = METHODS["SGD"]  # the plain gradient, here followed by AdamW
+PART, INTERVAL = 1 / 4, 4  # fraction and interval of the lazy penalty
+LATE = 3 / 4  # fraction of the steps before a late penalty starts
 _LAZY_STRENGTH = 0.25
-_WARM_UP = 1 / 10  # of the steps
-_SEARCHED = {"F-GR": "gamma", "SAM": "rho"}  # the values are those of the option in plural
+_WARM_UP = 1 / 10  # fraction of the steps
+_SEARCHED = {"F-GR": "gamma", "SAM": "rho"}  # values from the option with this name in the plural
 _SYMBOLS = {"gamma": "γ=ε", "rho": "ρ", "strength": "r"}
 
 
@@ -33,32 +34,32 @@ class Config(common.Common):
 
     output: Path = Path("results/language")
     seeds: int = 3
-    """Number of seeds that are reported; everything is paired by seed."""
+    """Number of evaluation seeds; rows are paired by seed."""
     choose_seeds: int = 3
-    """Number of seeds before these that learning rate, gamma and rho are searched on."""
+    """Number of tuning seeds for learning rate, gamma and rho."""
     steps: int = 1000
-    """Training steps; more, at equal compute, of the longer plain rows."""
+    """Number of training steps; plain rows at equal compute take more."""
     batch_size: int = 16
-    """Windows of text in a step."""
+    """Windows of text per step."""
     length: int = 64
     """Bytes in a window."""
     width: int = 64
-    """Numbers that stand for a byte in the network; a multiple of its four heads."""
+    """Size of the embedding; a multiple of the number of heads, 4."""
     depth: int = 2
-    """Blocks of the network."""
+    """Number of transformer blocks."""
     learning_rates: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
-    """Learning rates to search with plain AdamW; all rows take the best."""
+    """Candidate learning rates for plain AdamW; all rows use the best one."""
     gammas: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
-    """Coefficients of F-GR to search, each with the ascent step of the same length."""
+    """Candidate coefficients of F-GR, with epsilon = gamma."""
     rhos: tuple[float, ...] = (0.005, 0.01, 0.02, 0.05)
-    """Radii of SAM to search."""
+    """Candidate radii of SAM."""
     strengths: tuple[float, ...] = (0.1, 0.25, 0.5)
-    """Shares of the step; all of them are reported."""
+    """Relative strengths; all of them are evaluated."""
     test_size: int = 1000
-    """Windows of the held-out files."""
+    """Number of windows of the held-out files."""
 
     def __post_init__(self) -> None:
-        """Checks the numbers."""
+        """Check the values as well."""
         common.at_least(self, 2, "seeds", "steps", "length")
         super().__post_init__()
         common.above_zero(self, "learning_rates", "gammas", "rhos", "strengths")
@@ -67,18 +68,15 @@ class Config(common.Common):
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Searches on seeds of its own, then trains every row on every other seed, one by one.
-
-    Args:
-      config: the settings.
+    """Search on the tuning seeds, then train every row on every evaluation seed.
 
     Returns:
-      "text", what was read, with a digest; "recipe", what all rows have in common; and "runs", one
-      row a run: its "role" is "search" or "report", "row" the name in the table, "steps" how many
-      it takes and "gradients" what each of these costs.
+      "text", the sizes and a digest of the corpus; "recipe", the shared settings; and "runs", one
+      row per run, with its "role" ("search" or "report"), the "row" of the table, the number of
+      "steps" and the "gradients" per step.
 
     Raises:
-      CommandError: more steps than the text lasts for.
+      CommandError: more steps than one epoch has.
     """
     dataset, store = corpus.source_code(config.length, packages=True), runs.Store(config.output)
     first = config.seed + config.choose_seeds
@@ -95,7 +93,7 @@ def run(config: Config) -> dict[str, Any]:
         of = functools.partial(search, label, METHODS[label], recipe)
         found.append(train([one for setting in values for one in of(setting)]))
         chosen[label] = best(found[-1], name)
-    for seed in report:  # seed by seed, so that an early end has whole ones
+    for seed in report:  # one seed after another, so that an interrupted run has complete seeds
         found.append(train(rows_of(config, recipe, chosen, [seed])))
     sides = [[path.read_bytes() for path in side] for side in corpus.source_files(packages=True)]
     text: dict[str, Any] = {"digest": runs.fingerprint(dataset)[:20]}
@@ -105,13 +103,13 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _recipe(config: Config, dataset: data.Dataset) -> Recipe:
-    """What all rows have in common: also the samples, of which the longest row sees each once."""
+    """Return the shared recipe; its samples are one epoch of the longest row."""
     held_out = max(1, config.steps * config.batch_size // 10)
     size = 2 * config.steps * config.batch_size + held_out
     if size > len(dataset.train_x):
         most = len(dataset.train_x) * config.steps // size
         raise CommandError(
-            f"steps must be at most {most}, got {config.steps}: the text is seen only once."
+            f"steps must be at most {most}, the length of an epoch, got {config.steps}."
         )
     network = {"width": config.width, "depth": config.depth}
     sizes = {name: getattr(config, name) for name in ("test_size", "batch_size", "steps")}
@@ -130,7 +128,7 @@ def _recipe(config: Config, dataset: data.Dataset) -> Recipe:
 
 
 def rows_of(config: Config, recipe: Recipe, chosen: dict[str, float], seeds: Any) -> list[runs.Run]:
-    """The reported runs of some seeds."""
+    """Return the evaluation runs of some seeds."""
     relative, lazy = METHODS["relative"], dataclasses.replace(recipe, penalty_fraction=PART)
     report = functools.partial(_runs, seeds=seeds, role="report")
     wanted = []
@@ -165,49 +163,45 @@ def _settings(label: str, value: float) -> dict[str, float]:
 def _runs(
     row: str, method: Method, recipe: Recipe, settings: Any, *, share: float = 1.0, **how: Any
 ) -> list[runs.Run]:
-    """A row's runs on "seeds" with a "role"; ``share`` of the steps can take the penalty."""
+    """Return the runs of a row; a fraction ``share`` of the steps can apply the penalty."""
     cost = method.cost(recipe.penalty_fraction, settings.get("interval", 1))
     how |= {"row": row, "steps": recipe.steps, "gradients": 1 + share * (cost - 1)}
     return runs.grid(method, recipe, settings, **how, learning_rate=recipe.learning_rate)
 
 
 def best(tried: Columns, name: str) -> float:
-    """The value with the lowest mean loss on the held-out files; a diverged run is the worst."""
+    """Return the value with the lowest mean held-out loss; a diverged run has an infinite loss."""
     losses = {value: rows["test_loss"] for value, rows in runs.by(tried, name).items()}
     return float(min(losses, key=lambda value: np.mean(np.nan_to_num(losses[value], nan=np.inf))))
 
 
-# Table and figure.
-
-_HEAD = ["row", "setting", "gradients", "steps", "compute", "nats a byte", "bits", "in training"]
+_HEAD = ["row", "setting", "gradients", "steps", "compute", "nats per byte", "bits", "training"]
 _HEAD += ["minus AdamW", "p", "minus AdamW at equal compute", "p"]
 
 
 def compute(rows: Columns) -> float:
-    """Gradient evaluations of a run."""
+    """Return the number of gradient evaluations of a run."""
     return float(rows["gradients"][0] * rows["steps"][0])
 
 
 def reported(results: dict[str, Any]) -> dict[str, Columns]:
-    """The reported runs of each row of the table."""
+    """Return the evaluation runs of each row."""
     return runs.by(select(results["runs"], role="report"), "row")
 
 
 def equal(rows: Columns, found: dict[str, Columns]) -> Columns:
-    """The plain runs of as much compute as some others, or else the next less."""
+    """Return the plain runs with equal compute, or with the next smaller one."""
     plain = [other for other in found.values() if other["method"][0] == PLAIN.label]
     return max((one for one in plain if compute(one) < compute(rows) + 1), key=compute)
 
 
 def gain(rows: Columns, over: Columns) -> statistics.Difference:
-    """The paired difference of the losses on the held-out files; below zero ``rows`` are better."""
+    """Return the paired difference of the held-out losses; negative if ``rows`` are better."""
     return statistics.paired(rows["test_loss"], over["test_loss"])
 
 
 def table(results: dict[str, Any]) -> Report:
-    """The rows as text: losses, and paired differences to plain AdamW, which are better the lower
-    they are.
-    """
+    """Return the losses, and paired differences to plain AdamW (lower is better)."""
     found, search = reported(results), select(results["runs"], role="search")
     text, held_out = results["text"]["training"], results["text"]["held out"]
     lines: list[Table | str] = [
@@ -220,12 +214,13 @@ def table(results: dict[str, Any]) -> Report:
         name = _SEARCHED.get(row, "learning_rate")
         losses = {value: np.mean(some["test_loss"]) for value, some in runs.by(tried, name).items()}
         values = [f"{value:g}: {loss:.3f}" for value, loss in losses.items()]
-        lines.append(f"searched {row}, {_SYMBOLS.get(name, 'learning rate')}  {', '.join(values)}")
+        lines.append(f"search of {row}, {_SYMBOLS.get(name, 'learning rate')}  {', '.join(values)}")
     lines.append(
-        f"\nmeans over {len(set(found['AdamW']['seed']))} seeds ± standard error, settings searched"
-        f" on other seeds ({len(set(search['seed']))}); p: paired t-test. compute: gradient"
-        " evaluations, in those of AdamW; equal compute: plain AdamW of as much, or the next less;"
-        " lazy: on a quarter of the batch in every 4th step; late: in the last quarter of steps."
+        f"\nMeans ± standard errors over {len(set(found['AdamW']['seed']))} evaluation seeds;"
+        f" settings searched on {len(set(search['seed']))} other seeds; p: paired t-test. Losses in"
+        " nats per byte. Compute: gradient evaluations, relative to AdamW. Equal compute: plain"
+        " AdamW with equal compute, or with the next smaller one. Lazy: on a quarter of the batch,"
+        " every 4th step. Late: in the last quarter of the steps."
     )
     return Report(*lines)
 
@@ -244,9 +239,7 @@ def _row(name: str, rows: Columns, found: dict[str, Columns]) -> list[str]:
 
 
 def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
-    """Draws language.png: the loss on held-out files against the compute, and its difference to
-    plain AdamW, with the single seeds.
-    """
+    """Draw the held-out loss against compute, and its difference to plain AdamW for each seed."""
     found = reported(results)
     plain = found["AdamW"]
     made, (left, right) = plots.figure(2, width=5.4, height=4.4)
@@ -258,15 +251,17 @@ def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",
     left.plot(*zip(*line, strict=True), color=plots.color("SGD"), lw=1, label="AdamW")
     for place, rows in enumerate(found.values()):
         label, less = rows["method"][0].removeprefix("late "), gain(rows, plain)
-        look: Any = {"color": plots.color(label)}
+        style: Any = {"color": plots.color(label)}
         plots.mean(left, compute(rows) / compute(plain), rows["test_loss"], label)
         single = rows["test_loss"] - plain["test_loss"]
-        right.plot(single, np.full(len(single), place), ".", alpha=0.35, **look)
-        right.errorbar(less.mean, place, xerr=less.error, fmt="|", ms=14, mew=2.5, **look)
-    left.set(xlabel="gradients, in those of AdamW", ylabel="nats a byte on held-out files")
+        right.plot(single, np.full(len(single), place), ".", alpha=0.35, **style)
+        right.errorbar(less.mean, place, xerr=less.error, fmt="|", ms=14, mew=2.5, **style)
+    left.set(
+        xlabel="gradient evaluations, relative to AdamW", ylabel="held-out loss (nats per byte)"
+    )
     left.set_title("cost and loss (line: plain AdamW)", fontsize=11)
     right.axvline(0, color="k", lw=0.6)
     right.set_yticks(range(len(found)), list(found), fontsize=9)
     right.invert_yaxis()
-    right.set(xlabel="nats a byte more than AdamW (left is better)")
+    right.set(xlabel="held-out loss minus AdamW (nats per byte)")
     return plots.save(made, output / "language", formats)

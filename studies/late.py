@@ -1,8 +1,8 @@
-"""Late or lazy: how to spend a share of the penalty's cost, all ways at one counted price.
+"""Early, late, lazy and partial penalties at equal cost.
 
-The penalty in every step costs a second gradient. A k-th of that buys it in the first or the last
-k-th of the steps, in every k-th step, on a 2k-th of the batch, or on a quarter of the batch in
-every k/2-th step; or a k-th more of plain steps.
+The penalty costs a second gradient per step. For 1/k of that cost it can be applied in the first or
+the last 1/k of the steps, every k-th step, on 1/(2k) of the batch, or on a quarter of the batch
+every k/2-th step. Plain training can take 1/k more steps instead.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from gradreg_optax.experiments.report import Report, Table
 from gradreg_optax.experiments.trainer import METHODS, Method, Recipe
 
 PLAIN, ALWAYS, LONGER = "SGD", "every step", "SGD for longer"
-WAYS = ("early", "late", "lazy", "part", "lazy on a part")
+SCHEDULES = ("early", "late", "lazy", "part", "lazy on a part")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,36 +30,33 @@ class Config(compare.Config):
 
     output: Path = Path("results/late")
     seeds: int = 10
-    """Number of seeds that are reported, of mnist1d half as many; everything is paired by seed."""
+    """Number of evaluation seeds; mnist1d uses half as many. Rows are paired by seed."""
     choose_seeds: int = 4
-    """Number of further seeds that the strength is chosen on, for each way."""
+    """Number of tuning seeds for the strength of each schedule."""
     shares: tuple[int, ...] = (4, 8)
-    """Even numbers k: the penalty may cost a k-th of a gradient per step."""
+    """Even numbers k: the penalty costs 1/k gradients per step."""
     strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5)
-    """Strengths of relative_gradreg to choose from."""
+    """Candidate strengths of relative_gradreg."""
     constant: bool = False
-    """Keep the learning rate; otherwise it falls to zero along a cosine."""
+    """Use a constant learning rate instead of a cosine schedule."""
 
     def __post_init__(self) -> None:
-        """Checks the numbers and the names."""
+        """Check the strengths and the costs as well."""
         common.at_least(self, 2, "seeds", "shares")
         super().__post_init__()
         common.above_zero(self, "strengths")
         for share in self.shares:
             if share % 2:
-                raise CommandError(f"shares must be even, got {share}: every k/2-th step is a way.")
+                raise CommandError(f"shares must be even, got {share}: k/2 is an interval.")
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Trains every way on every data set.
-
-    Args:
-      config: the settings.
+    """Train every schedule on every data set.
 
     Returns:
-      "recipes", what the ways have in common on each data set; and "runs", one row a run: its
-      "role" is "choose" or "report", its "share" k is NaN for plain steps and a penalty in every
-      one of them, and its "cost" is that of the training, relative to the plain one.
+      "recipes", the shared settings for each data set; and "runs", one row per run. Its "role" is
+      "choose" (tuning) or "report", its "share" is k (NaN for plain steps and for a penalty in
+      every step), and its "cost" is that of the training, relative to plain training.
 
     Raises:
       CommandError: settings that do not fit the data.
@@ -72,15 +69,17 @@ def run(config: Config) -> dict[str, Any]:
         report = compare.seeds_of(config, name)
         choose = range(report.stop, report.stop + config.choose_seeds)
         train = functools.partial(runs.train, dataset, store=store, what=f"late {name}")
-        for way in _ways(recipe, config.shares):
-            tags = way.tags(recipe) | {"dataset": name}
-            values: dict[str, Any] = {"strength": config.strengths, "interval": way.interval}
-            grid = functools.partial(runs.grid, way.method, way.recipe)
-            if way.method.settings:
+        for schedule in _schedules(recipe, config.shares):
+            tags = schedule.tags(recipe) | {"dataset": name}
+            values: dict[str, Any] = {"strength": config.strengths, "interval": schedule.interval}
+            grid = functools.partial(runs.grid, schedule.method, schedule.recipe)
+            if schedule.method.settings:
                 tried = train(grid(values, choose, role="choose", **tags))
                 best = runs.best(tried, "strength")
                 if best is None:
-                    raise CommandError(f"{way.method.label} diverged on {name}: lower --strengths.")
+                    raise CommandError(
+                        f"{schedule.method.label} diverged on {name}. Use smaller --strengths."
+                    )
                 values |= best
                 found.append(tried)
             found.append(train(grid(values, report, role="report", **tags)))
@@ -89,8 +88,8 @@ def run(config: Config) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Way:
-    """A way to spend a share; none for plain steps and for the penalty in every step."""
+class _Schedule:
+    """A schedule of the penalty; the share is NaN for no penalty and for one in every step."""
 
     method: Method
     recipe: Recipe
@@ -98,56 +97,56 @@ class _Way:
     share: float = float("nan")
 
     def tags(self, plain: Recipe) -> dict[str, Any]:
-        """Columns of its rows."""
+        """Return the columns of its rows."""
         step = self.method.cost(self.recipe.penalty_fraction, self.interval)
         return {"share": self.share, "cost": step * self.recipe.steps / plain.steps}
 
 
-def _ways(recipe: Recipe, shares: tuple[int, ...]) -> Iterator[_Way]:
-    """All ways that are compared."""
+def _schedules(recipe: Recipe, shares: tuple[int, ...]) -> Iterator[_Schedule]:
+    """Yield all schedules."""
     steps, change = recipe.steps, functools.partial(dataclasses.replace, recipe)
     penalized = functools.partial(Method, make=relative_gradreg, settings=("strength",))
-    yield _Way(METHODS[PLAIN], recipe)
-    yield _Way(penalized(ALWAYS, gradients=2), recipe)
+    yield _Schedule(METHODS[PLAIN], recipe)
+    yield _Schedule(penalized(ALWAYS, gradients=2), recipe)
     for share in shares:
         some, eighth = round(steps / share), {"penalty_fraction": 1 / (2 * share)}
         late = functools.partial(relative_gradreg, start=steps - some)
         early = functools.partial(_early, until=some)
         spent = 1 + some / steps  # gradients per step, on average over all
-        yield _Way(Method(LONGER, None), change(steps=steps + some), share=share)
-        yield _Way(penalized("early", make=early, gradients=spent), recipe, share=share)
-        yield _Way(penalized("late", make=late, gradients=spent), recipe, share=share)
-        yield _Way(penalized("lazy", gradients=2), recipe, share, share)
-        yield _Way(penalized("part", gradients=2), change(**eighth), share=share)
+        yield _Schedule(Method(LONGER, None), change(steps=steps + some), share=share)
+        yield _Schedule(penalized("early", make=early, gradients=spent), recipe, share=share)
+        yield _Schedule(penalized("late", make=late, gradients=spent), recipe, share=share)
+        yield _Schedule(penalized("lazy", gradients=2), recipe, share, share)
+        yield _Schedule(penalized("part", gradients=2), change(**eighth), share=share)
         quarter = change(penalty_fraction=1 / 4)
-        yield _Way(penalized("lazy on a part", gradients=2), quarter, share // 2, share)
+        yield _Schedule(penalized("lazy on a part", gradients=2), quarter, share // 2, share)
 
 
 def sgd_at_one_rate(schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Plain SGD at the rate that a schedule begins with."""
+    """Return plain SGD with the initial rate of a schedule."""
     return optax.sgd(schedule(0))
 
 
 def _early(strength: Any, interval: Any, until: int) -> optax.GradientTransformation:
-    """The relative penalty before an update, and none from there on."""
+    """Return the relative penalty for the first ``until`` updates."""
     return relative_gradreg(
         strength=lambda step: jnp.where(step < until, strength, 0.0), interval=interval
     )
 
 
 def table(results: dict[str, Any]) -> Report:
-    """The ways as text: cost, the chosen strength, accuracy, and paired differences."""
+    """Return cost, tuned strength, accuracy and paired differences of each schedule."""
     lines: list[Table | str] = []
-    head = ["penalty", "k", "cost", "r", "test accuracy %", "minus SGD", "p", "minus every step"]
+    head = ["penalty", "k", "cost", "r", "test accuracy (%)", "minus SGD", "p", "minus every step"]
     for name, found in _reported(results).items():
-        ways = runs.groups(found, "method", "share")
-        rows = [_row(label, share, rows, found) for (label, share), rows in ways]
+        schedules = runs.groups(found, "method", "share")
+        rows = [_row(label, share, rows, found) for (label, share), rows in schedules]
         title = f"{_title(results, name)}, {len(set(found['seed']))} seeds"
         lines += [title, Table("", head, rows), ""]
     lines.append(
-        "means over seeds ± standard error, paired differences in points; p: paired t-test against"
-        " SGD. cost: of the training, relative to SGD's. k: the penalty costs a k-th of what it"
-        " costs in every step. r: strength of relative_gradreg, chosen on other seeds."
+        "Means ± standard errors over seeds, paired differences in percentage points; p: paired"
+        " t-test against SGD. Cost: of the training, relative to SGD. k: the penalty costs 1/k of a"
+        " penalty in every step. r: strength of relative_gradreg, tuned on other seeds."
     )
     return Report(*lines)
 
@@ -155,7 +154,7 @@ def table(results: dict[str, Any]) -> Report:
 def _title(results: dict[str, Any], name: str) -> str:
     recipe = results["recipes"][name]
     constant = recipe["optimizer"] == sgd_at_one_rate.__name__
-    return compare.described(name, recipe) + ", one learning rate" * constant
+    return compare.described(name, recipe) + ", constant learning rate" * constant
 
 
 def _reported(results: dict[str, Any]) -> dict[str, runs.Columns]:
@@ -163,7 +162,7 @@ def _reported(results: dict[str, Any]) -> dict[str, runs.Columns]:
 
 
 def gain(rows: runs.Columns, found: runs.Columns, over: str = PLAIN) -> statistics.Difference:
-    """The paired difference of a way's accuracy to another's, in points."""
+    """Return the paired difference of accuracies to another row, in percentage points."""
     return statistics.points(rows, runs.select(found, method=over))
 
 
@@ -177,23 +176,23 @@ def _row(label: str, share: float, rows: runs.Columns, found: runs.Columns) -> l
 
 
 def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
-    """Draws late.png: what each way gains over plain steps, at each price."""
+    """Draw the gain of each schedule over plain training, at each cost."""
     tasks = _reported(results)
     made, axes = plots.figure(len(tasks), width=5.0)
-    labels = [LONGER, *WAYS]
+    labels = [LONGER, *SCHEDULES]
     for axis, (name, found) in zip(axes, tasks.items(), strict=True):
         always = gain(runs.select(found, method=ALWAYS), found)
         axis.axhline(0, color=plots.color(PLAIN), ls="--", lw=1)
         axis.axhline(always.mean, color="k", lw=1)
-        plots.note(axis, "the penalty in every step, cost 2", (0, always.mean), (0, 3))
+        plots.note(axis, "penalty in every step, cost 2", (0, always.mean), (0, 3))
         shares = [share for share in runs.by(found, "share") if share == share]
         for i, share in enumerate(shares):
             rows = [runs.select(found, method=label, share=share) for label in labels]
             places = [place + 0.16 * (i - (len(shares) - 1) / 2) for place in range(len(labels))]
-            price = f"cost {1 + 1 / share:.4g}"
-            plots.errors(axis, places, [gain(one, found) for one in rows], label=price)
+            cost = f"cost {1 + 1 / share:.4g}"
+            plots.errors(axis, places, [gain(one, found) for one in rows], label=cost)
         axis.set_xticks(range(len(labels)), labels, rotation=35, ha="right")
         axis.set_title(_title(results, name), fontsize=11)
-    axes[0].set_ylabel("gain in test accuracy, points")
+    axes[0].set_ylabel("gain in test accuracy (points)")
     axes[0].legend(frameon=False, loc="lower right")
     return plots.save(made, output / "late", formats)

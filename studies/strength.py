@@ -1,9 +1,8 @@
-"""No search: the penalty's share of the step instead of its coefficient, chosen once or found on
-held-out samples, on many tasks beside a coefficient that was searched on each.
+"""Relative strength, fixed or self-tuned, compared with a searched coefficient on eight tasks.
 
-Every task trains plainly, with each strength of ``relative_gradreg``, with a strength that tunes
-itself, and with the coefficient that was best on other seeds; on the whole batch in every step, and
-on a quarter of it in every fourth.
+Every task trains without a penalty, with each strength of ``relative_gradreg``, with a self-tuned
+strength, and with the coefficient that was best on tuning seeds. The penalty is on the whole batch
+in every step, or lazy (25 % of the batch, every 4th step).
 """
 
 import dataclasses
@@ -31,12 +30,12 @@ from gradreg_optax.experiments.trainer import (
 )
 from studies import corpus
 
-PARTS = {"full": (1.0, 1), "lazy": (0.25, 4)}  # share of the batch, interval
+PARTS = {"full": (1.0, 1), "lazy": (0.25, 4)}  # fraction of the batch, interval
 LEARNING_RATES = {"sgd": 0.2, "momentum": 0.02, "adam": 2e-3, "adamw": 2e-3}
 _WINDOW = 32  # bytes of text in a sample
 _CELL = ("task", "optimizer", "part")
 _HEAD = ["task", "optimizer", "part", "plain"]
-_WORTH = {"accuracy": 1.0, "test_loss": 0.02}  # from here on a gain is one to be kept
+_RELEVANT = {"accuracy": 1.0, "test_loss": 0.02}  # smallest gain for the column "kept"
 
 
 def _tied(gamma: Any, interval: Any) -> optax.GradientTransformation:
@@ -48,48 +47,48 @@ _SEARCHED = Method("searched gamma", _tied, ("gamma",), 2)
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Something to learn.
+    """A task.
 
     Attributes:
       dataset: its name; "text" for source code.
-      recipe: what differs from the usual recipe.
-      optimizers: the optimizers to train with.
-      metric: what counts, "accuracy" or "test_loss".
-      dear: a run takes so long that three seeds, and one to search on, have to do.
+      recipe: differences from the default recipe.
+      optimizers: the optimizers.
+      metric: "accuracy" or "test_loss".
+      expensive: use at most three evaluation seeds and one tuning seed.
     """
 
     dataset: str
     recipe: Mapping[str, Any]
     optimizers: tuple[str, ...] = ("sgd",)
     metric: str = "accuracy"
-    dear: bool = False
+    expensive: bool = False
 
 
 _DIGITS = {"train_size": 360, "held_out": 60}
 _FASHION = {"train_size": 1200, "held_out": 200, "test_size": 4000}
 _TEXT: dict[str, Any] = {"warmup_steps": 100, "batch_size": 8, "label_noise": 0.0}
 TASKS = {
-    "digits, 30% wrong": Task("digits", _DIGITS, ("sgd", "momentum", "adam")),
+    "digits, 30 % label noise": Task("digits", _DIGITS, ("sgd", "momentum", "adam")),
     "digits": Task("digits", _DIGITS | {"label_noise": 0.0}, ("sgd", "momentum", "adam")),
-    "digits, 30% wrong, CNN": Task(
-        "digits", _DIGITS | {"model": "cnn", "width": 8, "steps": 1500}, dear=True
+    "digits, 30 % label noise, CNN": Task(
+        "digits", _DIGITS | {"model": "cnn", "width": 8, "steps": 1500}, expensive=True
     ),
     "MNIST-1D": Task("mnist1d", {"train_size": 4000, "held_out": 400, "label_noise": 0.0}),
-    "Fashion-MNIST, 20% wrong": Task("fashion-mnist", _FASHION | {"label_noise": 0.2}),
+    "Fashion-MNIST, 20 % label noise": Task("fashion-mnist", _FASHION | {"label_noise": 0.2}),
     "Fashion-MNIST": Task("fashion-mnist", _FASHION | {"label_noise": 0.0}),
-    "text, learnt by heart": Task(
+    "text, memorised": Task(
         "text",
         _TEXT | {"train_size": 360, "held_out": 60, "steps": 1000},
         ("adamw",),
         "test_loss",
-        dear=True,
+        expensive=True,
     ),
-    "text, still learning": Task(
+    "text, underfitting": Task(
         "text",
         _TEXT | {"train_size": 6600, "held_out": 600, "steps": 1200},
         ("adamw",),
         "test_loss",
-        dear=True,
+        expensive=True,
     ),
 }
 
@@ -100,23 +99,22 @@ class Config(common.Common):
 
     output: Path = Path("results/strength")
     seeds: int = 5
-    """Number of seeds that are reported, of networks that take long at most 3; everything is paired
-    by seed."""
+    """Number of evaluation seeds; at most 3 for expensive networks. Rows are paired by seed."""
     choose_seeds: int = 2
-    """Number of further seeds that the coefficient is searched on; of networks that take long 1."""
+    """Number of tuning seeds for the coefficient; 1 for expensive networks."""
     tasks: tuple[str, ...] = tuple(TASKS)
-    """Which tasks."""
+    """Tasks."""
     strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-    """Shares of the step."""
+    """Relative strengths."""
     gammas: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
-    """Coefficients to search, each with the ascent step of the same length."""
+    """Candidate coefficients, with epsilon = gamma."""
     steps: int | None = None
-    """Training steps; by default those of each task."""
+    """Number of training steps; by default that of each task."""
     data_dir: Path | None = None
-    """Folder with the files of fashion-mnist; see gradreg sweep."""
+    """Directory with the files of fashion-mnist; see gradreg sweep."""
 
     def __post_init__(self) -> None:
-        """Checks the numbers and the names."""
+        """Check the values and the names as well."""
         common.at_least(self, 2, "seeds")
         super().__post_init__()
         common.above_zero(self, "strengths", "gammas")
@@ -124,27 +122,25 @@ class Config(common.Common):
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Trains every task in every way.
-
-    Args:
-      config: the settings.
+    """Train every task with every method.
 
     Returns:
-      "metrics", what counts in each task; "runs", one row a run: its "task", "optimizer", "part"
-      ("full" or "lazy"; "" without a penalty) and "role": "plain"; "plain, all" where it trains on
-      the held-out samples as well; "strength"; "search", on seeds of their own, with the plain runs
-      of these as "plain, search"; "searched"; and "self-tuned".
+      "metrics", the metric of each task; and "runs", one row per run, with its "task", "optimizer",
+      "part" ("full" or "lazy"; "" without a penalty) and "role": "plain"; "plain, all", which also
+      trains on the held-out samples; "strength"; "search" and "plain, search" on the tuning seeds;
+      "searched"; and "self-tuned".
 
     Raises:
-      CommandError: data that are not there.
+      CommandError: missing data.
     """
     store, found = runs.Store(config.output), []
     for name in config.tasks:
         task = TASKS[name]
         dataset = _dataset(task, config)
         for optimizer in task.optimizers:
-            lab = _Lab(config, dataset, store, _recipe(task, dataset, optimizer, config), task)
-            found.append(runs.tagged(lab.race(), task=name, optimizer=optimizer))
+            recipe = _recipe(task, dataset, optimizer, config)
+            rows = _Study(config, dataset, store, recipe, task).rows()
+            found.append(runs.tagged(rows, task=name, optimizer=optimizer))
     metrics = {name: TASKS[name].metric for name in config.tasks}
     return {"metrics": metrics, "runs": runs.stack(*found)}
 
@@ -167,8 +163,8 @@ def _recipe(task: Task, dataset: data.Dataset, optimizer: str, config: Config) -
 
 
 @dataclasses.dataclass(frozen=True)
-class _Lab:
-    """What the runs of a task with one optimizer share."""
+class _Study:
+    """Data and settings of the runs of a task with one optimizer."""
 
     config: Config
     dataset: data.Dataset
@@ -176,9 +172,9 @@ class _Lab:
     recipe: Recipe
     task: Task
 
-    def race(self) -> Columns:
-        """All runs."""
-        config, most = self.config, (3, 1) if self.task.dear else (None, None)
+    def rows(self) -> Columns:
+        """Train all methods and return their runs."""
+        config, most = self.config, (3, 1) if self.task.expensive else (None, None)
         last = config.seed + config.seeds
         report = range(config.seed, last)[: most[0]]
         choose = range(last, last + config.choose_seeds)[: most[1]]
@@ -186,8 +182,8 @@ class _Lab:
         plain, none = METHODS["SGD"], {"part": ""}
         wanted = runs.grid(plain, everything, {}, report, role="plain, all", **none)
         wanted += runs.grid(plain, self.recipe, {}, choose, role="plain, search", **none)
-        watched = self._watched(plain, self.recipe, 1, report)
-        found = [self._train(wanted), runs.tagged(watched, role="plain", **none)]
+        measured = self._measured(plain, self.recipe, 1, report)
+        found = [self._train(wanted), runs.tagged(measured, role="plain", **none)]
         for part, (fraction, interval) in PARTS.items():
             recipe = dataclasses.replace(self.recipe, penalty_fraction=fraction)
             grid = functools.partial(runs.grid, recipe=recipe, part=part)
@@ -197,23 +193,23 @@ class _Lab:
             values["gamma"] = _best(tried, self.task.metric)
             wanted = grid(_SEARCHED, values=values, seeds=report, role="searched")
             wanted += grid(METHODS["relative"], values=values, seeds=report, role="strength")
-            tuned = self._watched(SELF_TUNED, recipe, interval, report)
+            tuned = self._measured(SELF_TUNED, recipe, interval, report)
             found += [tried, self._train(wanted), runs.tagged(tuned, role="self-tuned", part=part)]
         return runs.stack(*found)
 
     def _train(self, wanted: list[runs.Run]) -> Columns:
         return runs.train(self.dataset, wanted, self.store, what="strength")
 
-    def _watched(self, method: Method, recipe: Recipe, interval: int, seeds: Any) -> Columns:
-        """Runs that are looked at along the training as well."""
+    def _measured(self, method: Method, recipe: Recipe, interval: int, seeds: Any) -> Columns:
+        """Return runs with measurements during the training."""
         what = {"recipe": recipe.describe(), "interval": interval, "seeds": list(seeds)}
         what["data"] = runs.fingerprint(self.dataset)
-        make = functools.partial(self._watch, method, recipe, interval, list(seeds))
+        make = functools.partial(self._measure, method, recipe, interval, list(seeds))
         made = self.store.keep(f"along-{method.label}", what, make)
         cost = method.cost(recipe.penalty_fraction, interval)
         return runs.tagged(made, method=method.label, gradients=cost)
 
-    def _watch(self, method: Method, recipe: Recipe, interval: int, seeds: list[int]) -> Columns:
+    def _measure(self, method: Method, recipe: Recipe, interval: int, seeds: list[int]) -> Columns:
         trainer, task = Trainer(self.dataset, method, recipe), problem(self.dataset, recipe)
         split, lanes = task.draw(seeds), jnp.asarray(seeds, jnp.uint32)
         measure = functools.partial(task.measure, seeds=lanes, split=split)
@@ -234,30 +230,27 @@ class _Lab:
 
 
 def _best(tried: Columns, metric: str) -> float:
-    """The coefficient with the best mean; a diverged run is the worst of all."""
+    """Return the coefficient with the best mean score."""
     found = runs.by(tried, "gamma")
     return float(max(found, key=lambda gamma: np.mean(_score(found[gamma], metric))))
 
 
 def _score(rows: Columns, metric: str) -> Array:
-    """What counts, larger is better: accuracy in percent, or minus the loss."""
+    """Return accuracies in percent, or negative losses; a diverged run has the worst value."""
     if metric == "accuracy":
         return 100 * np.nan_to_num(rows["accuracy"])
     return -np.nan_to_num(rows["test_loss"], nan=20.0)
 
 
-# Table and figure.
-
-
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A task with one optimizer, with the penalty on the whole batch or lazy.
+    """A task with one optimizer, with a full or a lazy penalty.
 
     Attributes:
       key: task, optimizer, part.
-      metric: what counts.
+      metric: "accuracy" or "test_loss".
       plain: the plain runs.
-      everything: plain runs on the held-out samples as well.
+      everything: plain runs that also train on the held-out samples.
       constant: the runs of each strength.
       searched: the runs of the searched coefficient.
       tuned: the self-tuned runs.
@@ -272,24 +265,24 @@ class Cell:
     tuned: Columns
 
     def gain(self, rows: Columns, over: Columns | None = None) -> statistics.Difference:
-        """The paired difference to plain training; larger is better."""
+        """Return the paired difference to plain training; larger is better."""
         less = self.plain if over is None else over
         return statistics.paired(_score(rows, self.metric), _score(less, self.metric))
 
     @property
     def best(self) -> float:
-        """The best strength, in hindsight."""
+        """The fixed strength with the largest gain on the evaluation seeds."""
         return max(self.constant, key=lambda strength: self.gain(self.constant[strength]).mean)
 
     @property
     def kept(self) -> float:
-        """How much of the best strength's gain self-tuning keeps; NaN where there is none."""
+        """The gain of self-tuning relative to the best fixed strength; NaN if that is small."""
         most = self.gain(self.constant[self.best]).mean
-        return self.gain(self.tuned).mean / most if most >= _WORTH[self.metric] else np.nan
+        return self.gain(self.tuned).mean / most if most >= _RELEVANT[self.metric] else np.nan
 
 
 def cells(results: dict[str, Any]) -> Iterator[Cell]:
-    """The cells of the table."""
+    """Yield the cells of the table."""
     table = results["runs"]
     for (task, optimizer, part), rows in runs.groups(table, *_CELL):
         if part:
@@ -306,12 +299,12 @@ def cells(results: dict[str, Any]) -> Iterator[Cell]:
 
 
 def table(results: dict[str, Any]) -> Report:
-    """The tasks as text: plain training, and paired differences to it with standard errors."""
+    """Return plain training, and paired differences to it, for each task."""
     found, lines = list(cells(results)), list[Table | str]()
     strengths = list(found[0].constant)
     titles = {
-        "accuracy": "test accuracy in %, and differences to plain training in points",
-        "test_loss": "test loss in nats, and by how much it is lower than in plain training",
+        "accuracy": "test accuracy (%), and differences to plain training in percentage points",
+        "test_loss": "test loss in nats, and its decrease compared with plain training",
     }
     for metric, title in titles.items():
         of_kind = [cell for cell in found if cell.metric == metric]
@@ -326,12 +319,11 @@ def table(results: dict[str, Any]) -> Report:
         seeds.append(" or ".join(map(str, sorted({len(set(rows["seed"])) for rows in tasks}))))
     cost = {cell.key[2]: cell.tuned["gradients"][0] for cell in found}
     lines.append(
-        f"means over {seeds[0]} seeds ± standard error; gamma (= epsilon) searched on {seeds[1]}"
-        f" others; p: paired t-test of self-tuned against plain; kept: of"
-        " the gain of the best r in hindsight, where that gains a point (.02 nats); plain on all:"
-        " plain training that has the held-out samples as well. Gradients per step of self-tuned: "
-        + ", ".join(f"{part} {value:.2f}" for part, value in cost.items())
-        + "."
+        f"Means ± standard errors over {seeds[0]} evaluation seeds; gamma (= epsilon) searched on"
+        f" {seeds[1]} other seeds; p: paired t-test of self-tuned against plain; kept: gain of"
+        " self-tuned relative to the best constant r, if that gains at least 1 point (0.02 nats);"
+        " plain on all: plain training that includes the held-out samples. Gradients per step of"
+        " self-tuned: " + ", ".join(f"{part} {value:.2f}" for part, value in cost.items()) + "."
     )
     return Report(*lines)
 
@@ -349,18 +341,20 @@ def _row(cell: Cell) -> list[str]:
 
 
 def _stopping(found: list[Cell]) -> list[str]:
-    """Against plain training that stops where the test loss is lowest."""
+    """Compare with plain training that stops at the lowest test loss."""
     lines = []
     for cell in found:
         if "best_loss" in cell.plain and cell.metric == "test_loss":
             gain = statistics.paired(cell.plain["best_loss"], cell.tuned["test_loss"])
             name = ", ".join((cell.key[0], cell.key[2]))
-            lines.append(f"{name}: self-tuned ends {gain:+.3f} nats better than plain at its best")
+            lines.append(
+                f"{name}: final loss of self-tuned {gain:+.3f} nats below the lowest loss of plain"
+            )
     return [*lines, ""] if lines else []
 
 
 def _verdicts(found: list[Cell]) -> list[str]:
-    """Where the claims do not hold."""
+    """Return the cells in which a claim does not hold."""
 
     def below(cell: Cell, rows: Columns | None) -> bool:
         gain = None if rows is None else cell.gain(rows)
@@ -381,32 +375,30 @@ def _verdicts(found: list[Cell]) -> list[str]:
 
 
 def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
-    """Draws strength.png: the gain in accuracy of every cell against the strength, and against the
-    coefficient.
-    """
+    """Draw the gain in accuracy of every cell against the strength and against the coefficient."""
     made, (left, right) = plots.figure(2, width=6.0, height=4.6, sharey=True)
     table, names = results["runs"], list(results["metrics"])
     drawn: set[str] = set()
     for cell in cells(results):
         task, optimizer, part = cell.key
-        look: Any = {"color": f"C{names.index(task)}", "ls": "-" if part == "full" else ":"}
+        style: Any = {"color": f"C{names.index(task)}", "ls": "-" if part == "full" else ":"}
         gains = [_points(cell.plain, rows) for rows in cell.constant.values()]
         label = None if task in drawn else task
-        left.plot([0, *cell.constant], [0, *gains], marker=".", label=label, **look)
+        left.plot([0, *cell.constant], [0, *gains], marker=".", label=label, **style)
         place = float(np.mean(cell.tuned["late"])), _points(cell.plain, cell.tuned)
-        left.plot(*place, "*", ms=11, mec="k", mew=0.6, color=look["color"])
+        left.plot(*place, "*", ms=11, mec="k", mew=0.6, color=style["color"])
         drawn.add(task)
         where = {"task": task, "optimizer": optimizer}
         plain = select(table, role="plain, search", **where)
         tried = runs.by(select(table, role="search", part=part, **where), "gamma")
         gains = [_points(plain, rows) for rows in tried.values()]
-        right.plot(list(tried), gains, marker=".", **look)
+        right.plot(list(tried), gains, marker=".", **style)
     for axis in (left, right):
         axis.axhline(0, color="k", lw=0.6)
-    left.set(xlabel="strength $r$ of relative_gradreg", ylabel="gain in test accuracy, points")
-    left.set(ylim=(-12, None), title="the strength has no unit (stars: tuned by itself)")
+    left.set(xlabel="strength $r$ of relative_gradreg", ylabel="gain in test accuracy (points)")
+    left.set(ylim=(-12, None), title="relative strength (stars: self-tuned)")
     right.set(xscale="log", xlabel="coefficient $\\gamma$ of fd_gradreg ($\\epsilon = \\gamma$)")
-    right.set(title="the coefficient has: another for every task, and a cliff")
+    right.set(title="coefficient: the best value depends on the task")
     left.legend(frameon=False, fontsize=8)
     return plots.save(made, output / "strength", formats)
 

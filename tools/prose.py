@@ -97,8 +97,9 @@ def python(text):
 
 
 def prose(text):
-    """Whether a string is a sentence or a label, not a name, a path or a pattern."""
-    return bool(SENTENCE.search(text) or NUMBER.search(text)) and not re.search(r"\\[wdsb.]", text)
+    """Whether a string is a sentence or a label, not a name, a path, a pattern or a format."""
+    code = re.search(r"\\[wdsb.]", text) or re.fullmatch(r"[+]?\.\d+[efg%]", text)
+    return bool(SENTENCE.search(text) or NUMBER.search(text)) and not code
 
 
 def notebook(text):

@@ -137,7 +137,7 @@ def _digest(*packages: Path) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Return the processor and the accelerator, without host and user names."""
+    """Return the processor and the accelerator, without names of the machine and the user."""
     device, processor = jax.devices()[0], platform.machine()
     cpu = {"processor": processor, "cores": os.cpu_count()}
     return cpu | {"backend": device.platform, "device": device.device_kind}

@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,13 +7,20 @@ import pytest
 from gradreg_optax.experiments import compare, results, runs, statistics
 from gradreg_optax.experiments.common import CommandError
 
+COMMITTED = Path(__file__).parents[2] / "notebooks/results/compare"
 LABELS = ("SGD", "DB", "B-GR", "F-GR", "SAM")
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """The comparison as the command makes it, on three seeds and without the methods that no claim
-    speaks of."""
+@pytest.fixture(
+    scope="module", params=["committed", pytest.param("trained", marks=pytest.mark.slow)]
+)
+def found(request, tmp_path_factory):
+    """The comparison on digits with three seeds: the committed run, or a new one."""
+    if request.param == "committed":
+        made = results.load(COMMITTED)
+        rows = runs.select(made["runs"], dataset="digits")
+        keep = (rows["seed"] < 3) & np.isin(rows["method"], LABELS)
+        return made | {"runs": {name: values[keep] for name, values in rows.items()}}
     folder = tmp_path_factory.mktemp("compare")
     config = compare.Config(seeds=3, output=folder, datasets=("digits",))
     with pytest.MonkeyPatch.context() as patch:
@@ -67,7 +75,7 @@ def test_regularization_finds_flatter_minima(found):
     assert (best["eigenvalue_residual"] < 0.01 * best["eigenvalue"]).all()
 
 
-def test_the_results_say_what_was_compared(found):
+def test_the_results_hold_calls_and_recipes(found):
     assert (
         found["methods"]["digits"]["B-GR"] == "fd_gradreg(scheme='backward', gamma=5, epsilon=0.1)"
     )
@@ -84,7 +92,7 @@ def test_the_table_names_method_difference_cost_and_number_of_seeds(found):
     assert "digits, 300 training samples, 30 % label noise, 3 seeds" in text
 
 
-def test_the_table_sets_forward_differences_beside_sam(found):
+def test_the_table_compares_forward_differences_with_sam(found):
     gain = statistics.paired(100 * accuracy(found, "F-GR"), 100 * accuracy(found, "SAM"))
     row = next(line for line in compare.table(found).splitlines() if "F-GR minus SAM" in line)
     assert row.split()[3:] == [*f"{gain:+.2f}".split(), gain.p_text, "3"]
@@ -97,7 +105,7 @@ def test_one_seed_has_no_p(found):
     assert "p =" not in text
 
 
-def test_a_diverged_run_is_named_and_not_averaged(found):
+def test_a_diverged_run_is_counted_and_not_averaged(found):
     broken = {name: values.copy() for name, values in found["runs"].items()}
     place = (broken["role"] == "best") & (broken["method"] == "F-GR")
     broken["accuracy"][place] = [0.5, 0.7, np.nan]
@@ -114,18 +122,20 @@ def test_the_figure_is_drawn_from_the_file_alone(found, tmp_path):
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """Both data sets and the rows that are more than settings, for a few steps."""
+    """Both data sets and the rows with their own recipes, for a few steps."""
     config = compare.Config(seeds=4, steps=20, output=tmp_path_factory.mktemp("both"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "TASKS", only("SGD", "F-GR", "lazy F-GR", "self-tuned"))
-        patch.setattr(compare, "SIGNED_ON", "none of them")
+        patch.setattr(compare, "SIGNED_ON", "no data set")
         return results.load(
             results.save(config.output, "gradreg compare", config, compare.run(config))
         )
 
 
 @pytest.mark.slow
-def test_each_data_set_is_compared_with_itself_and_a_dear_one_on_half_of_the_seeds(both, tmp_path):
+def test_each_data_set_is_compared_with_itself_and_an_expensive_one_uses_half_of_the_seeds(
+    both, tmp_path
+):
     seeds = {name: set(part["seed"]) for (name,), part in runs.groups(both["runs"], "dataset")}
     assert seeds == {"digits": {0, 1, 2, 3}, "mnist1d": {0, 1}}
     text = compare.table(both)
@@ -136,8 +146,8 @@ def test_each_data_set_is_compared_with_itself_and_a_dear_one_on_half_of_the_see
 
 @pytest.mark.slow
 def test_the_cost_of_a_lazy_penalty_is_counted_over_its_steps(both):
-    """A quarter of the batch on every fourth step costs 1 + 2 (1/4) / 4 gradients, and so it does
-    in operations, but for the few of the optimizer."""
+    """A quarter of the batch every 4th step costs 1 + 2 (1/4) / 4 gradients, and as many FLOPs up
+    to those of the optimizer."""
     for name in compare.TASKS:
         lazy = runs.select(both["runs"], dataset=name, method="lazy F-GR")
         assert (lazy["gradients"] == 1.125).all()
@@ -147,7 +157,7 @@ def test_the_cost_of_a_lazy_penalty_is_counted_over_its_steps(both):
 
 
 def test_a_self_tuned_run_has_no_samples_that_the_others_lack():
-    """What it holds out is taken off its training set."""
+    """Its held-out samples are taken from its training set."""
     config = compare.Config()
     for name, held_out in (("digits", 30), ("mnist1d", 400)):
         tuned, plain = (compare.recipe(config, name, label) for label in ("self-tuned", "SGD"))
@@ -156,11 +166,11 @@ def test_a_self_tuned_run_has_no_samples_that_the_others_lack():
 
 
 @pytest.mark.parametrize("datasets", [(), ("mnist",)])
-def test_data_sets_without_chosen_settings_are_refused(datasets):
+def test_data_sets_without_tuned_settings_are_refused(datasets):
     with pytest.raises(CommandError, match="datasets must be some of digits, mnist1d, got"):
         compare.Config(datasets=datasets)
 
 
-def test_no_seeds_are_refused():
+def test_zero_seeds_are_refused():
     with pytest.raises(CommandError, match="seeds must be at least 1, got 0"):
         compare.run(compare.Config(seeds=0))

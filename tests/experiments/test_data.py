@@ -65,7 +65,7 @@ def small(samples=40, classes=10):
 
 
 @given(share=st.floats(0, 1), seed=st.integers(0, 2**31), classes=st.integers(2, 10))
-def test_exactly_the_given_share_of_labels_is_wrong(share, seed, classes):
+def test_exactly_the_given_fraction_of_labels_is_noisy(share, seed, classes):
     dataset = small(classes=classes)
     split = data.draw(dataset, seed, 20, 5, share)
     wrong = split.train_labels != dataset.labels[split.train]
@@ -192,7 +192,7 @@ def test_a_truncated_file_of_mnist1d_is_generated_again(monkeypatch):
     assert (len(made), list(data.cache().iterdir())) == (2, [kept])
 
 
-def test_a_file_of_the_users_is_read(tmp_path):
+def test_a_file_of_the_user_is_read(tmp_path):
     path, arrays = (
         tmp_path / "mine.npz",
         {"x_train": np.ones((5, 4, 4), np.uint8), "y_train": np.arange(5) % 3},
@@ -255,7 +255,7 @@ def test_a_file_that_does_not_fit_is_refused_by_its_name(tmp_path, change, messa
     ],
 )
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_a_spoilt_archive_is_refused_by_its_name(tmp_path, spoil, save):
+def test_a_damaged_archive_is_refused_by_its_name(tmp_path, spoil, save):
     path = tmp_path / "mine.npz"
     save(path, **OWN)
     path.write_bytes(spoil(path.read_bytes()))
@@ -293,7 +293,7 @@ def test_an_unknown_data_set_is_named(name):
 @pytest.mark.parametrize(
     "sizes", [{"train_size": 31}, {"train_size": 0}, {"test_size": 11}, {"label_noise": 1.5}]
 )
-def test_more_than_there_is_cannot_be_drawn(sizes):
+def test_more_samples_than_exist_cannot_be_drawn(sizes):
     with pytest.raises(CommandError, match=next(iter(sizes))):
         data.draw(small(), 0, **sizes)
 

@@ -127,7 +127,7 @@ def test_different_batches_leave_a_rest_that_swamps_the_penalty_like_one_over_et
 @pytest.mark.parametrize(
     ("change", "message"), [({"records": 999}, "more steps"), ({"batch_size": 60}, "smaller ones")]
 )
-def test_settings_that_cannot_be_are_refused(change, message):
+def test_invalid_settings_are_refused(change, message):
     with pytest.raises(CommandError, match=message):
         dataclasses.replace(SMALL, **change)
 

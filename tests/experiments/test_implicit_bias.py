@@ -171,7 +171,7 @@ def test_epsilons_out_of_order_are_refused():
 
 
 @pytest.mark.parametrize("change", [{"samples": 21}, {"alpha": 0.0}, {"seeds": 0}, {"seed": -1}])
-def test_sizes_that_cannot_be_are_refused(change):
+def test_invalid_sizes_are_refused(change):
     with pytest.raises(CommandError, match=r"must be (at least|above 0)"):
         dataclasses.replace(SMALL, **change)
 

@@ -88,11 +88,11 @@ def test_networks_have_no_kinks(name, x64):
     assert second[0] / second[1] == pytest.approx(4, rel=0.05)  # the next term is relative O(h^2)
 
 
-def test_an_mlp_has_the_sizes_it_says():
+def test_an_mlp_has_the_given_sizes():
     params = models.build("mlp", (8, 8, 1), 10, width=64, depth=1).init(jax.random.key(0))
     assert [layer["kernel"].shape for layer in params] == [(64, 64), (64, 10)]
 
 
-def test_a_wrong_network_is_named():
+def test_an_unknown_network_is_named():
     with pytest.raises(CommandError, match="unknown model 'vit': choose one of 'mlp', 'cnn', 'res"):
         models.build("vit", (8, 8, 1), 10)

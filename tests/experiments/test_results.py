@@ -56,7 +56,7 @@ def test_what_is_not_finite_comes_back_as_nan_and_the_file_is_plain_json(tmp_pat
     assert list(loaded["diverged"]) == [False, True, True]
 
 
-def test_a_file_says_how_it_was_made_and_not_where(tmp_path):
+def test_a_file_holds_how_it_was_made_and_no_paths(tmp_path):
     document = json.loads(results.save(tmp_path, "gradreg test", Config(), {}).read_text())
     assert document["command"] == "gradreg test"
     assert document["config"] == {"gammas": [1.0, 2.0], "data_dir": None}
@@ -99,7 +99,7 @@ def test_a_broken_file_and_one_of_another_command_are_named(tmp_path, content, m
         results.load(tmp_path, "test")
 
 
-def test_truths_large_integers_nan_and_strings_survive(tmp_path):
+def test_booleans_large_integers_nan_and_strings_survive(tmp_path):
     written = {
         "truth": np.bool_(True),
         "large": np.int64(2**62 + 1),
@@ -129,7 +129,7 @@ def test_a_column_is_one_line_of_the_file(tmp_path):
     assert len(path.read_text().splitlines()) < 40
 
 
-def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_and_leaves_no_file(tmp_path, monkeypatch):
     def full(self, text):
         self.touch()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -140,7 +140,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_run_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+def test_partial_files_of_killed_runs_are_removed_and_those_of_running_ones_are_not(tmp_path):
     (tmp_path / "parts").mkdir()
     done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], **CAPTURED)
     left = tmp_path / "parts" / f".F-GR.json.{int(done.stdout)}.partial"

@@ -56,7 +56,7 @@ def test_an_empty_or_cut_part_is_made_anew(tmp_path, content):
 def test_an_error_in_one_part_ends_the_others_and_keeps_what_is_finished(tmp_path, monkeypatch):
     reports = []
 
-    def fail_or_go_on(self, settings, seeds, advanced):
+    def fail_or_continue(self, settings, seeds, advanced):
         if self.method.label == "B-GR":
             raise ValueError("the first error")
         for _ in range(0 if self.method.label == "SGD" else 20_000):
@@ -65,7 +65,7 @@ def test_an_error_in_one_part_ends_the_others_and_keeps_what_is_finished(tmp_pat
             time.sleep(1e-3)
         return {"accuracy": np.zeros(len(seeds))}
 
-    monkeypatch.setattr(trainer.Trainer, "__call__", fail_or_go_on)
+    monkeypatch.setattr(trainer.Trainer, "__call__", fail_or_continue)
     settings = {"gamma": (1.0,), "epsilon": (1.0,)}
     wanted = [
         one
@@ -103,7 +103,7 @@ def test_the_fingerprint_sees_every_label():
     assert runs.fingerprint(DIGITS) != runs.fingerprint(changed)
 
 
-def test_a_row_is_a_run_whatever_trains_beside_it(tmp_path, counted):
+def test_a_row_does_not_depend_on_the_other_runs(tmp_path, counted):
     wanted = runs.grid(METHODS["F-GR"], RECIPE, {"gamma": (1.0, 2.0), "epsilon": (0.5,)}, [0, 1])
     wanted += runs.grid(METHODS["SGD"], RECIPE, {"gamma": (1.0,)}, [1], role="plain")
     store = runs.Store(tmp_path)

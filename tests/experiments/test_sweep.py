@@ -120,7 +120,7 @@ def test_a_method_that_always_diverges_is_named(tmp_path, monkeypatch):
     assert sweep.plot(found, tmp_path)
 
 
-def test_what_is_finished_is_not_computed_again_and_what_is_missing_is(tmp_path, pretended):
+def test_finished_parts_are_not_computed_again_and_missing_ones_are(tmp_path, pretended):
     first = run(tmp_path)
     units = pretended.calls
     # three seeds of one setting, of two and of four (twice) by at most four lanes, and the reports
@@ -151,7 +151,7 @@ def test_a_changed_configuration_uses_no_stale_part(tmp_path, pretended, change)
     run(tmp_path, methods=("DB",))
     before = pretended.calls
     run(tmp_path, **changed)
-    # two seeds of one setting are two lanes, whatever the most
+    # two seeds of one setting are two lanes for any limit
     assert pretended.calls == before + alone - (change == {"lanes": 2})
 
 
@@ -190,7 +190,7 @@ def test_a_changed_file_uses_no_stale_part(tmp_path, pretended):
         ({"methods": ("GR",)}, "methods must be some of SGD, .*, got GR"),
     ],
 )
-def test_what_cannot_be_swept_is_refused(change, message):
+def test_invalid_settings_are_refused(change, message):
     with pytest.raises(CommandError, match=message):
         dataclasses.replace(TINY, **change)
 
@@ -211,7 +211,7 @@ runpy.run_module("gradreg_optax", run_name="__main__", alter_sys=True)
 """
 
 
-def test_a_stopped_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
+def test_an_interrupted_sweep_resumes(tmp_path, monkeypatch):
     config = dataclasses.replace(TINY, output=tmp_path / "parts_here", methods=("F-GR",), lanes=1)
     parts, units = config.output / "parts", 4 * 3 + 2
     process = subprocess.Popen(

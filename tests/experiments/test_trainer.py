@@ -15,7 +15,7 @@ RECIPE = training.Recipe(
     width=6, train_size=40, test_size=50, batch_size=16, steps=130, eigenvalue=False
 )  # 130: the last chunk is short
 DIGITS = data.load("digits")
-TOLD = []
+PROGRESS = []
 
 
 def train(label, settings, seeds, recipe=RECIPE):
@@ -24,7 +24,7 @@ def train(label, settings, seeds, recipe=RECIPE):
 
 @pytest.fixture(scope="module")
 def plain():
-    return training.Trainer(DIGITS, training.METHODS["SGD"], RECIPE)({}, [0, 1], TOLD.append)
+    return training.Trainer(DIGITS, training.METHODS["SGD"], RECIPE)({}, [0, 1], PROGRESS.append)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_hyperparameters_are_traced_and_nothing_is_compiled_twice(forward):
     assert (second["train_loss"] != first["train_loss"]).all()
 
 
-def test_lanes_do_not_see_each_other(forward):
+def test_lanes_are_independent(forward):
     trainer, first = forward
     swapped = trainer({"gamma": np.array([0.0, 2.0]), "epsilon": 0.5}, [1, 0])
     for name, values in first.items():
@@ -107,7 +107,7 @@ def test_lanes_of_a_convolutional_network_are_runs_of_their_own():
     assert abs(twice[0] - both["train_loss"][0]) > 1e-3
 
 
-def test_a_run_that_blows_up_is_named_and_its_neighbour_is_not(forward):
+def test_a_diverged_run_is_marked_and_its_neighbour_is_not(forward):
     found = forward[0]({"gamma": np.array([1e6, 1.0]), "epsilon": 0.5}, [0, 1])
     np.testing.assert_array_equal(found["diverged"], [True, False])
     np.testing.assert_array_equal(np.isnan(found["accuracy"]), [True, False])
@@ -145,7 +145,7 @@ def test_settings_of_another_method_are_refused(settings, forward):
         ({"batch_size": 41}, "batch_size must be at most 40"),
     ],
 )
-def test_a_recipe_that_cannot_be_followed_is_refused(change, message):
+def test_an_invalid_recipe_is_refused(change, message):
     with pytest.raises(CommandError, match=message):
         training.Trainer(
             DIGITS,
@@ -173,5 +173,5 @@ def test_a_recipe_is_described_by_names_and_numbers():
     assert (found["model"], found["optimizer"], found["steps"]) == ("cos", "lion", 3000)
 
 
-def test_every_hundred_steps_are_told(plain):
-    assert TOLD == [200, 60]
+def test_progress_is_reported_every_hundred_steps(plain):
+    assert PROGRESS == [200, 60]

@@ -60,7 +60,7 @@ def test_a_calibrated_predictor_has_no_error_and_a_sure_one_its_overconfidence()
     assert flatness.calibration_error(*certain) == pytest.approx(1 - 13 / 20, abs=1e-6)
 
 
-def test_labels_that_are_wrong_count_as_often_as_they_hit():
+def test_calibration_on_noisy_labels_is_that_of_replaced_labels():
     """Of the right predictions 1 - q stay right, and of the wrong ones q / 3 become it."""
     right, wrong = np.arange(20) < 16, 0.3
     hit = 0.7 * 16 / 20 + 0.1 * 4 / 20
@@ -136,7 +136,7 @@ def test_without_noise_and_without_a_step_nothing_changes(measured):
 
 
 @pytest.mark.slow
-def test_noise_is_as_large_as_it_says_in_deviations_of_the_inputs():
+def test_noise_has_the_given_standard_deviations_of_the_inputs():
     problem = copy.copy(trainer.problem(DIGITS, Recipe(width=4)))
     seen, apply = [], problem.model.apply
 
@@ -160,7 +160,9 @@ def test_noise_is_as_large_as_it_says_in_deviations_of_the_inputs():
 def test_many_steps_learn_the_second_task_and_forget_the_first(measured):
     before, after, _ = measured
     assert before["accuracy_second"] < 0.3
-    assert (after["accuracy_second"] > 0.85).all()  # on the wrong labels of the first: at most .83
+    assert (
+        after["accuracy_second"] > 0.85
+    ).all()  # with the label noise of the first task: at most 0.83
     assert (after["accuracy_after"] < before["accuracy"] - 0.1).all()
 
 

@@ -1,5 +1,4 @@
-"""Study frontier: the price of a cell, how gamma is chosen, and that nothing finished is computed
-again."""
+"""Study frontier: the cost of a cell, the choice of gamma, and resuming."""
 
 import dataclasses
 
@@ -44,7 +43,7 @@ def cell(found, fraction, interval, choice="search"):
 
 
 def one(found, name, *where):
-    """The one value that a column has in a cell."""
+    """The value of a column in a cell."""
     (value,) = set(cell(found, *where)[name].tolist())
     return value
 
@@ -70,8 +69,7 @@ def test_the_flops_of_a_cell_are_its_gradients(found):
             flops, gradients = (
                 one(found, name, fraction, interval) for name in ("flops", "gradients")
             )
-            # beside the gradients there are the optimizer and the sum of two trees: a few
-            # operations per parameter
+            # the optimizer and the sum of two trees add a few operations per parameter
             assert flops == pytest.approx(gradients, rel=0.02)
 
 
@@ -129,7 +127,7 @@ def test_table_and_figure_show_every_cell(found, tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_kick_is_how_far_a_penalised_step_goes_on_a_quadratic():
+def test_kappa_is_one_minus_the_factor_of_a_penalised_step_on_a_quadratic():
     curvature, rate, gammas, intervals = (
         np.array([0.5, 2.0]),
         0.2,
@@ -149,8 +147,8 @@ def test_the_kick_is_how_far_a_penalised_step_goes_on_a_quadratic():
         "learning_rates": {"sgd": rate},
         "probes": runs.tidy(axes, **probes),
     }
-    kick = frontier.kicks(made)
-    assert kick.shape == (2, 2, 3)
+    kappas = frontier.kappa(made)
+    assert kappas.shape == (2, 2, 3)
     for i, value in enumerate(curvature):
         for j, interval in enumerate(intervals):
             for k, gamma in enumerate(gammas):
@@ -163,7 +161,7 @@ def test_the_kick_is_how_far_a_penalised_step_goes_on_a_quadratic():
                 update, _ = tx.update(
                     jnp.float32(value), tx.init(jnp.float32(1.0)), jnp.float32(1.0)
                 )
-                assert kick[i, j, k] == pytest.approx(rate * float(update), rel=1e-4)
+                assert kappas[i, j, k] == pytest.approx(rate * float(update), rel=1e-4)
 
 
 def test_the_search_is_shown_with_every_accuracy(found):
@@ -194,11 +192,11 @@ def test_a_cell_keeps_up_until_it_is_one_standard_error_below():
 
 def test_the_share_of_the_gain_is_one_for_the_full_penalty_and_zero_for_the_plain_optimizer():
     plain, full = {"accuracy": np.array([0.7, 0.7])}, {"accuracy": np.array([0.8, 0.9])}
-    assert frontier.gain_share(full, full, plain) == 1
-    assert frontier.gain_share(plain, full, plain) == 0
-    assert frontier.gain_share({"accuracy": np.array([0.75, 0.8])}, full, plain) == pytest.approx(
-        0.5
-    )
+    assert frontier.relative_gain(full, full, plain) == 1
+    assert frontier.relative_gain(plain, full, plain) == 0
+    assert frontier.relative_gain(
+        {"accuracy": np.array([0.75, 0.8])}, full, plain
+    ) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +253,7 @@ def test_a_warm_up_beyond_the_training_is_named():
         ({"optimizers": ()}, "optimizers must not be empty"),
     ],
 )
-def test_cells_that_cannot_be_are_refused(change, message):
+def test_invalid_cells_are_refused(change, message):
     with pytest.raises(CommandError, match=message):
         dataclasses.replace(CONFIG, **change)
 

@@ -1,4 +1,4 @@
-"""Study late: every way costs the same, is chosen on seeds of its own, and penalises the updates
+"""Study late: every schedule costs the same, is tuned on other seeds, and penalises the updates
 that its name says."""
 
 import dataclasses
@@ -38,15 +38,15 @@ def found(config):
 
 def test_every_way_costs_its_share_and_is_paired(found):
     table = runs.select(found["runs"], role="report")
-    ways = dict(runs.groups(table, "method", "share"))
+    schedules = dict(runs.groups(table, "method", "share"))
     for share in CONFIG.shares:
-        for label in (late.LONGER, *late.WAYS):
-            rows = ways[label, share]
+        for label in (late.LONGER, *late.SCHEDULES):
+            rows = schedules[label, share]
             np.testing.assert_allclose(rows["cost"], 1 + 1 / share)
             assert rows["seed"].tolist() == [0, 1]
     cost = {label: runs.select(table, method=label)["cost"][0] for label in ("SGD", late.ALWAYS)}
     assert cost == {"SGD": 1, late.ALWAYS: 2}
-    assert len(ways) == 2 + 6
+    assert len(schedules) == 2 + 6
 
 
 def test_the_strength_is_the_best_on_seeds_of_its_own(found):
@@ -59,9 +59,11 @@ def test_the_strength_is_the_best_on_seeds_of_its_own(found):
         assert strength == runs.best(tried, "strength")["strength"]
 
 
-def way(label, share):
+def schedule(label, share):
     recipe = Recipe(steps=16, batch_size=16)
-    return next(one for one in late._ways(recipe, (share,)) if one.method.label == label), recipe
+    return next(
+        one for one in late._schedules(recipe, (share,)) if one.method.label == label
+    ), recipe
 
 
 @pytest.mark.slow
@@ -76,8 +78,8 @@ def way(label, share):
         (late.ALWAYS, range(16)),
     ],
 )
-def test_a_way_changes_the_updates_that_its_name_says(label, due):
-    chosen, _ = way(label, 4)
+def test_a_schedule_penalises_the_updates_of_its_name(label, due):
+    chosen, _ = schedule(label, 4)
     tx = chosen.method.make(strength=jnp.float32(0.5), interval=chosen.interval)
 
     def loss(params):
@@ -103,8 +105,8 @@ def test_one_learning_rate_is_the_first_of_the_schedule():
 
 def test_the_parts_are_those_that_are_paid_for():
     for label, kept in {"part": 1 / 8, "lazy on a part": 1 / 4, "lazy": 1, "late": 1}.items():
-        assert way(label, 4)[0].recipe.penalty_fraction == kept
-    longer, recipe = way(late.LONGER, 4)
+        assert schedule(label, 4)[0].recipe.penalty_fraction == kept
+    longer, recipe = schedule(late.LONGER, 4)
     assert longer.recipe == dataclasses.replace(recipe, steps=20)
 
 
@@ -116,9 +118,9 @@ def test_a_second_start_trains_nothing_and_gives_the_same(config, found, monkeyp
     assert results.plain(late.run(config)) == results.plain(found)
 
 
-def test_table_and_figure_show_every_way(found, tmp_path):
+def test_table_and_figure_show_every_schedule(found, tmp_path):
     text = late.table(found)
-    for label in (late.PLAIN, late.ALWAYS, late.LONGER, *late.WAYS):
+    for label in (late.PLAIN, late.ALWAYS, late.LONGER, *late.SCHEDULES):
         assert f"\n{label}  " in text
     (path,) = late.plot(found, tmp_path)
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -93,7 +93,7 @@ def test_what_is_kept_is_the_share_of_the_best_gain():
     ("fraction", "lazy"), [(1.0, 1 + 4 / 3 / 4), (0.25, 1 + (1 / 2 + 1 / 3) / 4)]
 )
 def test_the_price_of_self_tuning_is_an_evaluation_of_held_out_samples(fraction, lazy):
-    """A third of a gradient, on the updates that take the penalty, whatever part it is taken on."""
+    """A third of a gradient, on penalised updates, for any fraction of the batch."""
     assert SELF_TUNED.cost(fraction, 4) == pytest.approx(lazy)
     sizes = TINY | {"width": 64, "depth": 4, "penalty_fraction": fraction, "eigenvalue": False}
     plain, tuned = (
@@ -140,6 +140,6 @@ def test_the_transformer_does_not_look_ahead():
     assert (one[:, 5:] != other[:, 5:]).any(axis=-1).all()
 
 
-def test_tasks_that_are_none_are_named():
+def test_unknown_tasks_are_named():
     with pytest.raises(CommandError, match=r"tasks must be some of .*got 'mnist'"):
         strength.Config(tasks=("mnist",))
