@@ -170,9 +170,9 @@ def nnx_regularized_loss(
 
     Returns:
       A loss with the signature of ``loss_fn`` and a further argument ``step``, if ``loss_fn`` has
-      none. An argument ``step`` of ``loss_fn`` is passed to it, and the regularizer counts by it
-      too if it is a whole number. ``nnx.vmap`` and ``nnx.scan`` of the loss itself count the
-      added argument: ``nnx.vmap(loss, in_axes=(0, None, None))(models, x, step)``.
+      none. An argument ``step`` of ``loss_fn`` is passed to it, and the regularizer uses it as well
+      if it is a whole number. For ``nnx.vmap`` and ``nnx.scan`` of the loss, ``in_axes`` must
+      include the added argument: ``nnx.vmap(loss, in_axes=(0, None, None))(models, x, step)``.
 
     Raises:
       ImportError: flax is not installed.

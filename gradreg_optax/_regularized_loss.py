@@ -72,10 +72,10 @@ def regularized_loss(
       A loss with the signature of ``loss_fn`` and a further keyword ``step``.
 
     Raises:
-      ValueError: a regularizer with more state than a counter; a loss that is regularized already;
-        an argument that the call does not have.
-      TypeError: the regularizer is no Optax transformation, or needs the step; a loss that is no
-        real scalar; parameters that are no real or complex numbers.
+      ValueError: a regularizer with more state than a counter; a loss that is already regularized;
+        an argnums without an argument.
+      TypeError: a regularizer that is not an Optax transformation; a missing ``step``; a loss that
+        is not a real scalar; parameters that are not real or complex numbers.
 
     Example:
       >>> import jax, jax.numpy as jnp
