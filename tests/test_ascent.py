@@ -1,4 +1,4 @@
-"""Directions to climb along that remember: an Optax transformation as ``ascent=``.
+"""Ascent directions with state: an Optax transformation as ``ascent=``.
 
 Every run is compared with the loop written by hand, over several steps of plain descent.
 """
@@ -480,8 +480,8 @@ def test_a_bad_batch_leaves_no_trace_but_in_the_counter(x64, name, family):
 @pytest.mark.parametrize("where", ["first", "infinite", "ahead"])
 @pytest.mark.parametrize("family", ["fd", "dbp", "relative"])
 def test_what_is_not_finite_does_not_enter_wherever_it_comes_from(x64, family, where):
-    """In the first batch, an infinity of which clipping would make a finite direction, or at the
-    point climbed to alone.
+    """In the first batch, an infinity of which clipping would make a finite direction, or only at
+    the perturbed parameters.
     """
     ascent = optax.chain(optax.clip(1.0), optax.scale_by_adam())
     tx, params = FAMILIES[family](ascent), initial()

@@ -1,4 +1,4 @@
-"""The gradient functions stand where ``jax.value_and_grad`` stood."""
+"""The gradient functions replace ``jax.value_and_grad``."""
 
 import functools
 

@@ -73,7 +73,7 @@ def flat(tree):
 
 
 def transformed(tx, value_fn, params, state):
-    """What the transformation makes of the gradient, and its state."""
+    """Return the output of the transformation for the gradient, and its state."""
     value, gradient = jax.value_and_grad(value_fn)(params)
     return tx.update(gradient, state, params, value=value, value_fn=value_fn)
 

@@ -51,7 +51,7 @@ NO_PROSE = re.compile(
     re.M | re.S,
 )
 SENTENCE = re.compile(r"\w[\w'-]*,? +\w+")  # at least two words: a label or a sentence
-NUMBER = re.compile(r"(^|[\s(±+−-])\.\d")
+NUMBER = re.compile(r"(^|[\s(±+−-])\.\d+(?!\d|[efg%])")  # not a format such as ".2f"
 
 
 def blank(match):

@@ -69,8 +69,8 @@ def statistics(model):
 
 
 def by_hand(model, x, y):
-    """The gradient that the penalty makes of the model's loss on this batch, and what its states
-    are after one clean pass."""
+    """Return the penalised gradient of the model's loss on this batch, and the states after one
+    clean pass."""
     trainable = [v.value for v in model.trainable_variables]
     rest = [v.value for v in model.non_trainable_variables]
 

@@ -130,8 +130,8 @@ def varying(tree):
 
 
 def train_in_shard_map(mesh, local, gradient_of):
-    """A gradient function inside ``shard_map``: every device climbs along its own gradient, or
-    all along the common one."""
+    """A gradient function inside ``shard_map``: every device uses its own ascent direction, or all
+    use the common one."""
     tx = optax.adam(1e-2)
 
     def device_step(params, opt_state, data):
@@ -158,7 +158,7 @@ def train_in_shard_map(mesh, local, gradient_of):
 
 
 def train_in_pmap():
-    """The regularized loss inside ``pmap``: every device climbs along its own gradient."""
+    """The regularized loss inside ``pmap``: every device uses its own ascent direction."""
     tx, devices = optax.adam(1e-2), jax.device_count()
     gradient = jax.grad(gr.regularized_loss(loss_fn, FD))
 
@@ -178,7 +178,7 @@ def train_in_pmap():
 
 
 def refusals():
-    """What is said of parts that an explicit mesh of eight devices does not divide."""
+    """Errors for parts that an explicit mesh of eight devices does not divide."""
     data = jax.device_put(batch(), NamedSharding(jax.sharding.get_mesh(), P("data")))
     said = {}
     for name, options in {

@@ -273,7 +273,7 @@ def test_the_transformations_of_nnx_go_around_a_regularized_loss(name):
 
 
 def test_other_arguments_have_the_gradient_of_the_loss():
-    """Of a teacher, if it is asked for, and of an array; that of the model stays regularized."""
+    """Gradients of a teacher, if requested, and of an array; the model's stays regularized."""
 
     def distance(model, teacher, x):
         return square(model.layer(x) - teacher.layer(x))
