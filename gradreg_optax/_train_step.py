@@ -17,7 +17,7 @@ from gradreg_optax._loss import (
     unreserved,
     with_array_aux,
 )
-from gradreg_optax._numerics import ASCENT_GROUPS, cast, global_norm, widen
+from gradreg_optax._numerics import ASCENT_GROUPS, cast, global_norm, owned, widen
 from gradreg_optax._relative import RelativeState
 from gradreg_optax._transforms import GradregState
 from gradreg_optax._types import LossFn, PyTree, Weighted
@@ -163,11 +163,11 @@ def make_train_step(
 
     def init(params: PyTree) -> TrainState:
         check_inexact(caller, "the parameters", params)
-        params = _owned(params)
+        params = owned(params)
         opt_state = regularized.init(params), second.init(params)
         _check_optimizer(caller, opt_state[1])
         check_once(caller, loss_fn, params, *opt_state)
-        return TrainState(*_owned((params, opt_state, jnp.zeros([], jnp.int32))))
+        return TrainState(*owned((params, opt_state, jnp.zeros([], jnp.int32))))
 
     def step(
         state: TrainState, batch: PyTree, *args: Any, held_out: PyTree = None, **kwargs: Any
@@ -461,16 +461,3 @@ def _average(x: jax.Array, weight: jax.Array | None) -> jax.Array:
     total = jnp.sum(weight)
     shares = (weight / jnp.where(total == 0, 1, total)).astype(x.real.dtype)
     return jnp.tensordot(shares, x, axes=1)
-
-
-def _owned(tree: PyTree) -> PyTree:
-    """Copy all arrays, without weak types.
-
-    A donated buffer must not belong to the caller or occur twice in the state, and a weak type
-    would cause a second compilation.
-    """
-    return jax.tree.map(_copied, tree)
-
-
-def _copied(x: Any) -> jax.Array:
-    return jnp.array(x, dtype=jax.typeof(x).dtype, copy=True)
