@@ -198,7 +198,7 @@ def table(results: dict[str, Any]) -> Report:
         f"means over {seeds['report']} evaluation seeds ± standard error, differences are paired;"
         " score: test accuracy, or 100 R² for regression; tuned r: the best constant strength on"
         f" {seeds['choose']} tuning seeds; p: paired t-test of self-tuned against plain; kept:"
-        " share of the gain of the tuned r, or of the best r in hindsight, where that is at least"
+        " share of the gain of the tuned r, or of the best constant r, where that is at least"
         " one point; plain on all: plain training on the held-out samples as well. Gradients per"
         " step: " + _costs(results["runs"]) + ".",
     )
