@@ -119,11 +119,11 @@ def relative_gradreg(
 
     .. math::
 
-        S = \min\Big( \frac{\bar L_h - \bar L - 2\sigma}{L_0 - \bar L},\;
-        1 - \frac{\hat L_h - \bar L_h}{\hat L - \bar L} \Big),
+        S = \min\Big( \frac{\bar V - \bar L - 2\sigma}{L_0 - \bar L},\;
+        1 - \frac{\hat V - \bar V}{\hat L - \bar L} \Big),
 
-    where h denotes held-out samples, and :math:`\sigma` is the standard error of the gap, estimated
-    from the changes of the losses between updates. The strength is :math:`r = 12 (S - 0.01)`,
+    where :math:`V` is the loss on held-out samples, and :math:`\sigma` the standard error of the
+    gap, estimated from the changes of the losses. The strength is :math:`r = 12 (S - 0.01)`,
     clipped to [0, 1], after the training loss has decreased by 4.5 times its change from batch to
     batch. Before that it is zero: on an initial plateau :math:`S` is noise, and a penalty could
     prevent the escape. Running means cover about 50 penalised updates. The rule penalises
