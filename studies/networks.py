@@ -23,7 +23,7 @@ def strided_cnn(classes: int, channels: Sequence[int] = (32, 64), *, norm: bool 
       classes: number of classes.
       channels: channels of each convolution.
       norm: use batch norm. ``apply`` normalises with the statistics of the batch that it is given,
-        or with those of :func:`batch_statistics` as its third argument.
+        :func:`predict` with those of :func:`batch_statistics`.
     """
 
     def init(key: jax.Array) -> PyTree:
@@ -34,10 +34,12 @@ def strided_cnn(classes: int, channels: Sequence[int] = (32, 64), *, norm: bool 
             layers = [layer | {"scale": jnp.ones_like(layer["bias"])} for layer in layers]
         return {"layers": layers, "head": models.dense(head, channels[-1], classes)}
 
-    def apply(params: PyTree, x: jax.Array, statistics: Statistics | None = None) -> jax.Array:
-        return models.affine(params["head"], features(params, x, statistics)[0])
+    return Model(init, predict)
 
-    return Model(init, apply)
+
+def predict(params: PyTree, x: jax.Array, statistics: Statistics | None = None) -> jax.Array:
+    """Return the logits of :func:`strided_cnn`; batch norm may have given statistics."""
+    return models.affine(params["head"], features(params, x, statistics)[0])
 
 
 def batch_statistics(params: PyTree, x: jax.Array) -> Statistics:
