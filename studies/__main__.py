@@ -45,6 +45,11 @@ PROGRAM = Program(
             "45 minutes on one core",
             "--seeds 2 --noises 0.2",
         ),
+        "fine-tuning": Command(
+            "Fine-tuning on few labels, with all layers and with LoRA.",
+            "10 minutes on one core",
+            "--labels 10 --seeds 2",
+        ),
     },
 )
 

@@ -24,6 +24,8 @@ from gradreg_optax.experiments.trainer import METHODS, Array, Method, cross_entr
 from studies import networks
 
 RATE, DECAY, SHIFT = 0.1, 5e-4, 2  # learning rate, weight decay, pixels
+TUNING_SEED = 1000
+_DEPENDS = ("epochs", "tuning_size", "tuning_epochs", "batch_size")
 _CHUNK = 156  # steps of a program
 _STATISTICS, _MEASURED = 2000, 10000  # images for batch norm, and for the training loss
 _MODEL = networks.strided_cnn(10, (24, 48))
@@ -42,11 +44,11 @@ def _tied(gamma: Any, interval: Any) -> optax.GradientTransformation:
     return fd_gradreg(gamma=gamma, epsilon=gamma, interval=interval)
 
 
-_F_GR = Method("F-GR", _tied, ("gamma",), 2)
+F_GR = Method("F-GR", _tied, ("gamma",), 2)
 WAYS = {
     "SGD": Way(METHODS["SGD"]),
-    "F-GR": Way(_F_GR, (0.1, 0.2, 0.4)),
-    "lazy F-GR": Way(_F_GR, (0.025, 0.05, 0.1), 0.25, 4),
+    "F-GR": Way(F_GR, (0.1, 0.2, 0.4)),
+    "lazy F-GR": Way(F_GR, (0.025, 0.05, 0.1), 0.25, 4),
     "SAM": Way(METHODS["SAM"], (0.05, 0.1, 0.2)),
     "relative, r = 0.5": Way(METHODS["relative"], (0.5,)),
 }
@@ -101,7 +103,7 @@ def run(config: Config) -> dict[str, Any]:
     chosen = dict[tuple[float, str], float]()
     for noise in config.noises:
         for label, way in WAYS.items():
-            tried = [one("choose", noise, config.seeds, label, value) for value in way.values]
+            tried = [one("choose", noise, TUNING_SEED, label, value) for value in way.values]
             rows += tried if len(tried) > 1 else []
             chosen[noise, label] = max(tried, key=lambda row: np.nan_to_num(row["accuracy"]))[
                 "value"
@@ -115,7 +117,8 @@ def run(config: Config) -> dict[str, Any]:
 def _kept(config: Config, dataset: data.Dataset, store: runs.Store, *what: Any) -> dict[str, Any]:
     """Return the row of a run, from the disk if it is there."""
     role, noise, seed, label, value = what
-    way, depends = WAYS[label], [*what, dataclasses.replace(config, seed=0, seeds=1)]
+    way = WAYS[label]
+    same = {name: getattr(config, name) for name in _DEPENDS}
     row = {"role": role, "noise": noise, "seed": seed, "method": label, "value": value}
     row["gradients"] = way.method.cost(way.fraction, way.interval)
     if role == "choose" and len(way.values) == 1:
@@ -124,7 +127,7 @@ def _kept(config: Config, dataset: data.Dataset, store: runs.Store, *what: Any) 
     def make() -> dict[str, Any]:
         return train(way, value, split(config, dataset, role, noise, seed), dataset, config, seed)
 
-    return row | store.keep(f"{role}-{label}", [str(one) for one in depends], make)
+    return row | store.keep(f"{role}-{label}", same | {"run": list(what)}, make)
 
 
 def split(config: Config, dataset: data.Dataset, role: str, noise: float, seed: int) -> Task:
@@ -167,7 +170,7 @@ def train(
     found["processor_seconds"] = time.process_time() - processor
     images, test = augment(key, pool[0][task.rows[:_STATISTICS]]), task.test
     measure = functools.partial(
-        _metrics, state.params, networks.batch_statistics(state.params, _scaled(images))
+        _metrics, state.params, networks.batch_statistics(state.params, scaled(images))
     )
     metrics = measure(pool[0][test], jnp.asarray(dataset.labels[test]))
     seen = task.rows[:_MEASURED]
@@ -187,7 +190,7 @@ def _program(way: Way, batch: int) -> Callable[..., TrainState]:
 
         def one(place: jax.Array, state: TrainState) -> TrainState:
             images = augment(jax.random.fold_in(key, state.step), pool[0][order[place]])
-            return step(state, (_scaled(images), pool[1][order[place]]))[0]
+            return step(state, (scaled(images), pool[1][order[place]]))[0]
 
         last: TrainState = jax.lax.fori_loop(0, count, one, state)
         return last
@@ -220,13 +223,14 @@ def augment(key: jax.Array, images: jax.Array) -> jax.Array:
     return jax.vmap(cut)(padded, starts)
 
 
-def _scaled(images: jax.Array) -> jax.Array:
+def scaled(images: jax.Array) -> jax.Array:
+    """Return images as the networks see them."""
     return images.astype(jnp.float32) / 255 - 0.286
 
 
 @jax.jit
 def _metrics(params: Any, given: Any, images: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-    logits = networks.predict(params, _scaled(images), given)
+    logits = networks.predict(params, scaled(images), given)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     right = jnp.argmax(logits, axis=-1) == labels
     return {"accuracy": jnp.mean(right), "test_loss": jnp.mean(loss)}
