@@ -31,7 +31,7 @@ CLASSES, RANK = 5, 4  # of each half, and of the low-rank updates
 LAYERS = ("all layers", "LoRA")
 RATES, DECAYS = (3e-4, 1e-3, 3e-3), (0.01, 0.1)  # of AdamW
 HELD_OUT = 0.2  # the fraction of the labels that the self-tuned strength does not train on
-_BATCH, _PRETRAINING_RATE = 32, 1e-3
+BATCH, _PRETRAINING_RATE = 32, 1e-3
 _MODEL = networks.strided_cnn(CLASSES, norm=False)
 
 
@@ -210,7 +210,7 @@ class Lab:
             )
 
             def batch(key: Any, least: Any, most: Any) -> Any:
-                chosen = rows[jax.random.randint(key, (_BATCH,), least, most)]
+                chosen = rows[jax.random.randint(key, (BATCH,), least, most)]
                 return scaled(self.pool[0][chosen]), self.pool[1][chosen]
 
             def one(place: jax.Array, state: Any) -> Any:
@@ -218,7 +218,8 @@ class Lab:
                 more = {"held_out": batch(b, kept, labelled)} if way.method.evaluations else {}
                 return step(state, batch(a, 0, kept), **more)[0]
 
-            state = init(start_of(layers, base, jax.random.fold_in(key, -1)))
+            first, key = jax.random.split(key)
+            state = init(start_of(layers, base, first))
             return jax.lax.fori_loop(0, steps, one, state).params
 
         return run

@@ -1,0 +1,101 @@
+"""Study fine-tuning: the halves share no class, LoRA starts at the pretrained network, and the
+settings are those of the tuning seeds."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gradreg_optax.experiments import data, results, runs
+from studies import fine_tuning, networks
+
+CONFIG = fine_tuning.Config(
+    seeds=2, choose_seeds=1, labels=(4,), steps=3, pretraining_steps=2, validation_size=20
+)
+LABELS = (fine_tuning.PLAIN, "lazy F-GR", "SAM", "self-tuned")
+
+
+def images(count, seed):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (count, 28, 28), np.uint8), np.arange(count) % 10
+
+
+DATASET = data.from_arrays("made up", *images(160, 0), *images(40, 1), classes=10)
+HALVES = fine_tuning.halves(DATASET)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    output = tmp_path_factory.mktemp("fine_tuning")
+    config = dataclasses.replace(CONFIG, output=output)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fine_tuning, "WAYS", {label: fine_tuning.WAYS[label] for label in LABELS})
+        patch.setattr(data, "load", lambda *_: DATASET)
+        made = fine_tuning.run(config)
+    return results.load(results.save(output, "fine-tuning", config, made))
+
+
+def test_the_halves_are_different_classes_that_count_from_zero():
+    assert set(HALVES.first[1]) == set(HALVES.second[1]) == set(HALVES.test[1]) == set(range(5))
+    np.testing.assert_array_equal(HALVES.second[0], DATASET.train_x[DATASET.train_y >= 5])
+    np.testing.assert_array_equal(HALVES.first[0], DATASET.train_x[DATASET.train_y < 5])
+
+
+def test_a_seed_draws_the_same_number_of_each_class_and_validates_on_others():
+    lab = fine_tuning.Lab(CONFIG, HALVES)
+    drawn, (held_out, labels) = lab.split("choose", 4, 0)
+    assert np.bincount(HALVES.second[1][drawn]).tolist() == [4] * 5
+    seen = {image.tobytes() for image in HALVES.second[0][drawn]}
+    assert not seen & {image.tobytes() for image in held_out}
+    assert len(labels) == 20
+    again, test = lab.split("report", 4, 0)
+    np.testing.assert_array_equal(again, drawn)
+    assert test is HALVES.test
+
+
+def test_low_rank_updates_start_at_the_pretrained_layers():
+    model = networks.strided_cnn(5, (4, 8), norm=False)
+    base = model.init(jax.random.key(0))
+    start = fine_tuning.start_of("LoRA", base, jax.random.key(1))
+    adapted = fine_tuning.adapted(start, base)
+    for layer, kept in zip(adapted["layers"], base["layers"], strict=True):
+        np.testing.assert_array_equal(layer["kernel"], kept["kernel"])
+    moved = jax.tree.map(lambda x: x + 0.1, start)
+    change = fine_tuning.adapted(moved, base)["layers"][1]["kernel"] - base["layers"][1]["kernel"]
+    assert np.linalg.matrix_rank(np.asarray(change)) == fine_tuning.RANK
+    trained = sum(x.size for x in jax.tree.leaves(start))
+    assert trained < sum(x.size for x in jax.tree.leaves(base))
+
+
+def test_all_methods_are_paired_and_use_the_settings_of_the_tuning_seeds(found):
+    for _, rows in runs.groups(found["runs"], "layers", "labels"):
+        tried, reported = (runs.select(rows, role=role) for role in ("choose", "report"))
+        assert set(tried["seed"]) == {2}
+        names = ("learning_rate", "weight_decay")
+        plain = runs.best(runs.select(tried, method=fine_tuning.PLAIN), *names)
+        for label in LABELS:
+            one = runs.select(reported, method=label)
+            assert one["seed"].tolist() == [0, 1]
+            assert {name: one[name][0] for name in names} == plain
+            values = runs.select(tried, method=label)
+            if label in ("SAM", "lazy F-GR"):
+                assert one["value"][0] == runs.best(values, "value")["value"]
+
+
+def test_table_and_figure_show_every_method(found, tmp_path):
+    text = fine_tuning.table(found)
+    for label in LABELS:
+        assert f"\n{label}  " in text
+    (path,) = fine_tuning.plot(found, tmp_path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_step_of_lora_moves_no_frozen_layer():
+    lab = fine_tuning.Lab(CONFIG, HALVES)
+    run = lab.program("LoRA", fine_tuning.WAYS[fine_tuning.PLAIN])
+    setting = jnp.array([1e-2, 0.0, 0.0])
+    params = run(jax.random.key(0), setting, jnp.arange(20), 20, 2)
+    assert set(params) == {"low_rank", "head"}
+    assert all(np.any(layer["up"]) for layer in params["low_rank"])
