@@ -59,7 +59,7 @@ def of_compare(found: dict[str, Any]) -> Iterator[Row]:
     """Return the rows of ``gradreg compare``."""
     for name, rows in runs.by(select(found["runs"], role="best"), "dataset").items():
         recipe, of = found["recipes"][name], runs.by(rows, "method")
-        over = functools.partial(statistics.points, over=of["SGD"])
+        over = functools.partial(statistics.points, other=of["SGD"])
         size = int(recipe["train_size"] if recipe["train_size"] == recipe["train_size"] else 4000)
         epochs = recipe["steps"] * recipe["batch_size"] / size
         gains = {_TUNED: over(of["F-GR"]), _SELF: over(of["self-tuned"])}
