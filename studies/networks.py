@@ -55,12 +55,17 @@ def features(
     for place, layer in enumerate(params["layers"]):
         x = models.affine(layer, _patches(x))
         if "scale" in layer:
-            axes = (0, 1, 2)
-            moments = (jnp.mean(x, axes), jnp.var(x, axes)) if given is None else given[place]
+            moments = _moments(x) if given is None else given[place]
             used.append(moments)
-            x = (x - moments[0]) * jax.lax.rsqrt(moments[1] + 1e-5) * layer["scale"]
+            x = (x - moments[0]) * jax.lax.rsqrt(moments[1] + 1e-5)
+            x = x * jnp.expand_dims(layer["scale"], range(x.ndim - 1))
         x = jax.nn.gelu(x)
     return jnp.mean(x, axis=(1, 2)), used
+
+
+def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    axes = tuple(range(x.ndim - 1))
+    return jnp.mean(x, axes, keepdims=True), jnp.var(x, axes, keepdims=True)
 
 
 def _blocks(x: jax.Array) -> jax.Array:

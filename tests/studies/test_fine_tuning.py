@@ -55,6 +55,10 @@ def test_a_seed_draws_the_same_number_of_each_class_and_validates_on_others():
     assert test is HALVES.test
 
 
+def _random(x):
+    return jax.random.normal(jax.random.key(2), x.shape)
+
+
 def test_low_rank_updates_start_at_the_pretrained_layers():
     model = networks.strided_cnn(5, (4, 8), norm=False)
     base = model.init(jax.random.key(0))
@@ -62,7 +66,7 @@ def test_low_rank_updates_start_at_the_pretrained_layers():
     adapted = fine_tuning.adapted(start, base)
     for layer, kept in zip(adapted["layers"], base["layers"], strict=True):
         np.testing.assert_array_equal(layer["kernel"], kept["kernel"])
-    moved = jax.tree.map(lambda x: x + 0.1, start)
+    moved = start | {"low_rank": jax.tree.map(_random, start["low_rank"])}
     change = fine_tuning.adapted(moved, base)["layers"][1]["kernel"] - base["layers"][1]["kernel"]
     assert np.linalg.matrix_rank(np.asarray(change)) == fine_tuning.RANK
     trained = sum(x.size for x in jax.tree.leaves(start))

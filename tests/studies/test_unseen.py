@@ -76,7 +76,7 @@ def test_the_score_of_a_regression_is_the_explained_variance():
     grid = jnp.asarray(registered_tasks.GRID, jnp.float32)
 
     def logits(prediction):
-        return -((prediction[:, None] - grid) ** 2) / 2
+        return -((prediction[:, None] - grid[None]) ** 2) / 2
 
     exact = registered_tasks.score(task, logits(grid[labels]), labels)
     mean = registered_tasks.score(task, logits(jnp.full(3, grid[labels].mean())), labels)

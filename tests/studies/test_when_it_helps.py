@@ -13,7 +13,7 @@ ROW = when_it_helps.Row(
     0.3,
     320.0,
     "",
-    {"tuned": statistics.Difference(-1.25, 0.5, 0.1, 5)},
+    {"tuned": statistics.Difference(mean=-1.25, error=0.5, p=0.1, size=5)},
     "compare",
 )
 
