@@ -111,8 +111,9 @@ def relative_gradreg(
         def scaled(params, batch, scale):
             return scale_cotangent(loss_fn(scale_cotangent(params, 1 / scale), batch), scale)
 
-    **Strength None** is experimental: the strength is self-tuned on held-out samples. It follows
-    the fraction :math:`S` of the decrease of the training loss that does not appear on held-out
+    **Strength None** is experimental: the strength is self-tuned on held-out samples. On tasks
+    that had no part in its design it kept 0 to 86 % of the gain of a tuned strength. It follows the
+    fraction :math:`S` of the decrease of the training loss that does not appear on held-out
     samples. The fraction is measured on the total decrease since the first penalty, at the loss
     :math:`L_0`, and on the recent decrease, from the means :math:`\hat L` over all these updates to
     the running means :math:`\bar L`. The smaller of the two is used:

@@ -26,7 +26,7 @@ class Row(NamedTuple):
     Attributes:
       setting: data and network.
       samples: number of training samples.
-      noise: fraction of wrong labels.
+      noise: label noise, as a fraction.
       epochs: number of epochs.
       extras: batch norm, pretraining, augmentation.
       gains: paired differences of a tuned penalty, of r = 0.5 and of the self-tuned strength.
