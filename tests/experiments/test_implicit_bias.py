@@ -1,4 +1,4 @@
-"""The theory of the diagonal linear network, and that the experiment measures what it says."""
+"""The theory of the diagonal linear network, and its measurement by the experiment."""
 
 import dataclasses
 from pathlib import Path
@@ -22,6 +22,7 @@ from gradreg_optax.experiments.implicit_bias import (
     velocity,
 )
 
+COMMITTED = Path(__file__).parents[2] / "notebooks/results/implicit_bias"
 SMALL = Config(
     seeds=3, samples=10, features=20, support=2, horizon=150.0, few=4, epsilons=(-0.2, 0.0, 0.2)
 )
@@ -177,7 +178,7 @@ def test_invalid_sizes_are_refused(change):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def trained(tmp_path_factory):
     """The results of a small run, as they come back from disk."""
     config = dataclasses.replace(SMALL, output=tmp_path_factory.mktemp("implicit_bias"))
     return results.load(
@@ -185,10 +186,20 @@ def found(tmp_path_factory):
     )
 
 
+@pytest.fixture(
+    scope="module", params=["committed", pytest.param("trained", marks=pytest.mark.slow)]
+)
+def found(request):
+    """The committed results, and those of a small run."""
+    if request.param == "committed":
+        return results.load(COMMITTED)
+    return request.getfixturevalue("trained")
+
+
 @pytest.mark.parametrize("name", SMALL.cases())
 def test_the_flow_reaches_the_weights_of_least_entropy(found, name):
     part = implicit_bias.case(found, name)
-    assert part["agreement"].shape == (3, 4)  # three data sets; the plain flow and three epsilons
+    assert part["agreement"].shape == (len(part["seed"]), 1 + len(part["epsilon"]))
     assert (
         part["agreement"].max() < 2e-6
     )  # the integrator's tolerance 1e-9, times some hundreds of steps
@@ -204,12 +215,13 @@ def test_a_converged_flow_reaches_the_interpolator_of_least_entropy(found):
     assert implicit_bias.case(found, "converged")["agreement_y"].max() < 1e-5
 
 
-def test_alpha_eff_falls_strictly_with_epsilon(found):
+def test_alpha_eff_decreases_strictly_with_epsilon(found):
     assert np.all(np.diff(implicit_bias.case(found, "mean_one")["scale"][:, 1:]) < 0)
 
 
-def test_tracing_adds_no_program_when_epsilon_changes(found, tmp_path):
-    del found  # its programs are those of this module's configuration
+@pytest.mark.slow
+def test_tracing_adds_no_program_when_epsilon_changes(trained, tmp_path):
+    del trained  # it has compiled the programs of this module's configuration
     before = implicit_bias.integrate._cache_size()
     implicit_bias.run(
         dataclasses.replace(
