@@ -402,8 +402,8 @@ def _explained(caller: str, clean: Callable[[], Any]) -> Iterator[None]:
     except (TypeError, AttributeError) as error:
         clean()
         raise TypeError(
-            f"{caller}: the regularizer raised an error ({error}). It needs no loss, because"
-            f" {caller} passes one. Write fd_gradreg(gamma=..., epsilon=...)."
+            f"{caller}: the regularizer raised an error: {str(error).rstrip('.')}. It needs no"
+            f" loss, because {caller} passes one. Write fd_gradreg(gamma=..., epsilon=...)."
         ) from error
 
 

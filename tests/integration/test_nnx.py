@@ -248,7 +248,7 @@ def test_a_regularizer_with_a_loss_of_its_own_is_told_that_it_needs_none(place, 
     chained = place == "in the chain"
     step = gr.make_nnx_train_step(loss_fn, None if chained else fd)
     tx = optax.chain(fd, sgd) if chained else sgd
-    refused(tx, step, TypeError, "make_nnx_train_step: .*needs no loss of its own")
+    refused(tx, step, TypeError, "make_nnx_train_step: .*needs no loss")
 
 
 def test_a_mistake_in_the_loss_of_a_module_shows_as_itself():
