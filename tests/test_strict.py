@@ -150,8 +150,7 @@ def expected(compiled):
     "modes",
     [
         pytest.param(TOGETHER, id="together"),
-        *(pytest.param((mode,), id=mode, marks=pytest.mark.slow) for mode in TOGETHER),
-        *(pytest.param((mode,), id=mode) for mode in MODES if mode not in TOGETHER),
+        *(pytest.param((mode,), id=mode, marks=pytest.mark.slow) for mode in MODES),
     ],
 )
 def test_every_use_gives_the_same_numbers_in_every_strict_mode(expected, modes):
