@@ -246,7 +246,7 @@ def test_a_warm_up_beyond_the_training_is_named():
     [
         ({"fractions": (0.25,)}, "must begin with 1"),
         ({"intervals": (4, 1)}, "must begin with 1"),
-        ({"fractions": (1.0, 2.0)}, "must not exceed 1"),
+        ({"fractions": (1.0, 2.0)}, "must be at most 1"),
         ({"fractions": (1.0, -0.5)}, "fractions must be at least 0, got -0.5"),
         ({"gammas": ()}, "gammas must hold at least one value"),
         ({"epsilon": 0.0}, "epsilon must be above 0"),
