@@ -1,5 +1,6 @@
 """Normalise user losses: one form of output, arguments by name."""
 
+import abc
 import contextvars
 import functools
 import inspect
@@ -38,7 +39,7 @@ _DROPPED_WEIGHTS: contextvars.ContextVar[list[Any] | None] = contextvars.Context
 )
 
 
-class TransformedLoss:
+class TransformedLoss(abc.ABC):
     """A loss of this package that wraps a user's loss, with its name and signature.
 
     Attributes:
@@ -54,9 +55,9 @@ class TransformedLoss:
         self.loss_fn, self.has_aux = loss_fn, has_aux
         keeps_signature(self, loss_fn)
 
+    @abc.abstractmethod
     def evaluate(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array | None, Any]:
         """Return the mean, its weight (or None) and aux."""
-        raise NotImplementedError
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the mean, or ``(mean, aux)``."""

@@ -118,12 +118,12 @@ class RegularizedLoss(TransformedLoss):
         check_params(_CALLER, params)
         check_once(_CALLER, self.loss_fn, params, jax.eval_shape(self._pass.init, params))
         arguments = ArrayArguments.of(self._argnums, args, kwargs)
-        beside = StaticPart()
+        static = StaticPart()
 
         def plain(leaves: list[Any]) -> tuple[jax.Array, list[jax.Array]]:
             args, kwargs = arguments.call(leaves)
             mean, aux = self._loss(*args, **kwargs)
-            return mean_of(mean), beside.arrays((mean.weight, aux))
+            return mean_of(mean), static.arrays((mean.weight, aux))
 
         def regularized(leaves: list[Any], value: jax.Array, gradients: list[Any]) -> list[Any]:
             args, kwargs = arguments.call(leaves)
@@ -143,7 +143,7 @@ class RegularizedLoss(TransformedLoss):
         value, arrays = with_gradient(
             plain, Rule(regularized, True), arguments.leaves, arguments.penalised
         )
-        weight, aux = beside.whole(arrays)
+        weight, aux = static.whole(arrays)
         return value, weight, aux
 
 

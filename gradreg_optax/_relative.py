@@ -202,20 +202,15 @@ def relative_gradreg(
             state = state._replace(**self_tune(state.losses, at))
         else:
             state = state._replace(strength=strength_at(state.step).astype(dtype))
-        gradient = updates if at.reuse_updates else at.grad_fn(at.params)[0]
-        direction, ascent = tx.update(gradient, state.ascent, at.params)
-        epsilon = _epsilon(state.norms, reach_at(state.step).astype(dtype), at.params, direction)
+        own = updates if at.reuse_updates else at.grad_fn(at.params)[0]
+        climbed = tx.update(own, state.ascent, at.params)
+        epsilon = _epsilon(state.norms, reach_at(state.step).astype(dtype), at.params, climbed[0])
         estimate = difference(
-            at.grad_fn,
-            at.params,
-            lambda _: (direction, ascent),
-            epsilon=epsilon,
-            scheme=scheme,
-            gradient=gradient,
+            at.grad_fn, at.params, lambda _: climbed, epsilon=epsilon, scheme=scheme, gradient=own
         )
-        now = Norms(*(global_norm(x).astype(dtype) for x in (updates, gradient, estimate.product)))
+        now = Norms(*(global_norm(x).astype(dtype) for x in (updates, own, estimate.product)))
         state, gamma = _measured(
-            state._replace(ascent=ascent), now, decay_at(state.step).astype(dtype)
+            state._replace(ascent=estimate.ascent), now, decay_at(state.step).astype(dtype)
         )
         penalised = add_penalty(updates, at.gamma.astype(dtype) * gamma, estimate.product)
         return penalised, keep_finite(state, before, now)  # a norm is finite where its tree is

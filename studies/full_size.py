@@ -125,7 +125,8 @@ def _kept(config: Config, dataset: data.Dataset, store: runs.Store, *what: Any) 
         return row | {"accuracy": 1.0}
 
     def make() -> dict[str, Any]:
-        return train(way, value, split(config, dataset, role, noise, seed), dataset, config, seed)
+        task = split(config, dataset, role, noise, seed)
+        return train(way, value, task, dataset, batch=config.batch_size, seed=seed)
 
     return row | store.keep(f"{role}-{label}", same | {"run": list(what)}, make)
 
@@ -146,25 +147,25 @@ def split(config: Config, dataset: data.Dataset, role: str, noise: float, seed: 
 
 
 def train(
-    way: Way, value: float, task: Task, dataset: data.Dataset, config: Config, seed: int
+    way: Way, value: float, task: Task, dataset: data.Dataset, *, batch: int, seed: int
 ) -> dict[str, Any]:
     """Train one network and return its metrics."""
-    batch, key = config.batch_size, jax.random.key(seed)
     rng, size = np.random.default_rng(seed), len(task.rows) // batch * batch
     orders = [rng.permutation(task.rows)[:size] for _ in range(task.epochs)]
     order = np.concatenate(orders).reshape(-1, batch)
     labels = dataset.labels.copy()
     labels[task.rows] = task.labels
     pool = jnp.asarray(dataset.inputs), jnp.asarray(labels)
-    advance, total = _program(way, batch), jnp.float32(len(order))
+    total, key = jnp.float32(len(order)), jax.random.key(seed)
+    advance = functools.partial(_program(way, batch), pool, value=value, total=total, key=key)
     state = _train_step(way, value, total).init(_MODEL.init(key))
     state = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), state)  # no weak types: one program
-    advance(state, value, total, np.resize(order, (_CHUNK, batch)), pool, key, 0)  # compiles
+    advance(state, np.resize(order, (_CHUNK, batch)), 0)  # compiles
     start, processor = time.perf_counter(), time.process_time()
     for first in range(0, len(order), _CHUNK):
         chunk = order[first : first + _CHUNK]
         padded = np.resize(chunk, (_CHUNK, batch))
-        state = advance(state, value, total, padded, pool, key, len(chunk))
+        state = advance(state, padded, len(chunk))
     state.step.block_until_ready()
     found = {"seconds": time.perf_counter() - start}
     found["processor_seconds"] = time.process_time() - processor
@@ -184,7 +185,7 @@ def _program(way: Way, batch: int) -> Callable[..., TrainState]:
 
     @jax.jit
     def advance(
-        state: TrainState, value: Any, total: Any, order: Any, pool: Any, key: Any, count: Any
+        pool: Any, state: TrainState, order: Any, count: Any, *, value: Any, total: Any, key: Any
     ) -> TrainState:
         step = _train_step(way, value, total).step
 
