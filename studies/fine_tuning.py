@@ -25,7 +25,7 @@ from gradreg_optax.experiments.report import Report, Table
 from gradreg_optax.experiments.runs import Columns, select
 from gradreg_optax.experiments.trainer import METHODS, SELF_TUNED, Array, Method, cross_entropy
 from studies import flatness, networks
-from studies.full_size import F_GR, scaled
+from studies.full_size import F_GR, Way, best, scaled
 
 CLASSES, RANK = 5, 4  # of each half, and of the low-rank updates
 LAYERS = ("all layers", "LoRA")
@@ -33,16 +33,6 @@ RATES, DECAYS = (3e-4, 1e-3, 3e-3), (0.01, 0.1)  # of AdamW
 HELD_OUT = 0.2  # the fraction of the labels that the self-tuned strength does not train on
 BATCH, _PRETRAINING_RATE = 32, 1e-3
 _MODEL = networks.strided_cnn(CLASSES, norm=False)
-
-
-class Way(NamedTuple):
-    """A row: a method, the values to tune, fraction of the batch, interval, factor of the steps."""
-
-    method: Method
-    values: tuple[float, ...] = (0.0,)
-    fraction: float = 1.0
-    interval: int = 1
-    longer: int = 1
 
 
 PLAIN = "AdamW"
@@ -144,12 +134,12 @@ class Lab:
         one = functools.partial(self.rows, layers, labels)
         grid = [(rate, decay, 0.0) for rate in RATES for decay in DECAYS]
         found = list(one("choose", PLAIN, grid, tuning))
-        optimizer = best(found)[:2]
+        optimizer = best(found, "learning_rate", "weight_decay")
         for label, way in WAYS.items():
             tried = [(*optimizer, value) for value in way.values]
             if len(tried) > 1:
                 rows = list(one("choose", label, tried, tuning))
-                found, tried = found + rows, [best(rows)]
+                found, tried = found + rows, [(*optimizer, *best(rows, "value"))]
             found += one("report", label, tried, evaluation)
         return runs.columns(found)
 
@@ -158,9 +148,8 @@ class Lab:
     ) -> Iterator[dict[str, Any]]:
         """Train all settings on all seeds."""
         way = WAYS[label]
-        cost = way.longer * way.method.cost(way.fraction, way.interval)
         for setting, seed in itertools.product(tried, seeds):
-            row = {"role": role, "method": label, "seed": seed, "gradients": cost}
+            row = {"role": role, "method": label, "seed": seed, "gradients": way.cost}
             row |= dict(zip(("learning_rate", "weight_decay", "value"), setting, strict=True))
             yield row | self.train(layers, label, setting, self.split(role, labels, seed), seed)
 
@@ -178,7 +167,7 @@ class Lab:
 
     def train(
         self, layers: str, label: str, setting: Any, split: tuple[Array, Any], seed: int
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Fine-tune once and return the metrics."""
         (drawn, (images, y)), key = split, jax.random.key(seed)
         steps = self.config.steps * WAYS[label].longer
@@ -191,7 +180,9 @@ class Lab:
         params = jax.block_until_ready(run(rows, len(drawn), steps))
         spent = time.process_time() - start
         found = _metrics(adapted(params, self.base()), jnp.asarray(images), jnp.asarray(y))
-        return {name: float(value) for name, value in found.items()} | {"processor_seconds": spent}
+        metrics = {name: float(value) for name, value in found.items()}
+        diverged = not np.isfinite(metrics["test_loss"])
+        return metrics | {"diverged": diverged, "processor_seconds": spent}
 
     def _program(self, layers: str, way: Way) -> Callable[..., PyTree]:
         """Return ``(key, setting, rows, labelled, steps) -> params``, compiled."""
@@ -204,7 +195,7 @@ class Lab:
             init, step = make_train_step(
                 loss,
                 _optimizer(setting, steps),
-                _regularizer(way, setting[2]),
+                way.regularizer(setting[2]),
                 penalty_fraction=way.fraction,
                 donate=False,
             )
@@ -269,24 +260,11 @@ def adapted(params: PyTree, base: PyTree) -> PyTree:
     return {"layers": layers, "head": params["head"]}
 
 
-def best(rows: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
-    """Return learning rate, weight decay and value with the best mean accuracy."""
-    names = ("learning_rate", "weight_decay", "value")
-    settings = list(runs.groups(runs.columns(rows), *names))
-    return max(settings, key=lambda one: float(np.mean(one[1]["accuracy"])))[0]
-
-
 def _optimizer(setting: Any, steps: Any) -> optax.GradientTransformation:
     def rate(step: jax.Array) -> jax.Array:
         return setting[0] * (1 + jnp.cos(jnp.pi * step / jnp.maximum(steps, 1))) / 2
 
     return optax.adamw(rate, weight_decay=setting[1])
-
-
-def _regularizer(way: Way, value: Any) -> optax.GradientTransformation | None:
-    if way.method.make is None:
-        return None
-    return way.method.make(**dict.fromkeys(way.method.settings, value), interval=way.interval)
 
 
 @jax.jit
@@ -341,7 +319,7 @@ def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",
     made, axes = plots.figure(len(LAYERS), width=5.0, sharey=True)
     for axis, (layers, rows) in zip(axes, runs.by(found, "layers").items(), strict=True):
         of_labels = runs.by(rows, "labels")
-        for label in [label for label in WAYS if label != PLAIN]:
+        for label in [label for label in runs.by(rows, "method") if label != PLAIN]:
             gains = [
                 statistics.points(select(one, method=label), select(one, method=PLAIN))
                 for one in of_labels.values()

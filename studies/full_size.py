@@ -7,7 +7,7 @@ finished run is kept, so the study resumes after an interrupt; seeds are the out
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,12 +32,33 @@ _MODEL = networks.strided_cnn(10, (24, 48))
 
 
 class Way(NamedTuple):
-    """A row of the comparison: a method, the values to tune, fraction of the batch, interval."""
+    """A row of a comparison.
+
+    Attributes:
+      method: the method.
+      values: candidates for its coefficient; without a coefficient, zero.
+      fraction: fraction of the batch that the penalty is evaluated on.
+      interval: number of steps from one penalty to the next.
+      longer: factor on the number of steps.
+    """
 
     method: Method
     values: tuple[float, ...] = (0.0,)
     fraction: float = 1.0
     interval: int = 1
+    longer: int = 1
+
+    @property
+    def cost(self) -> float:
+        """Gradients per step of the comparison."""
+        return self.longer * self.method.cost(self.fraction, self.interval)
+
+    def regularizer(self, value: Any) -> optax.GradientTransformation | None:
+        """Return its transformation with a coefficient; None without a penalty."""
+        if self.method.make is None:
+            return None
+        settings = dict.fromkeys(self.method.settings, value)
+        return self.method.make(**settings, interval=self.interval)
 
 
 def _tied(gamma: Any, interval: Any) -> optax.GradientTransformation:
@@ -105,9 +126,7 @@ def run(config: Config) -> dict[str, Any]:
         for label, way in WAYS.items():
             tried = [one("choose", noise, TUNING_SEED, label, value) for value in way.values]
             rows += tried if len(tried) > 1 else []
-            chosen[noise, label] = max(tried, key=lambda row: np.nan_to_num(row["accuracy"]))[
-                "value"
-            ]
+            (chosen[noise, label],) = best(tried, "value")
     for seed in range(config.seed, config.seed + config.seeds):
         for (noise, label), value in chosen.items():
             rows.append(one("report", noise, seed, label, value))
@@ -120,15 +139,27 @@ def _kept(config: Config, dataset: data.Dataset, store: runs.Store, *what: Any) 
     way = WAYS[label]
     same = {name: getattr(config, name) for name in _DEPENDS}
     row = {"role": role, "noise": noise, "seed": seed, "method": label, "value": value}
-    row["gradients"] = way.method.cost(way.fraction, way.interval)
+    row["gradients"] = way.cost
     if role == "choose" and len(way.values) == 1:
-        return row | {"accuracy": 1.0}
+        return row | {"accuracy": 1.0, "diverged": False}
 
     def make() -> dict[str, Any]:
         task = split(config, dataset, role, noise, seed)
         return train(way, value, task, dataset, batch=config.batch_size, seed=seed)
 
     return row | store.keep(f"{role}-{label}", same | {"run": list(what)}, make)
+
+
+def best(rows: Sequence[dict[str, Any]], *names: str) -> tuple[float, ...]:
+    """Return the setting with the best mean accuracy.
+
+    Raises:
+      CommandError: every setting diverged.
+    """
+    found = runs.best(runs.columns(rows), *names)
+    if found is None:
+        raise common.CommandError(f"{rows[0]['method']} diverged with every setting.")
+    return tuple(found.values())
 
 
 def split(config: Config, dataset: data.Dataset, role: str, noise: float, seed: int) -> Task:
@@ -176,7 +207,8 @@ def train(
     metrics = measure(pool[0][test], jnp.asarray(dataset.labels[test]))
     seen = task.rows[:_MEASURED]
     metrics["train_loss"] = measure(pool[0][seen], pool[1][seen])["test_loss"]
-    return found | {name: float(metric) for name, metric in metrics.items()}
+    found |= {name: float(metric) for name, metric in metrics.items()}
+    return found | {"diverged": not np.isfinite(found["test_loss"])}
 
 
 @functools.lru_cache(maxsize=len(WAYS))
@@ -204,9 +236,7 @@ def _train_step(way: Way, value: Any, total: Any) -> TrainStep:
         return RATE * (1 + jnp.cos(jnp.pi * step / total)) / 2
 
     sgd = optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(rate, momentum=0.9))
-    given = dict.fromkeys(way.method.settings, value) | {"interval": way.interval}
-    regularizer = None if way.method.make is None else way.method.make(**given)
-    loss = cross_entropy(_MODEL.apply)
+    loss, regularizer = cross_entropy(_MODEL.apply), way.regularizer(value)
     return make_train_step(loss, sgd, regularizer, penalty_fraction=way.fraction, donate=False)
 
 
