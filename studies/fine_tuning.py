@@ -25,7 +25,7 @@ from gradreg_optax.experiments.report import Report, Table
 from gradreg_optax.experiments.runs import Columns, select
 from gradreg_optax.experiments.trainer import METHODS, SELF_TUNED, Array, Method, cross_entropy
 from studies import flatness, networks
-from studies.full_size import F_GR, Way, best, scaled
+from studies.comparison import F_GR, Way, best
 
 CLASSES, RANK = 5, 4  # of each half, and of the low-rank updates
 LAYERS = ("all layers", "LoRA")
@@ -202,7 +202,7 @@ class Lab:
 
             def batch(key: Any, least: Any, most: Any) -> Any:
                 chosen = rows[jax.random.randint(key, (BATCH,), least, most)]
-                return scaled(self.pool[0][chosen]), self.pool[1][chosen]
+                return networks.scaled(self.pool[0][chosen]), self.pool[1][chosen]
 
             def one(place: jax.Array, state: Any) -> Any:
                 a, b = jax.random.split(jax.random.fold_in(key, place))
@@ -226,7 +226,7 @@ class Lab:
         def train(key: jax.Array) -> PyTree:
             def one(place: jax.Array, state: Any) -> Any:
                 drawn = jax.random.randint(jax.random.fold_in(key, place), (128,), 0, len(y))
-                return step(state, (scaled(images[drawn]), y[drawn]))[0]
+                return step(state, (networks.scaled(images[drawn]), y[drawn]))[0]
 
             return jax.lax.fori_loop(0, steps, one, init(_MODEL.init(key))).params
 
@@ -269,7 +269,7 @@ def _optimizer(setting: Any, steps: Any) -> optax.GradientTransformation:
 
 @jax.jit
 def _metrics(params: PyTree, images: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-    logits = _MODEL.apply(params, scaled(images))
+    logits = _MODEL.apply(params, networks.scaled(images))
     loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
     found = {"accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == labels), "test_loss": loss}
     return found | {"ece": flatness.calibration_error(jax.nn.softmax(logits), labels)}

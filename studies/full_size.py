@@ -7,7 +7,7 @@ finished run is kept, so the study resumes after an interrupt; seeds are the out
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradreg_optax import TrainState, TrainStep, fd_gradreg, make_train_step
+from gradreg_optax import TrainState, TrainStep, make_train_step
 from gradreg_optax.experiments import common, data, plots, report, runs, statistics
 from gradreg_optax.experiments.report import Number, Report
 from gradreg_optax.experiments.runs import Columns, select
-from gradreg_optax.experiments.trainer import METHODS, Array, Method, cross_entropy
+from gradreg_optax.experiments.trainer import METHODS, Array, cross_entropy
 from studies import networks
+from studies.comparison import F_GR, Way, best
 
 RATE, DECAY, SHIFT = 0.1, 5e-4, 2  # learning rate, weight decay, pixels
 TUNING_SEED = 1000
@@ -31,41 +32,6 @@ _STATISTICS, _MEASURED = 2000, 10000  # images for batch norm, and for the train
 _MODEL = networks.strided_cnn(10, (24, 48))
 
 
-class Way(NamedTuple):
-    """A row of a comparison.
-
-    Attributes:
-      method: the method.
-      values: candidates for its coefficient; without a coefficient, zero.
-      fraction: fraction of the batch that the penalty is evaluated on.
-      interval: number of steps from one penalty to the next.
-      longer: factor on the number of steps.
-    """
-
-    method: Method
-    values: tuple[float, ...] = (0.0,)
-    fraction: float = 1.0
-    interval: int = 1
-    longer: int = 1
-
-    @property
-    def cost(self) -> float:
-        """Gradients per step of the comparison."""
-        return self.longer * self.method.cost(self.fraction, self.interval)
-
-    def regularizer(self, value: Any) -> optax.GradientTransformation | None:
-        """Return its transformation with a coefficient; None without a penalty."""
-        if self.method.make is None:
-            return None
-        settings = dict.fromkeys(self.method.settings, value)
-        return self.method.make(**settings, interval=self.interval)
-
-
-def _tied(gamma: Any, interval: Any) -> optax.GradientTransformation:
-    return fd_gradreg(gamma=gamma, epsilon=gamma, interval=interval)
-
-
-F_GR = Method("F-GR", _tied, ("gamma",), 2)
 WAYS = {
     "SGD": Way(METHODS["SGD"]),
     "F-GR": Way(F_GR, (0.1, 0.2, 0.4)),
@@ -150,18 +116,6 @@ def _kept(config: Config, dataset: data.Dataset, store: runs.Store, *what: Any) 
     return row | store.keep(f"{role}-{label}", same | {"run": list(what)}, make)
 
 
-def best(rows: Sequence[dict[str, Any]], *names: str) -> tuple[float, ...]:
-    """Return the setting with the best mean accuracy.
-
-    Raises:
-      CommandError: every setting diverged.
-    """
-    found = runs.best(runs.columns(rows), *names)
-    if found is None:
-        raise common.CommandError(f"{rows[0]['method']} diverged with every setting.")
-    return tuple(found.values())
-
-
 def split(config: Config, dataset: data.Dataset, role: str, noise: float, seed: int) -> Task:
     """Draw the images and the label noise of a seed.
 
@@ -202,7 +156,7 @@ def train(
     found["processor_seconds"] = time.process_time() - processor
     images, test = augment(key, pool[0][task.rows[:_STATISTICS]]), task.test
     measure = functools.partial(
-        _metrics, state.params, networks.batch_statistics(state.params, scaled(images))
+        _metrics, state.params, networks.batch_statistics(state.params, networks.scaled(images))
     )
     metrics = measure(pool[0][test], jnp.asarray(dataset.labels[test]))
     seen = task.rows[:_MEASURED]
@@ -223,7 +177,7 @@ def _program(way: Way, batch: int) -> Callable[..., TrainState]:
 
         def one(place: jax.Array, state: TrainState) -> TrainState:
             images = augment(jax.random.fold_in(key, state.step), pool[0][order[place]])
-            return step(state, (scaled(images), pool[1][order[place]]))[0]
+            return step(state, (networks.scaled(images), pool[1][order[place]]))[0]
 
         last: TrainState = jax.lax.fori_loop(0, count, one, state)
         return last
@@ -254,14 +208,9 @@ def augment(key: jax.Array, images: jax.Array) -> jax.Array:
     return jax.vmap(cut)(padded, starts)
 
 
-def scaled(images: jax.Array) -> jax.Array:
-    """Return images as the networks see them."""
-    return images.astype(jnp.float32) / 255 - 0.286
-
-
 @jax.jit
 def _metrics(params: Any, given: Any, images: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-    logits = networks.predict(params, scaled(images), given)
+    logits = networks.predict(params, networks.scaled(images), given)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     right = jnp.argmax(logits, axis=-1) == labels
     return {"accuracy": jnp.mean(right), "test_loss": jnp.mean(loss)}

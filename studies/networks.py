@@ -37,6 +37,11 @@ def strided_cnn(classes: int, channels: Sequence[int] = (32, 64), *, norm: bool 
     return Model(init, predict)
 
 
+def scaled(images: jax.Array) -> jax.Array:
+    """Return images as the networks see them."""
+    return images.astype(jnp.float32) / 255 - 0.286
+
+
 def predict(params: PyTree, x: jax.Array, statistics: Statistics | None = None) -> jax.Array:
     """Return the logits of :func:`strided_cnn`; batch norm may have given statistics."""
     return models.affine(params["head"], features(params, x, statistics)[0])

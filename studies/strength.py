@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradreg_optax import fd_gradreg
 from gradreg_optax.experiments import common, data, plots, runs, statistics
 from gradreg_optax.experiments.report import Report, Table
 from gradreg_optax.experiments.runs import Columns, select
@@ -29,6 +28,7 @@ from gradreg_optax.experiments.trainer import (
     problem,
 )
 from studies import corpus
+from studies.comparison import tied
 
 PARTS = {"full": (1.0, 1), "lazy": (0.25, 4)}  # fraction of the batch, interval
 LEARNING_RATES = {"sgd": 0.2, "momentum": 0.02, "adam": 2e-3, "adamw": 2e-3}
@@ -38,11 +38,7 @@ _HEAD = ["task", "optimizer", "part", "plain"]
 _RELEVANT = {"accuracy": 1.0, "test_loss": 0.02}  # smallest gain for the column "kept"
 
 
-def _tied(gamma: Any, interval: Any) -> optax.GradientTransformation:
-    return fd_gradreg(gamma=gamma, epsilon=gamma, interval=interval)
-
-
-_SEARCHED = Method("searched gamma", _tied, ("gamma",), 2)
+_SEARCHED = Method("searched gamma", tied, ("gamma",), 2)
 
 
 @dataclasses.dataclass(frozen=True)
