@@ -615,3 +615,21 @@ def test_a_loss_scale_that_changes_belongs_inside_the_loss(
     run(loss, (x, y, jnp.ones(12)))
     jax.effects_barrier()
     assert largest > 1.5 * max(seen)  # what went back was scaled
+
+
+def test_the_ascent_step_follows_the_norms_of_the_penalised_gradient(x64):
+    """Incoming updates of another length change the scale, and not epsilon."""
+    params, updates = jnp.asarray([1.0, -0.5, 2.0]), jnp.asarray([30.0, 0.0, -40.0])
+    grad = jax.grad(lambda p: jnp.sum(p**4) / 4)
+    tx = relative_gradreg(lambda p: jnp.sum(p**4) / 4, strength=0.5, reuse_updates=False)
+    _, state = tx.update(updates, tx.init(params), params)
+    found, _ = tx.update(updates, state, params)
+
+    own, products, norm = grad(params), [], np.linalg.norm
+    for epsilon in (0.01 * norm(params) / norm(own), None):
+        step = norm(own) / norm(products[0]) if epsilon is None else epsilon
+        products.append((grad(params + step * own) - own) / step)
+    lengths = [norm(product) for product in products]
+    scale = 1.9 * norm(updates) / (0.9 * lengths[0] + lengths[1])
+    scale = min(scale, 2 * norm(updates) / lengths[1])
+    np.testing.assert_allclose(found, updates + 0.5 * scale * products[1], rtol=1e-6)
