@@ -633,3 +633,16 @@ def test_the_ascent_step_follows_the_norms_of_the_penalised_gradient(x64):
     scale = 1.9 * norm(updates) / (0.9 * lengths[0] + lengths[1])
     scale = min(scale, 2 * norm(updates) / lengths[1])
     np.testing.assert_allclose(found, updates + 0.5 * scale * products[1], rtol=1e-6)
+
+
+def test_a_stateful_ascent_advances_with_the_updates_that_take_the_penalty() -> None:
+    """Momentum of the gradient: 0.9 g1 + g3, since the second update is skipped."""
+    grad = jax.grad(lambda p: jnp.sum(p**4) / 4)
+    tx = relative_gradreg(
+        lambda p: jnp.sum(p**4) / 4, strength=0.5, ascent=optax.trace(0.9), interval=2
+    )
+    params = [jnp.asarray([1.0, -0.5]), jnp.asarray([5.0, 5.0]), jnp.asarray([0.5, 2.0])]
+    state = tx.init(params[0])
+    for p in params:
+        _, state = tx.update(grad(p), state, p)
+    np.testing.assert_allclose(state.ascent.trace, 0.9 * grad(params[0]) + grad(params[2]), 1e-6)
