@@ -1,30 +1,16 @@
 """The same numbers under every strict mode of JAX, through every public entry point."""
 
 import contextlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
-from gradreg_optax import (
-    asam,
-    curvature,
-    dbp_gradreg,
-    dbp_value_and_grad,
-    fd_gradreg,
-    fd_value_and_grad,
-    flooding,
-    gradient_norm_penalty,
-    make_train_step,
-    masked,
-    microbatched,
-    regularized_loss,
-    relative_gradreg,
-    sam,
-)
+import gradreg_optax as gr
+from gradreg_optax import curvature
 
 PARAMS = {
     "kernel": np.linspace(-1.0, 1.0, 12, dtype=np.float32).reshape(3, 4),
@@ -42,68 +28,66 @@ def closed(params):
     return loss_fn(params, BATCH)
 
 
-def two_updates(tx, **extra):
-    """Two updates at the same parameters: the first is due, the second not always."""
+def updates_of(tx, count=1, **extra):
+    """Updates at the same parameters; of two with ``interval=2`` only one is due."""
     params = jax.tree.map(jnp.asarray, PARAMS)
     value, gradient = jax.value_and_grad(closed)(params)
     state, results = tx.init(params), []
-    for _ in range(2):
+    for _ in range(count):
         updates, state = tx.update(gradient, state, params, value=value, value_fn=closed, **extra)
         results.append(updates)
     return results
 
 
-def two_steps(loss=loss_fn, regularizer=None, **options):
-    init, step = make_train_step(loss, optax.sgd(0.1), regularizer, **options)
+def steps(count=1, **options):
+    init, step = gr.make_train_step(loss_fn, optax.sgd(0.1), donate=False, **options)
     state = init(PARAMS)
-    for _ in range(2):
+    for _ in range(count):
         state, info = step(state, BATCH)
     return state.params, info.loss
 
 
 FD = {"gamma": 0.1, "epsilon": 0.1}
+LAZY = {"interval": 2, "start": 1}
 USES = {
-    **{
-        f"fd {scheme}, every {k}": lambda scheme=scheme, k=k: two_updates(
-            fd_gradreg(**FD, scheme=scheme, interval=k, start=k - 1)
-        )
-        for scheme in ("forward", "backward", "central")
-        for k in (1, 2)
-    },
-    "schedules": lambda: two_updates(
-        fd_gradreg(
+    "forward": lambda: updates_of(gr.fd_gradreg(**FD)),
+    "backward": lambda: updates_of(gr.fd_gradreg(**FD, scheme="backward")),
+    "central, lazy": lambda: updates_of(gr.fd_gradreg(**FD, scheme="central", **LAZY), 2),
+    "schedules": lambda: updates_of(
+        gr.fd_gradreg(
             gamma=lambda step: 0.1 / (1.0 + step.astype(jnp.float32)),
             epsilon=optax.constant_schedule(0.1),
         )
     ),
-    "numpy scalars": lambda: two_updates(
-        fd_gradreg(gamma=np.float64(0.1), epsilon=np.float32(0.1), interval=np.int64(2))
+    "numpy scalars": lambda: updates_of(
+        gr.fd_gradreg(gamma=np.float64(0.1), epsilon=np.float32(0.1), interval=np.int64(2)), 2
     ),
-    "masked": lambda: two_updates(fd_gradreg(**FD, ascent=masked({"kernel": True, "out": False}))),
-    "momentum": lambda: two_updates(fd_gradreg(**FD, ascent=optax.trace(0.9))),
-    "dbp": lambda: two_updates(dbp_gradreg(gamma=0.1)),
-    "dbp, reverse, lazy": lambda: two_updates(
-        dbp_gradreg(gamma=0.1, mode="reverse_over_reverse", interval=2)
+    "masked": lambda: updates_of(
+        gr.fd_gradreg(**FD, ascent=gr.masked({"kernel": True, "out": False}))
     ),
-    "sam": lambda: two_updates(sam(rho=0.1)),
-    "asam, lazy": lambda: two_updates(asam(rho=0.1, interval=2)),
-    "gnp": lambda: two_updates(gradient_norm_penalty(**FD)),
-    "flooding": lambda: two_updates(flooding(level=10.0)),
-    "relative": lambda: two_updates(relative_gradreg()),
-    "self-tuned": lambda: two_updates(
-        relative_gradreg(strength=None, interval=2), held_out_fn=lambda p: loss_fn(p, -BATCH)
+    "momentum": lambda: updates_of(gr.fd_gradreg(**FD, ascent=optax.trace(0.9)), 2),
+    "dbp": lambda: updates_of(gr.dbp_gradreg(gamma=0.1)),
+    "dbp, reverse, lazy": lambda: updates_of(
+        gr.dbp_gradreg(gamma=0.1, mode="reverse_over_reverse", interval=2), 2
     ),
-    "fd function": lambda: fd_value_and_grad(loss_fn, **FD)(PARAMS, BATCH),
-    "dbp function": lambda: dbp_value_and_grad(loss_fn, gamma=0.1)(PARAMS, BATCH),
-    "regularized loss": lambda: jax.value_and_grad(regularized_loss(loss_fn, sam(rho=0.1)))(
+    "asam, lazy": lambda: updates_of(gr.asam(rho=0.1, interval=2), 2),
+    "gnp": lambda: updates_of(gr.gradient_norm_penalty(**FD)),
+    "flooding": lambda: updates_of(gr.flooding(level=10.0)),
+    "relative": lambda: updates_of(gr.relative_gradreg(), 2),
+    "self-tuned": lambda: updates_of(
+        gr.relative_gradreg(strength=None), 2, held_out_fn=lambda p: loss_fn(p, -BATCH)
+    ),
+    "fd function": lambda: gr.fd_value_and_grad(loss_fn, **FD)(PARAMS, BATCH),
+    "dbp function": lambda: gr.dbp_value_and_grad(loss_fn, gamma=0.1)(PARAMS, BATCH),
+    "regularized loss": lambda: jax.value_and_grad(gr.regularized_loss(loss_fn, gr.sam(rho=0.1)))(
         PARAMS, BATCH
     ),
-    "micro-batches": lambda: jax.value_and_grad(microbatched(loss_fn, 4))(PARAMS, BATCH),
-    "train step": lambda: two_steps(regularizer=fd_gradreg(**FD)),
-    "lazy on a part": lambda: two_steps(
-        regularizer=fd_gradreg(**FD, interval=2), penalty_fraction=0.25
+    "micro-batches": lambda: jax.value_and_grad(gr.microbatched(loss_fn, 4))(PARAMS, BATCH),
+    "train step": lambda: steps(regularizer=gr.sam(rho=0.1)),
+    "lazy on a part": lambda: steps(
+        2, regularizer=gr.fd_gradreg(**FD, interval=2), penalty_fraction=0.25
     ),
-    "groups": lambda: two_steps(regularizer=fd_gradreg(**FD), ascent_groups=2),
+    "groups": lambda: steps(regularizer=gr.fd_gradreg(**FD), ascent_groups=2),
     "eigenvalue": lambda: curvature.top_hessian_eigenvalue(closed, PARAMS, KEY).value,
     "trace": lambda: curvature.hessian_trace(closed, PARAMS, KEY, num_samples=4),
     "product": lambda: curvature.hessian_vector_product(closed, PARAMS, PARAMS),
@@ -120,50 +104,55 @@ MODES = {
     "no jit": lambda: jax.disable_jit(),
     "x64 switched on late": lambda: jax.enable_x64(True),
 }
-TOGETHER = ("promotion", "nans", "infs", "leaks")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """Programs kept on disk: a mode that traces everything anew compiles it once."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+@contextlib.contextmanager
+def switched_on(*modes):
+    with contextlib.ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(MODES[mode]())
+        yield
+
+
+def traced():
+    """All uses as one program."""
+    return jax.jit(lambda: {name: use() for name, use in USES.items()}).trace()
 
 
 @pytest.fixture(scope="module")
-def expected(compiled):
-    """The numbers without any mode; ranks are never promoted in these tests."""
-    return {name: use() for name, use in USES.items()}
+def strict():
+    """(the program, what it returns) in the strict modes; ranks are never promoted here."""
+    with switched_on("promotion", "nans", "infs", "leaks"):
+        program = traced()
+        return program.jaxpr, program.lower().compile()()
 
 
-@pytest.mark.parametrize(
-    "modes",
-    [
-        pytest.param(TOGETHER, id="together"),
-        *(pytest.param((mode,), id=mode, marks=pytest.mark.slow) for mode in MODES),
-    ],
-)
-def test_every_use_gives_the_same_numbers_in_every_strict_mode(expected, modes):
-    late = "x64 switched on late" in modes
-    for name, use in USES.items():
-        if late and name in ("self-tuned", "trace"):
-            continue  # a state of default floats, and other random signs
-        with contextlib.ExitStack() as stack:
-            for mode in modes:
-                stack.enter_context(MODES[mode]())
-            found = use()
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected[name]), strict=True):
+def test_every_use_is_the_same_program_in_the_strict_modes_together(strict):
+    plain, (program, _) = traced().jaxpr, strict
+    without_addresses = [re.sub(r"0x\w+", "", str(x.jaxpr)) for x in (plain, program)]
+    assert without_addresses[0] == without_addresses[1]
+    for a, b in zip(plain.consts, program.consts, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def assert_same(found, expected, dtypes=True):
+    for name, results in found.items():
+        for a, b in zip(*map(jax.tree.leaves, (results, expected[name])), strict=True):
             # float32, one gradient divided by epsilon, summed in another order
-            np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5, err_msg=f"{name}, {modes}")
-            if not late:
-                assert jnp.asarray(a).dtype == jnp.asarray(b).dtype
+            np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5, err_msg=name)
+            assert not dtypes or jnp.asarray(a).dtype == b.dtype
+
+
+def test_without_jit_no_operation_returns_nan_or_infinity(strict):
+    with switched_on("nans", "infs"):
+        assert_same({name: USES[name]() for name in ("gnp", "self-tuned")}, strict[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_every_use_gives_the_same_numbers_in_every_strict_mode(strict, mode):
+    late = mode == "x64 switched on late"  # a state of default floats, and other random signs
+    uses = [name for name in USES if not (late and name in ("self-tuned", "trace"))]
+    with switched_on(mode):
+        found = {name: USES[name]() for name in uses}
+    assert_same(found, strict[1], dtypes=not late)
