@@ -1,12 +1,12 @@
 """Which loss a transformation differentiates, and which arguments it hands to it."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 from gradreg_optax import (
     Weighted,
@@ -55,51 +55,75 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_arguments_of_the_loss_are_picked_by_name(name):
-    params, batch = params_of(), batch_of()
-    gradient = jax.grad(loss_fn)(params, batch)
-    expected = update_of(fd_gradreg(loss_fn, gamma=0.3, epsilon=0.2), gradient, params, batch=batch)
-    extra = {"batch": batch, "meant_for_others": 7, "value": 1.0, "grad": gradient}
-    tx = fd_gradreg(LOSSES[name], gamma=0.3, epsilon=0.2)
-    # the loss of construction wins
-    updates = update_of(tx, gradient, params, value_fn=lambda p: 1 / 0, **extra)
-    # eps(float32) / epsilon
-    np.testing.assert_allclose(flat(updates), flat(expected), rtol=1e-4, atol=1e-5)
-    tx = fd_gradreg(gamma=0.3, epsilon=0.2)
-    updates = update_of(tx, gradient, params, value_fn=LOSSES[name], **extra)
-    np.testing.assert_allclose(flat(updates), flat(expected), rtol=1e-4, atol=1e-5)
+def test_arguments_of_the_loss_are_picked_by_name():
+    def penalised(params, batch, loss=None, **extra):
+        tx = fd_gradreg(loss, gamma=0.3, epsilon=0.2)
+        gradient = jax.grad(loss_fn)(params, batch)
+        return update_of(tx, gradient, params, batch=batch, **extra)
+
+    @jax.jit
+    def updates(params, batch):
+        extra = {"meant_for_others": 7, "value": 1.0, "grad": params}
+        wrong = {"value_fn": lambda p: 1 / 0}  # the loss of construction wins
+        return penalised(params, batch, loss_fn), {
+            name: (
+                penalised(params, batch, loss, **extra, **wrong),
+                penalised(params, batch, value_fn=loss, **extra),
+            )
+            for name, loss in LOSSES.items()
+        }
+
+    expected, found = updates(params_of(), batch_of())
+    for name, pair in found.items():
+        for update in pair:
+            # eps(float32) / epsilon
+            tolerance = {"rtol": 1e-4, "atol": 1e-5}
+            np.testing.assert_allclose(flat(update), flat(expected), **tolerance, err_msg=name)
 
 
 def test_optional_arguments_are_picked_where_they_are_given():
-    params, batch = params_of(), batch_of()
-    zero = jax.tree.map(jnp.zeros_like, params)
     tx = fd_gradreg(loss_fn, gamma=0.5, epsilon=0.5, reuse_updates=False)
-    small = flat(update_of(tx, zero, params, batch=batch))
-    large = flat(update_of(tx, zero, params, batch=batch, scale=0.0, shift=3.0))
+
+    @jax.jit
+    def updates(params, batch):
+        zero = jax.tree.map(jnp.zeros_like, params)
+        flat_loss = {"scale": 0.0, "shift": 3.0}
+        return [update_of(tx, zero, params, batch=batch, **e) for e in ({}, flat_loss)]
+
+    small, large = map(flat, updates(params_of(), batch_of()))
     assert np.abs(small).max() > 0
     assert not large.any()
 
 
 def test_has_aux_speaks_of_the_loss_and_never_of_value_fn():
-    params, batch = params_of(), batch_of()
-    gradient = jax.grad(loss_fn)(params, batch)
-    expected = update_of(dbp_gradreg(loss_fn, gamma=0.3), gradient, params, batch=batch)
-
     def with_aux(params, batch):
         return loss_fn(params, batch), {"anything": "at all"}
 
-    for make in (
+    makes = (
         functools.partial(dbp_gradreg, gamma=0.3),
         functools.partial(fd_gradreg, gamma=0.3, epsilon=1e-2, scheme="central"),
-    ):
-        for updates in (
-            update_of(make(with_aux, has_aux=True), gradient, params, batch=batch),
-            update_of(make(has_aux=True), gradient, params, value_fn=lambda p: loss_fn(p, batch)),
-        ):
-            # float32: eps / epsilon and epsilon^2
-            np.testing.assert_allclose(flat(updates), flat(expected), atol=1e-3)
-    assert update_of(flooding(with_aux, level=1e3, has_aux=True), 1.0, params, batch=batch) == -1.0
+    )
+
+    @jax.jit
+    def updates(params, batch):
+        value_fn = functools.partial(loss_fn, batch=batch)
+        gradient = jax.grad(value_fn)(params)
+        expected = update_of(dbp_gradreg(gamma=0.3), gradient, params, value_fn=value_fn)
+        pairs = [
+            (
+                update_of(make(with_aux, has_aux=True), gradient, params, batch=batch),
+                update_of(make(has_aux=True), gradient, params, value_fn=value_fn),
+            )
+            for make in makes
+        ]
+        flood = flooding(with_aux, level=1e3, has_aux=True)
+        return expected, pairs, update_of(flood, 1.0, params, batch=batch)
+
+    expected, pairs, flooded = updates(params_of(), batch_of())
+    for update in itertools.chain(*pairs):
+        # float32: eps / epsilon and epsilon^2
+        np.testing.assert_allclose(flat(update), flat(expected), atol=1e-3)
+    assert flooded == -1.0
 
 
 def test_a_loss_of_the_regularizer_finds_what_the_loss_of_the_step_takes_as_keywords():
