@@ -17,20 +17,17 @@ from gradreg_optax import regularized_loss
 FD = gr.fd_gradreg(gamma=0.3, epsilon=0.2)
 FAMILIES = {
     "forward": FD,
-    "backward": gr.fd_gradreg(gamma=0.3, epsilon=0.2, scheme="backward"),
     "central": gr.fd_gradreg(gamma=0.3, epsilon=0.2, scheme="central"),
     "product": gr.dbp_gradreg(gamma=0.3),
     "product, reverse": gr.dbp_gradreg(gamma=0.3, mode="reverse_over_reverse"),
-    "sam": gr.sam(rho=0.3),
     "asam": gr.asam(rho=0.3),
-    "gnp": gr.gradient_norm_penalty(gamma=0.3, epsilon=0.2),
     "flooding": gr.flooding(level=10.0),
     "masked": gr.fd_gradreg(gamma=0.3, epsilon=0.2, ascent=gr.masked({"w": True, "v": False})),
     "chain": optax.chain(FD, gr.flooding(level=10.0), optax.clip_by_global_norm(0.5)),
 }
 GRADIENTS = {"central": 3, "flooding": 1}
 families = pytest.mark.parametrize("name", FAMILIES)
-some_families = pytest.mark.parametrize("name", ["forward", "product", "flooding", "chain"])
+some_families = pytest.mark.parametrize("name", ["forward", "product", "chain"])
 # float32: two gradients of some ten operations each, of whose difference 1.5 times is taken
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
 
@@ -83,60 +80,57 @@ def by_transformation(tx, value_fn, params):
 
 
 @families
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
-def test_the_gradient_is_the_output_of_the_transformation(name, compiled):
+def test_gradient_and_value_are_those_of_the_transformation_and_of_the_loss(counter, name):
+    """Bit for bit in the value, with as many gradients as the transformation takes."""
     params, args, kwargs = problem()
-    wrap = jax.jit if compiled else lambda f: f
-    loss, wrapped = (
-        lambda p, f=f: f(p, *args, **kwargs)
-        for f in (loss_fn, regularized_loss(loss_fn, FAMILIES[name]))
-    )
-    expected = wrap(lambda p: by_transformation(FAMILIES[name], loss, p))
-    value, gradient = wrap(jax.value_and_grad(wrapped))(params)
-    close(flat(gradient), flat(expected(params)))
-    np.testing.assert_allclose(value, loss(params), rtol=1e-6)
+    tx, loss = FAMILIES[name], regularized_loss(counter.wrap(loss_fn), FAMILIES[name])
+    found = jax.jit(jax.value_and_grad(loss))(params, *args, **kwargs)
+    gradients = GRADIENTS.get(name, 2)
+    assert counter.read() == (gradients, gradients)
+
+    @jax.jit
+    def expected(params, *args, **kwargs):
+        def closed(p):
+            return loss_fn(p, *args, **kwargs)
+
+        return closed(params), by_transformation(tx, closed, params)
+
+    value, updates = expected(params, *args, **kwargs)
+    np.testing.assert_array_equal(found[0], value)
+    close(flat(found[1]), flat(updates))
+    np.testing.assert_array_equal(jax.jit(loss)(params, *args, **kwargs), value)
+    assert counter.read() == (1, 0)  # nothing that nobody asked for
 
 
 @some_families
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
-def test_the_value_is_that_of_the_loss_bit_for_bit(name, compiled):
-    params, args, _ = problem()
-    wrap = jax.jit if compiled else lambda f: f
+def test_without_jit_they_are_too(name):
+    params, args, kwargs = problem()
     loss = regularized_loss(loss_fn, FAMILIES[name])
-    pairs = [(loss, loss_fn), (jax.value_and_grad(loss), jax.value_and_grad(loss_fn))]
-    for one, other in pairs:
-        found, plain = (jax.tree.leaves(wrap(f)(params, *args))[0] for f in (one, other))
-        np.testing.assert_array_equal(found, plain)
+    value, gradient = jax.value_and_grad(loss)(params, *args, **kwargs)
+    np.testing.assert_array_equal(value, jax.value_and_grad(loss_fn)(params, *args, **kwargs)[0])
+    np.testing.assert_array_equal(loss(params, *args, **kwargs), loss_fn(params, *args, **kwargs))
+    updates = by_transformation(FAMILIES[name], lambda p: loss_fn(p, *args, **kwargs), params)
+    close(flat(gradient), flat(updates))
 
 
 @families
-def test_it_can_be_vmapped(name):
-    params, (batch, keys) = problems(3)
+def test_it_trains_inside_vmap_and_scan(name):
+    params, (batches, keys) = problems(3)
     loss = regularized_loss(loss_fn, FAMILIES[name])
 
-    def one(params, batch, key):
+    def by_hand(params, batch, key):
         return by_transformation(FAMILIES[name], lambda p: loss_fn(p, batch, key, None), params)
-
-    found = jax.jit(jax.vmap(jax.grad(loss), in_axes=(0, 0, 0, None)))(params, batch, keys, None)
-    close(flat(found), flat(jax.jit(jax.vmap(one))(params, batch, keys)))
-
-
-@families
-def test_it_trains_inside_scan(name):
-    params, _, _ = problem()
-    _, batches = problems(4)
-    loss = regularized_loss(loss_fn, FAMILIES[name])
 
     def train(gradient_of):
         def step(params, batch):
             return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient_of(params, *batch)), None
 
-        return jax.lax.scan(step, params, batches)[0]
+        def run(params):
+            return jax.lax.scan(step, params, (batches, keys))[0]
 
-    def by_hand(params, batch, key):
-        return by_transformation(FAMILIES[name], lambda p: loss_fn(p, batch, key, None), params)
+        return jax.jit(jax.vmap(run))(params)
 
-    close(flat(train(lambda p, b, k: jax.grad(loss)(p, b, k, None))), flat(train(by_hand)))
+    close(flat(train(lambda *args: jax.grad(loss)(*args, None))), flat(train(by_hand)))
 
 
 @some_families
@@ -191,7 +185,7 @@ def split_problem():
     return x, params["w"], jnp.ones((5, 4)), params["v"]
 
 
-@pytest.mark.parametrize("argnums", [1, -1, (1, 3), (3, 1), [1, -1]])
+@pytest.mark.parametrize("argnums", [-1, (3, 1), [1, -1]])
 def test_argnums_names_the_parameters(argnums):
     args = split_problem()
     numbers = [argnums] if isinstance(argnums, int) else list(argnums)
@@ -220,7 +214,7 @@ def test_a_keyword_reaches_the_argument_that_argnums_counts_in_the_signature():
     )
 
 
-@some_families
+@pytest.mark.parametrize("name", ["forward", "product"])
 def test_the_gradient_in_other_arguments_is_that_of_the_loss(name):
     args = split_problem()
     loss = regularized_loss(split_loss, FAMILIES[name], argnums=(1, 3))
@@ -231,28 +225,15 @@ def test_the_gradient_in_other_arguments_is_that_of_the_loss(name):
     close(flat(everything[1::2]), flat(jax.grad(loss, argnums=(1, 3))(*args)))
 
 
-@families
-def test_nothing_is_evaluated_that_nobody_asked_for(counter, name):
-    params, args, kwargs = problem()
-    loss = regularized_loss(counter.wrap(loss_fn), FAMILIES[name])
-    jax.jit(loss)(params, *args, **kwargs)
-    assert counter.read() == (1, 0)
-    jax.jit(jax.grad(loss))(params, *args, **kwargs)
-    gradients = GRADIENTS.get(name, 2)
-    assert counter.read() == (gradients, gradients)
-
-
 def dense_loss(kernels, x, labels):
     for kernel in kernels[:-1]:
         x = jax.nn.gelu(x @ kernel)
     return optax.softmax_cross_entropy_with_integer_labels(x @ kernels[-1], labels).mean()
 
 
-@pytest.mark.parametrize("name", ["forward", "central", "product", "flooding"])
+@pytest.mark.parametrize("name", ["forward", "product", "flooding"])
 def test_it_costs_what_the_gradient_function_costs(name):
-    shapes = [(32, 64), (64, 64), (64, 10)]
-    keys = jax.random.split(jax.random.key(0), 3)
-    kernels = [jax.random.normal(k, s) / 8 for k, s in zip(keys, shapes, strict=True)]
+    kernels = [jnp.ones(shape) / 8 for shape in [(32, 64), (64, 64), (64, 10)]]
     args = kernels, jnp.ones((64, 32)), jnp.zeros(64, int)
 
     def flops(function):
@@ -260,9 +241,6 @@ def test_it_costs_what_the_gradient_function_costs(name):
 
     functions = {
         "forward": functools.partial(gr.fd_value_and_grad, gamma=0.3, epsilon=0.2),
-        "central": functools.partial(
-            gr.fd_value_and_grad, gamma=0.3, epsilon=0.2, scheme="central"
-        ),
         "product": functools.partial(gr.dbp_value_and_grad, gamma=0.3),
         "flooding": jax.value_and_grad,
     }
@@ -273,11 +251,14 @@ def test_it_costs_what_the_gradient_function_costs(name):
     assert of_x[loss] == of_x[dense_loss]
 
 
-def test_the_wrapper_has_the_signature_of_the_loss_for_trainers_that_bind_keywords():
-    loss = regularized_loss(loss_fn, FD)
-    assert inspect.signature(loss) == inspect.signature(loss_fn)
-    assert (loss.__name__, loss.__doc__) == (loss_fn.__name__, loss_fn.__doc__)
+def test_the_wrapper_has_name_and_signature_of_the_loss_for_trainers_that_bind_keywords():
     params, (batch, key, label), _ = problem()
+    loss_fn.note = "of the user"
+    loss = regularized_loss(loss_fn, FD)
+    for made in (loss, gr.fd_value_and_grad(loss_fn, gamma=0.1, epsilon=0.1)):
+        assert inspect.signature(made) == inspect.signature(loss_fn)
+        assert (made.__name__, made.__doc__) == (loss_fn.__name__, loss_fn.__doc__)
+        assert not hasattr(made, "note")
     by_name = {"label": label, "key": key, "batch": batch, "params": params}
     partial = regularized_loss(functools.partial(loss_fn, label=None, weight=2.0), FD)
     np.testing.assert_array_equal(loss(**by_name, weight=2.0), partial(params, batch, key))
@@ -285,11 +266,11 @@ def test_the_wrapper_has_the_signature_of_the_loss_for_trainers_that_bind_keywor
 
 SCHEDULE = optax.piecewise_constant_schedule(0.1, {2: 3.0})
 NEED_THE_STEP = {
-    "a schedule": gr.fd_gradreg(gamma=SCHEDULE, epsilon=0.2),
+    "a schedule, late": gr.fd_gradreg(gamma=SCHEDULE, epsilon=0.2, start=1),
     "an interval": gr.fd_gradreg(gamma=0.3, epsilon=0.2, interval=2),
-    "a start": gr.fd_gradreg(gamma=0.3, epsilon=0.2, start=2),
-    "a flood level": gr.flooding(level=optax.linear_schedule(0.0, 3.0, 3)),
-    "a chain": optax.chain(gr.sam(rho=SCHEDULE), gr.flooding(level=0.1)),
+    "a chain": optax.chain(
+        gr.sam(rho=SCHEDULE), gr.flooding(level=optax.linear_schedule(0.0, 3.0, 3))
+    ),
 }
 
 
@@ -338,8 +319,10 @@ def test_a_weighted_mean_and_a_loss_in_micro_batches_are_losses_like_others():
         close(flat(found), flat(plain))
 
 
-@some_families
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("forward", jnp.bfloat16), ("product", jnp.float16), ("chain", jnp.bfloat16)],
+)
 def test_gradients_have_the_dtypes_of_the_parameters(name, dtype):
     params, (batch, key, _), _ = problem()
     params, batch = jax.tree.map(
@@ -390,7 +373,8 @@ def unit_square(params):
         ({"argnums": "0"}, (1.0,), TypeError, "argnums must be an integer"),
         ({"argnums": ()}, (1.0,), TypeError, "argnums must be an integer"),
         ({"argnums": (0, -1)}, (1.0,), ValueError, "argnums must be different positions"),
-        ({}, ([1, 2],), TypeError, "regularized_loss: .*int32"),
+        ({}, ([1, 2],), TypeError, "regularized_loss: the parameters has dtype int32"),
+        ({"loss_fn": operator.add}, (1.0,), TypeError, "missing a required argument"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(make, call, error, sentence):
@@ -399,38 +383,14 @@ def test_what_is_wrong_is_said_in_a_sentence(make, call, error, sentence):
         regularized_loss(**made)(*map(jnp.asarray, call))
 
 
-def test_a_step_that_is_no_whole_number_is_refused():
+@pytest.mark.parametrize("step", [-1, 0.5])
+def test_a_step_that_is_no_whole_number_is_refused(step):
     loss = regularized_loss(unit_square, gr.fd_gradreg(gamma=SCHEDULE, epsilon=0.1))
-    for step in (-1, 0.5):
-        with pytest.raises((TypeError, ValueError), match=r"regularized_loss: step"):
-            loss(jnp.ones(2), step=step)
+    with pytest.raises((TypeError, ValueError), match=r"regularized_loss: step"):
+        loss(jnp.ones(2), step=step)
 
 
-def test_a_wrong_call_of_the_loss_says_what_python_says():
-    loss = regularized_loss(operator.add, FD)
-    with pytest.raises(TypeError, match="missing a required argument"):
-        loss(jnp.ones([]))
-
-
-def test_an_evaluation_alone_checks_the_parameters():
-    loss = regularized_loss(lambda p: jnp.sum(p["x"]) * 1.0, FD)
-    with pytest.raises(TypeError, match=r"regularized_loss: the parameters\['x'\] has dtype int32"):
-        loss({"x": jnp.arange(3)})
-
-
-def test_it_takes_name_and_signature_of_the_loss_and_nothing_else():
-    def loss(params, batch):
-        """Text."""
-        return jnp.sum(params * batch)
-
-    loss.note = "of the user"
-    for made in (regularized_loss(loss, FD), gr.fd_value_and_grad(loss, gamma=0.1, epsilon=0.1)):
-        assert (made.__name__, made.__doc__) == ("loss", "Text.")
-        assert inspect.signature(made) == inspect.signature(loss)
-        assert not hasattr(made, "note")
-
-
-@pytest.mark.parametrize("step", [jnp.asarray([0.5, 1.5, 2.5]), -1, jnp.arange(3), 0.5, "late"])
+@pytest.mark.parametrize("step", [3, -1, jnp.arange(3), 0.5, "late"])
 def test_a_step_of_the_loss_may_be_anything_where_the_regularizer_needs_none(step):
     def loss(params, step):
         factor = 2.0 if isinstance(step, str) else jnp.mean(jnp.asarray(step)) + 3
@@ -442,18 +402,6 @@ def test_a_step_of_the_loss_may_be_anything_where_the_regularizer_needs_none(ste
     close(jax.grad(ours)(params, step=step), expected)
     close(jax.grad(ours)(params, step), expected)
     assert float(ours(params, step)) == float(loss(params, step))
-
-
-def test_the_step_of_a_loss_reaches_it():
-    def loss(params, step=0):
-        return jnp.mean(params**2) * (1 + step)
-
-    params = jnp.ones(4)
-    for gamma in (0.0, 0.3):
-        ours = regularized_loss(loss, gr.fd_gradreg(gamma=gamma, epsilon=0.2))
-        assert float(ours(params, step=3)) == 4.0
-        _, expected = gr.fd_value_and_grad(loss, gamma=gamma, epsilon=0.2)(params, 3)
-        close(jax.grad(ours)(params, step=3), expected)
 
 
 def test_in_shard_map_the_gradient_in_replicated_parameters_is_the_sum_over_the_devices():
