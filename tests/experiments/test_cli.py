@@ -5,11 +5,11 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -38,14 +38,18 @@ def refused(*arguments):
 
 
 @pytest.mark.parametrize("program", [PROGRAM, STUDIES])
-@pytest.mark.parametrize("option", ["--help", "-h"])
-def test_help_lists_every_command_with_what_it_does(program, option, capsys):
-    cli.run(program, [option])
+def test_help_lists_every_command_with_what_it_does(program, capsys):
+    cli.run(program, ["--help"])
     text = capsys.readouterr().out
     assert "--version" in text
     for name, command in program.commands.items():
-        assert name in text
+        assert f"  {name} " in text
         assert command.summary in text
+    cli.run(program, ["-h"])
+    assert capsys.readouterr().out == text
+    cli.run(program, ["--version"])
+    version = importlib.metadata.version("gradreg-optax")
+    assert capsys.readouterr().out == f"{program.name} {version}\n"
 
 
 @every_command
@@ -62,71 +66,46 @@ def test_help_of_a_command_names_every_field_its_duration_and_an_example(program
 
 
 @every_command
-def test_the_example_of_a_command_parses(program, command):
-    import shlex
-
-    example = shlex.split(program.commands[command].example)
-    name, config = cli.parse(program, [command, *example])
-    assert name == command
-    assert config != program.module(command).Config()
-
-
-@every_command
 def test_every_command_keeps_the_contract(program, command):
     module = program.module(command)
-    fields = {field.name: field.default for field in dataclasses.fields(module.Config)}
-    assert {"output", "seed", "redraw"} <= set(fields)
-    assert (fields["seed"], fields["redraw"]) == (0, False)
+    config = module.Config()
+    assert (config.seed, config.redraw) == (0, False)
     assert all(callable(getattr(module, name)) for name in ("run", "table", "plot"))
-
-
-@every_command
-def test_counts_must_be_positive_and_nothing_may_be_negative(program, command):
-    config = program.module(command).Config()
+    name, chosen = cli.parse(program, [command, *shlex.split(program.commands[command].example)])
+    assert name == command
+    assert chosen != config
     for field in dataclasses.fields(config):
         several = field.type == tuple[int, ...]
-        if not several and field.type not in (int, int | None):
-            continue
-        wrong = -1 if field.name in config.from_zero else 0
-        with pytest.raises(CommandError, match=rf"^{field.name} must be at least [012], got"):
-            dataclasses.replace(config, **{field.name: (wrong,) if several else wrong})
+        if several or field.type in (int, int | None):
+            wrong = -1 if field.name in config.from_zero else 0
+            with pytest.raises(CommandError, match=rf"^{field.name} must be at least [012], got"):
+                dataclasses.replace(config, **{field.name: (wrong,) if several else wrong})
 
 
-def test_an_unknown_command_suggests_the_nearest_one(capsys):
-    refused("comprae")
-    assert "Did you mean compare?" in capsys.readouterr().err
-    refused("xyz")
-    error = capsys.readouterr().err
-    assert "Did you mean" not in error
-    assert "gradreg --help" in error
-
-
-def test_without_a_command_the_listing_is_shown():
-    assert "a command is required" in refused()
-
-
-def test_an_unknown_option_suggests_options_of_the_same_command_only(capsys):
-    refused("compare", "--sedes", "3")
-    shown = "".join(capsys.readouterr())
-    assert "--seeds" in shown
-    assert "gradreg compare --help" in shown
-    others = [name for name in PROGRAM.commands if name != "compare"]
-    assert not [name for name in others if f"gradreg {name}" in shown]
-
-
-@pytest.mark.parametrize("arguments", [["sweep", "--model", "vit"], ["compare", "--steps", "many"]])
-def test_a_wrong_value_names_its_option(arguments, capsys):
-    refused(*arguments)
-    assert arguments[1] in "".join(capsys.readouterr())
-
-
-@pytest.mark.parametrize("arguments", [["sweep", "--gammas", "-1"], ["sweep", "--gammas"]])
-def test_a_refused_configuration_points_to_the_help_of_its_command(arguments, tmp_path, capsys):
-    refused(*arguments, "--output", str(tmp_path))
-    shown = "".join(capsys.readouterr())
-    assert "gammas must" in shown
-    assert "gradreg sweep --help" in shown
-    assert "Config" not in shown
+@pytest.mark.parametrize(
+    ("arguments", "shown", "absent"),
+    [
+        (["comprae"], ["Did you mean compare?"], []),
+        (["xyz"], ["gradreg --help"], ["Did you mean"]),
+        ([], ["a command is required"], []),
+        (
+            ["compare", "--sedes", "3"],
+            ["--seeds", "gradreg compare --help"],
+            [f"gradreg {name}" for name in PROGRAM.commands if name != "compare"],
+        ),
+        (["sweep", "--model", "vit"], ["--model"], []),
+        (["compare", "--steps", "many"], ["--steps"], []),
+        (["sweep", "--gammas", "-1"], ["gammas must", "gradreg sweep --help"], ["Config"]),
+        (["sweep", "--gammas"], ["gammas must", "gradreg sweep --help"], ["Config"]),
+    ],
+)
+def test_a_wrong_command_line_is_refused_with_a_remedy(
+    arguments, shown, absent, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    text = refused(*arguments) + "".join(capsys.readouterr())
+    assert [word for word in shown if word not in text] == []
+    assert [word for word in absent if word in text] == []
     assert not list(tmp_path.iterdir())
 
 
@@ -161,36 +140,18 @@ def test_an_unwritable_output_names_its_option_before_the_training(tmp_path, mon
     assert "--output" in error
 
 
-def test_a_figure_is_redrawn_without_the_run(tmp_path, monkeypatch, capsys):
-    module = PROGRAM.module("sweep")
-    rows = {
-        "role": ["choose", "choose", "report", "report"],
-        "method": ["SGD"] * 4,
-        "seed": [0, 1, 2, 3],
-        "gradients": [1] * 4,
-        "accuracy": [0.5, 0.7, 0.6, 0.8],
-        "diverged": [False] * 4,
-    }
-    found = {"dataset": "digits", "runs": rows}
-    results.save(tmp_path, "gradreg sweep", module.Config(), found)
-    monkeypatch.setattr(module, "run", None)
-    run("sweep", "--redraw", "--output", str(tmp_path))
-    shown = capsys.readouterr().out
-    assert "70.00 ± 10.00" in shown
-    assert (tmp_path / "sweep.png").exists()
-
-    (tmp_path / "sweep.png").unlink()
-    error = refused("cost", "--redraw", "--output", str(tmp_path))
-    assert "holds results of 'gradreg sweep', not of 'cost'" in error
-
-
 @pytest.mark.parametrize("command", PROGRAM.commands)
-def test_every_command_writes_its_figures_in_each_format_and_its_tables_as_csv(command, tmp_path):
+def test_every_command_draws_its_results_in_each_format_without_a_run(
+    command, tmp_path, monkeypatch, capsys
+):
+    module = PROGRAM.module(command)
+    monkeypatch.setattr(module, "run", None)
     name = {"sweep": "sweep_digits_others"}.get(command, command.replace("-", "_"))
     shutil.copy(ROOT / "notebooks/results" / name / "results.json", tmp_path)
     run(command, "--redraw", "--output", str(tmp_path), "--format", "svg", "pdf")
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv", ".svg", ".pdf"}
-    table = PROGRAM.module(command).table(results.load(tmp_path, command))
+    table = module.table(results.load(tmp_path, command))
+    assert str(table) in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
     assert len(rows) == sum(len(part.rows) for part in table.tables)
     assert not [value for row in rows for value in row.values() if "object at" in value]
@@ -213,11 +174,6 @@ def test_an_unexpected_error_keeps_its_traceback(tmp_path, monkeypatch):
         run("sweep", "--output", str(tmp_path))
 
 
-def test_the_version_is_that_of_the_package(capsys):
-    run("--version")
-    assert capsys.readouterr().out == f"gradreg {importlib.metadata.version('gradreg-optax')}\n"
-
-
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_and_version_import_no_jax_and_take_less_than_half_a_second(option):
     code = (
@@ -231,32 +187,23 @@ def test_help_and_version_import_no_jax_and_take_less_than_half_a_second(option)
     assert used - before.children_user - before.children_system < 0.5
 
 
-def test_a_closed_pipe_is_no_error():
-    command = [sys.executable, "-m", "gradreg_optax", "sweep", "--redraw", "--output"]
+def test_a_closed_pipe_is_no_error(tmp_path, monkeypatch):
+    shutil.copy(ROOT / "notebooks/results/sweep_digits_others/results.json", tmp_path)
     read, write = os.pipe()
     os.close(read)  # as head does after its lines
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copy(ROOT / "notebooks/results/sweep_digits_others/results.json", folder)
-        done = subprocess.run(
-            [*command, folder], stdout=write, stderr=subprocess.PIPE, timeout=120, check=False
-        )
-        assert (Path(folder) / "sweep.png").exists()
-    os.close(write)
-    assert (done.returncode, done.stderr) == (0, b"")
+    with os.fdopen(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        run("sweep", "--redraw", "--output", str(tmp_path))
+        monkeypatch.undo()
+    assert (tmp_path / "sweep.png").exists()
 
 
 SMALL = ["--train-size", "40", "--test-size", "20", "--seeds", "1", "--datasets", "digits"]
 
 
-slow = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
     ("seconds", "times"),
-    [
-        (2.0, 2),
-        *(pytest.param(0.7 * i, 1 + i % 2, marks=slow) for i in range(1, 11)),
-    ],
+    [(2.0, 2), *(pytest.param(0.7 * i, 1 + i % 2, marks=pytest.mark.slow) for i in range(1, 11))],
 )
 def test_an_interrupt_at_any_time_exits_with_130_and_without_a_traceback(seconds, times, tmp_path):
     command = [sys.executable, "-m", "gradreg_optax", "compare", *SMALL, "--output", tmp_path]
@@ -304,19 +251,14 @@ def test_committed_results_redraw(folder):
     assert str(program.module(command).table(results.load(folder, command)))
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "tyro"])
-def test_without_a_package_the_command_names_the_extra(package):
+def test_without_a_package_the_command_names_the_extra_before_the_training(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert 'pip install "gradreg-optax[experiments]"' in refused("compare")
     code = (
-        f"import sys; sys.modules['{package}'] = None; from gradreg_optax.__main__ import main;"
-        " main()"
+        "import sys; sys.modules['matplotlib'] = None; import gradreg_optax.__main__ as m; m.main()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "compare"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    command = [sys.executable, "-c", code, "compare"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert 'pip install "gradreg-optax[experiments]"' in done.stderr
     assert "Traceback" not in done.stderr

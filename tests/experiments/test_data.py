@@ -1,3 +1,5 @@
+import dataclasses
+import functools
 import gzip
 import hashlib
 import http.server
@@ -42,10 +44,8 @@ def checksums(arrays):
 def write_idx(folder, arrays, packed=True):
     folder.mkdir(parents=True, exist_ok=True)
     for name, array in arrays.items():
-        if packed:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array), mtime=0))
-        else:
-            (folder / name).write_bytes(idx(array))
+        path = folder / (f"{name}.gz" if packed else name)
+        path.write_bytes(gzip.compress(idx(array), mtime=0) if packed else idx(array))
 
 
 @pytest.fixture(autouse=True)
@@ -84,18 +84,7 @@ def test_a_seed_draws_the_same_split_and_the_next_seed_another(seed):
 
 @pytest.mark.parametrize("resplit", [False, True])
 def test_no_sample_is_drawn_twice_and_an_official_test_set_stays_one(resplit):
-    dataset = small()
-    dataset = data.Dataset(
-        dataset.name,
-        dataset.train_x,
-        dataset.train_y,
-        dataset.test_x,
-        dataset.test_y,
-        10,
-        1.0,
-        resplit,
-    )
-    split = data.draw(dataset, 0, 20)
+    split = data.draw(dataclasses.replace(small(), resplit=resplit), 0, 20)
     assert len(set(split.train) | set(split.test)) == len(split.train) + len(split.test)
     assert len(split.test) == (20 if resplit else 10)
     assert resplit or (split.test >= 30).all()
@@ -109,9 +98,15 @@ def test_the_digits_are_those_of_scikit_learn():
     assert len(data.draw(dataset, 0, 300, 1000).test) == 1000
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("folder", ["", "fashion-mnist", "FashionMNIST/raw"])
-@pytest.mark.parametrize("way", ["root", "environment"])
+@pytest.mark.parametrize(
+    ("way", "folder", "packed"),
+    [
+        ("root", "", True),
+        ("environment", "fashion-mnist", False),
+        ("root", "FashionMNIST/raw", False),
+        ("environment", "", True),
+    ],
+)
 def test_idx_files_are_read_as_they_were_written(tmp_path, monkeypatch, way, folder, packed):
     arrays = idx_arrays()
     write_idx(tmp_path / "files" / folder, arrays, packed)
@@ -140,10 +135,8 @@ PACKED[12] ^= 0xFF  # within the deflated data
     ("content", "message"),
     [
         (b"", "is not the published file"),
-        (idx(np.arange(6))[:-1], "is not the published file"),
         (idx(np.arange(6)), "is not the published file"),  # as MNIST's file of the same name
         (gzip.compress(idx(np.arange(6)), mtime=0), "is not the published file"),
-        (gzip.compress(idx(np.arange(6)), mtime=0)[:-9], "cannot unpack"),
         (bytes(PACKED), "cannot unpack"),
         (b"\x1f\x8b", "cannot unpack"),
     ],
@@ -162,12 +155,8 @@ def test_a_damaged_idx_file_is_refused_by_its_name(tmp_path, content, message):
 @pytest.mark.slow
 def test_mnist1d_is_generated_once_and_leaves_the_global_generators_alone(monkeypatch):
     first = data.load("mnist1d")
-    assert (first.shape, first.classes, len(first.train_x), len(first.test_x)) == (
-        (40,),
-        10,
-        4000,
-        1000,
-    )
+    sizes = len(first.train_x), len(first.test_x)
+    assert (first.shape, first.classes, sizes) == ((40,), 10, (4000, 1000))
     # the set of its authors is centred, and has a standard deviation of one
     assert abs(first.inputs.mean()) < 1e-3
     assert first.inputs.std() == pytest.approx(1, abs=1e-3)
@@ -193,21 +182,15 @@ def test_a_truncated_file_of_mnist1d_is_generated_again(monkeypatch):
 
 
 def test_a_file_of_the_user_is_read(tmp_path):
-    path, arrays = (
-        tmp_path / "mine.npz",
-        {"x_train": np.ones((5, 4, 4), np.uint8), "y_train": np.arange(5) % 3},
-    )
+    path = tmp_path / "mine.npz"
+    arrays = {"x_train": np.ones((5, 4, 4), np.uint8), "y_train": np.arange(5) % 3}
     np.savez(path, **arrays, x_test=np.zeros((2, 4, 4), np.uint8), y_test=np.array([2, 0]))
     found = data.load(str(path))
     assert (found.name, found.shape, found.classes, found.scale) == ("mine", (4, 4, 1), 3, 255)
 
 
-OWN = {
-    "x_train": np.ones((5, 3)),
-    "y_train": np.arange(5),
-    "x_test": np.ones((2, 3)),
-    "y_test": np.array([0, 1]),
-}
+OWN = {"x_train": np.ones((5, 3)), "y_train": np.arange(5)}
+OWN |= {"x_test": np.ones((2, 3)), "y_test": np.arange(2)}
 
 
 @pytest.mark.parametrize(
@@ -219,15 +202,10 @@ OWN = {
         ({"x_train": np.float64(1.0)}, "do not match"),
         ({"y_test": np.array([0.5, 1.5])}, "test labels must be integers from 0"),
         ({"y_train": np.array([-1, 0, 1, 2, 3])}, "training labels must be integers from 0"),
-        (
-            {"y_train": np.array([0, 1, 2, 3, 2**40])},
-            "training labels must be integers from 0",
-        ),
         ({"y_train": np.array([0, 1, 2, 3, 2**63], np.uint64)}, "training labels must be integers"),
         ({"y_train": np.array([0, 1, 2, 3, 7])}, "and below 7, the number of classes or of all"),
         ({"x_train": np.ones((5, 3), np.uint8)}, "type uint8, test inputs .* float64"),
         ({"x_train": np.ones((5, 3), np.uint16)}, "must be uint8, from 0 to 255, or floats"),
-        ({"x_train": np.ones((5, 3), np.int64)}, "must be uint8, from 0 to 255, or floats"),
         ({"x_train": np.ones((5, 3), complex)}, "must be uint8, from 0 to 255, or floats"),
         ({"x_train": np.full((5, 3), np.nan)}, "must be finite in float32"),
         ({"x_test": np.full((2, 3), 1e300)}, "must be finite in float32"),
@@ -243,29 +221,21 @@ def test_a_file_that_does_not_fit_is_refused_by_its_name(tmp_path, change, messa
         data.load(str(tmp_path / "mine.npz"))
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda b: b"",
-        lambda b: b"no archive",
-        lambda b: b[:100],
-        lambda b: b[: len(b) // 2],
-        lambda b: b[:-30],
-        lambda b: b[:200] + b"\xff" * 20 + b[220:],
-    ],
-)
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_a_damaged_archive_is_refused_by_its_name(tmp_path, spoil, save):
+def test_a_damaged_archive_is_refused_by_its_name(tmp_path, save):
     path = tmp_path / "mine.npz"
     save(path, **OWN)
-    path.write_bytes(spoil(path.read_bytes()))
-    with pytest.raises(CommandError, match=r"mine\.npz"):
-        data.load(str(path))
+    whole = path.read_bytes()
+    cut = [whole[:end] for end in (0, 100, len(whole) // 2, -30)]
+    for content in [*cut, b"no archive", whole[:200] + b"\xff" * 20 + whole[220:]]:
+        path.write_bytes(content)
+        with pytest.raises(CommandError, match=r"mine\.npz"):
+            data.load(str(path))
 
 
 def test_a_single_array_and_a_folder_are_no_data_set(tmp_path):
-    np.save(tmp_path / "one.npy", np.ones(3))
-    (tmp_path / "one.npy").rename(tmp_path / "one.npz")
+    with (tmp_path / "one.npz").open("wb") as file:
+        np.save(file, np.ones(3))
     (tmp_path / "folder.npz").mkdir()
     for name in ("one.npz", "folder.npz"):
         with pytest.raises(CommandError, match=name):
@@ -299,43 +269,31 @@ def test_more_samples_than_exist_cannot_be_drawn(sizes):
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A publisher on this machine; the fixture is the list of requested files."""
-    arrays, asked = idx_arrays(), []
-    files = {f"{name}.gz": gzip.compress(idx(array), mtime=0) for name, array in arrays.items()}
-
-    def answer(request):
-        asked.append(request.path.strip("/"))
-        content = files[asked[-1]]
-        request.send_response(200)
-        request.send_header("Content-Length", str(len(content)))
-        request.end_headers()
-        request.wfile.write(content)
-
-    handler = type(
-        "Handler",
-        (http.server.BaseHTTPRequestHandler,),
-        {"do_GET": answer, "log_message": lambda *args: None},
-    )
+def published(tmp_path, monkeypatch):
+    """The folder that a server on this machine publishes."""
+    folder = tmp_path / "published"
+    write_idx(folder, idx_arrays())
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as publisher:
         thread = threading.Thread(target=publisher.serve_forever)
         thread.start()
-        md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+        md5 = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir()}
         monkeypatch.setattr(data, "_URL", f"http://127.0.0.1:{publisher.server_port}/")
         monkeypatch.setattr(data, "_MD5", md5)
-        yield asked
+        yield folder
         publisher.shutdown()
         thread.join()
 
 
-def test_files_are_fetched_once(server):
-    first, again = data.load("fashion-mnist"), data.load("fashion-mnist")
-    np.testing.assert_array_equal(first.train_x, again.train_x)
+def test_files_are_fetched_once(published):
+    first = data.load("fashion-mnist")
+    for path in published.iterdir():
+        path.unlink()
+    np.testing.assert_array_equal(first.train_x, data.load("fashion-mnist").train_x)
     np.testing.assert_array_equal(first.train_x[..., 0], idx_arrays()["train-images-idx3-ubyte"])
-    assert sorted(server) == sorted(f"{name}.gz" for name in SHAPES)
 
 
-def test_a_fetched_file_with_another_checksum_is_not_kept(server, monkeypatch):
+def test_a_fetched_file_with_another_checksum_is_not_kept(published, monkeypatch):
     monkeypatch.setattr(data, "_MD5", dict.fromkeys(data._MD5, "0" * 32))
     with pytest.raises(FileNotFoundError, match="cannot download"):
         data.load("fashion-mnist")

@@ -1,15 +1,13 @@
 """Study fine-tuning: the halves share no class, LoRA starts at the pretrained network, and the
 settings are those of the tuning seeds."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from gradreg_optax.experiments import data, results, runs
+from gradreg_optax.experiments import data, runs
 from studies import fine_tuning, networks
+from study import Study, patched
 
 CONFIG = fine_tuning.Config(
     seeds=2, choose_seeds=1, labels=(4,), steps=3, pretraining_steps=2, validation_size=20
@@ -25,16 +23,10 @@ def images(count, seed):
 DATASET = data.from_arrays("made up", *images(160, 0), *images(40, 1), classes=10)
 HALVES = fine_tuning.halves(DATASET)
 
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    output = tmp_path_factory.mktemp("fine_tuning")
-    config = dataclasses.replace(CONFIG, output=output)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fine_tuning, "WAYS", {label: fine_tuning.WAYS[label] for label in LABELS})
-        patch.setattr(data, "load", lambda *_: DATASET)
-        made = fine_tuning.run(config)
-    return results.load(results.save(output, "fine-tuning", config, made))
+small = patched(
+    (fine_tuning, "WAYS", {label: fine_tuning.WAYS[label] for label in LABELS}),
+    (data, "load", lambda *_: DATASET),
+)
 
 
 def test_the_halves_are_different_classes_that_count_from_zero():
@@ -55,51 +47,43 @@ def test_a_seed_draws_the_same_number_of_each_class_and_validates_on_others():
     assert test is HALVES.test
 
 
-def _random(x):
-    return jax.random.normal(jax.random.key(2), x.shape)
-
-
-def test_low_rank_updates_start_at_the_pretrained_layers():
-    model = networks.strided_cnn(5, (4, 8), norm=False)
-    base = model.init(jax.random.key(0))
+def test_low_rank_updates_start_at_the_pretrained_layers_and_move_no_other():
+    base = jax.jit(networks.strided_cnn(5, (4, 8), norm=False).init)(jax.random.key(0))
     start = fine_tuning.start_of("LoRA", base, jax.random.key(1))
     adapted = fine_tuning.adapted(start, base)
     for layer, kept in zip(adapted["layers"], base["layers"], strict=True):
         np.testing.assert_array_equal(layer["kernel"], kept["kernel"])
-    moved = start | {"low_rank": jax.tree.map(_random, start["low_rank"])}
-    change = fine_tuning.adapted(moved, base)["layers"][1]["kernel"] - base["layers"][1]["kernel"]
+    rng = np.random.default_rng(2)
+    moved = jax.tree.map(lambda x: jnp.float32(rng.normal(size=x.shape)), start["low_rank"])
+    changed = fine_tuning.adapted(start | {"low_rank": moved}, base)
+    change = changed["layers"][1]["kernel"] - base["layers"][1]["kernel"]
     assert np.linalg.matrix_rank(np.asarray(change)) == fine_tuning.RANK
-    trained = sum(x.size for x in jax.tree.leaves(start))
-    assert trained < sum(x.size for x in jax.tree.leaves(base))
+    sizes = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (start, base))
+    assert next(sizes) < next(sizes)
 
-
-def test_all_methods_are_paired_and_use_the_settings_of_the_tuning_seeds(found):
-    for _, rows in runs.groups(found["runs"], "layers", "labels"):
-        tried, reported = (runs.select(rows, role=role) for role in ("choose", "report"))
-        assert set(tried["seed"]) == {2}
-        names = ("learning_rate", "weight_decay")
-        plain = runs.best(runs.select(tried, method=fine_tuning.PLAIN), *names)
-        for label in LABELS:
-            one = runs.select(reported, method=label)
-            assert one["seed"].tolist() == [0, 1]
-            assert {name: one[name][0] for name in names} == plain
-            values = runs.select(tried, method=label)
-            if label in ("SAM", "lazy F-GR"):
-                assert one["value"][0] == runs.best(values, "value")["value"]
-
-
-def test_table_and_figure_show_every_method(found, tmp_path):
-    text = fine_tuning.table(found)
-    for label in LABELS:
-        assert f"\n{label}  " in text
-    (path,) = fine_tuning.plot(found, tmp_path)
-    assert path.read_bytes().startswith(b"\x89PNG")
-
-
-def test_one_step_of_lora_moves_no_frozen_layer():
     lab = fine_tuning.Lab(CONFIG, HALVES)
+    lab.base = lambda: base
     run = lab.program("LoRA", fine_tuning.WAYS[fine_tuning.PLAIN])
-    setting = jnp.array([1e-2, 0.0, 0.0])
-    params = run(jax.random.key(0), setting, jnp.arange(20), 20, 2)
+    params = run(jax.random.key(0), jnp.array([1e-2, 0.0, 0.0]), jnp.arange(20), 20, 2)
     assert set(params) == {"low_rank", "head"}
     assert all(np.any(layer["up"]) for layer in params["low_rank"])
+
+
+class TestStudy(Study):
+    study = fine_tuning
+    trains = fine_tuning.Lab, "train"
+    rows = LABELS
+
+    def test_all_methods_are_paired_and_use_the_settings_of_the_tuning_seeds(self, found):
+        for _, rows in runs.groups(found["runs"], "layers", "labels"):
+            tried, reported = (runs.select(rows, role=role) for role in ("choose", "report"))
+            assert set(tried["seed"]) == {2}
+            names = ("learning_rate", "weight_decay")
+            plain = runs.best(runs.select(tried, method=fine_tuning.PLAIN), *names)
+            for label in LABELS:
+                one = runs.select(reported, method=label)
+                assert one["seed"].tolist() == [0, 1]
+                assert {name: one[name][0] for name in names} == plain
+                values = runs.select(tried, method=label)
+                if label in ("SAM", "lazy F-GR"):
+                    assert one["value"][0] == runs.best(values, "value")["value"]

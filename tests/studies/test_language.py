@@ -9,21 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradreg_optax.experiments import models, results, runs
+from gradreg_optax.experiments import models, runs
 from gradreg_optax.experiments.common import CommandError
 from gradreg_optax.experiments.trainer import Problem, Trainer
 from studies import corpus, language
+from study import Study, patched
 
 SEARCH = {"learning_rates": (0.01, 0.1), "gammas": (0.1, 3.0), "rhos": (0.1,), "strengths": (0.5,)}
-TINY = {
-    "seeds": 2,
-    "choose_seeds": 1,
-    "steps": 20,
-    "batch_size": 4,
-    "length": 8,
-    "test_size": 40,
-    **SEARCH,
-}
+SIZES = {"seeds": 2, "choose_seeds": 1, "steps": 20, "batch_size": 4, "length": 8, "test_size": 40}
+CONFIG = language.Config(**SIZES, **SEARCH)
 
 
 def pairs_of_bytes(tokens, length, *, width, depth):
@@ -35,22 +29,15 @@ def pairs_of_bytes(tokens, length, *, width, depth):
 FILES = corpus.source_files(packages=True)
 
 
+tiny = patched(
+    (language.corpus, "transformer", pairs_of_bytes),
+    (corpus, "source_files", lambda packages: tuple(side[:9] for side in FILES)),
+)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def tiny():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language.corpus, "transformer", pairs_of_bytes)
-        patch.setattr(corpus, "source_files", lambda packages: tuple(side[:9] for side in FILES))
-        yield
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return language.Config(output=tmp_path_factory.mktemp("language"), **TINY)
-
-
-@pytest.fixture(scope="module")
-def trained(config):
-    """The results, and the method and the steps of every training."""
+def taken():
+    """The method and the steps of every training."""
     taken, states = [], Trainer.states
 
     def counted(self, settings, seeds, advanced):
@@ -60,13 +47,7 @@ def trained(config):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "states", counted)
-        document = language.run(config)
-    return results.load(results.save(config.output, "language", config, document)), taken
-
-
-@pytest.fixture(scope="module")
-def found(trained):
-    return trained[0]
+        yield taken
 
 
 def test_no_file_of_a_package_that_is_tested_on_is_trained_on():
@@ -106,21 +87,12 @@ def test_a_late_penalty_costs_the_share_of_its_steps(found):
     assert (late["test_loss"] != rows["AdamW"]["test_loss"]).all()
 
 
-def test_the_steps_that_are_counted_are_taken(trained):
-    found, taken = trained
-    columns = (found["runs"][name].tolist() for name in ("method", "steps"))
-    finished = list(zip(*columns, strict=True))
-    assert sorted(taken) == sorted(finished)
-
-
 def test_no_row_sees_a_window_twice_or_one_that_is_held_out():
-    config = language.Config(**TINY)
-    dataset = corpus.source_code(config.length, packages=True)
-    recipe = language._recipe(config, dataset)
-    wanted = language.rows_of(config, recipe, {"F-GR": 0.1, "SAM": 0.1}, [0])
+    recipe = language._recipe(CONFIG, corpus.source_code(CONFIG.length, packages=True))
+    wanted = language.rows_of(CONFIG, recipe, {"F-GR": 0.1, "SAM": 0.1}, [0])
     most = max(run.recipe.steps for run in wanted)
     assert len({run.recipe.train_size for run in wanted}) == 1
-    assert most * config.batch_size <= recipe.train_size - recipe.held_out
+    assert most * CONFIG.batch_size <= recipe.train_size - recipe.held_out
 
 
 def test_what_is_chosen_is_the_best_on_seeds_of_its_own(found):
@@ -135,21 +107,14 @@ def test_what_is_chosen_is_the_best_on_seeds_of_its_own(found):
     assert language.best(rates, "learning_rate") == 0.2  # nan: diverged
 
 
-def test_a_second_start_trains_nothing_and_gives_the_same(config, found, monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("a finished part was trained again")
+class TestStudy(Study):
+    study = language
+    rows = ("AdamW", "F-GR", "SAM", "relative, r = 0.5", "relative, r = 0.25, lazy and late")
 
-    monkeypatch.setattr(Trainer, "states", refuse)
-    assert results.plain(language.run(config)) == results.plain(found)
-
-
-def test_table_and_figure_show_every_row(found, tmp_path):
-    rows, text = language.reported(found), language.table(found)
-    assert len(rows) == 9
-    for row in rows:
-        assert sum(line.startswith(f"{row} ") for line in text.splitlines()) >= 1
-    (path,) = language.plot(found, tmp_path)
-    assert path.read_bytes().startswith(b"\x89PNG")
+    def test_the_steps_that_are_counted_are_taken(self, found, taken):
+        columns = (found["runs"][name].tolist() for name in ("method", "steps"))
+        assert sorted(taken) == sorted(zip(*columns, strict=True))
+        assert len(language.reported(found)) == 9
 
 
 def test_more_steps_than_the_text_lasts_for_are_refused():
@@ -162,11 +127,10 @@ def test_more_steps_than_the_text_lasts_for_are_refused():
 @pytest.mark.slow
 def test_the_training_loss_is_that_of_as_many_samples_as_are_wanted():
     dataset, seeds = corpus.source_code(8, packages=True), jnp.arange(1, dtype=jnp.uint32)
-    recipe = language._recipe(language.Config(**TINY), dataset)
+    recipe = language._recipe(CONFIG, dataset)
     task = Problem(dataset, dataclasses.replace(recipe, measured=3))
     params, split = task.init(seeds), task.draw([0])
     batch = task.batch(task.pool, jax.tree.map(lambda x: x[0], split), jnp.arange(3))
     expected = task.loss(params[0], batch)
-    np.testing.assert_allclose(
-        task.measure(params, seeds, split)["train_loss"][0], expected, rtol=1e-6
-    )
+    measured = task.measure(params, seeds, split)["train_loss"][0]
+    np.testing.assert_allclose(measured, expected, rtol=1e-6)

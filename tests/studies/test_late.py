@@ -9,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from gradreg_optax.experiments import compare, results, runs
+from gradreg_optax.experiments import compare, runs
 from gradreg_optax.experiments.common import CommandError
-from gradreg_optax.experiments.trainer import Recipe, Trainer
+from gradreg_optax.experiments.trainer import Recipe
 from studies import late
+from study import Study
 
 CONFIG = late.Config(
     datasets=("digits",),
@@ -24,16 +25,6 @@ CONFIG = late.Config(
     shares=(4,),
     strengths=(0.5, 1.0),
 )
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return dataclasses.replace(CONFIG, output=tmp_path_factory.mktemp("late"))
-
-
-@pytest.fixture(scope="module")
-def found(config):
-    return results.load(results.save(config.output, "late", config, late.run(config)))
 
 
 def test_every_way_costs_its_share_and_is_paired(found):
@@ -50,9 +41,8 @@ def test_every_way_costs_its_share_and_is_paired(found):
 
 
 def test_the_strength_is_the_best_on_seeds_of_its_own(found):
-    for (label, share), tried in runs.groups(
-        runs.select(found["runs"], role="choose"), "method", "share"
-    ):
+    choose = runs.select(found["runs"], role="choose")
+    for (label, share), tried in runs.groups(choose, "method", "share"):
         assert set(tried["seed"]) == {2}
         rows = runs.select(found["runs"], role="report", method=label, share=share)
         (strength,) = set(rows["strength"])
@@ -61,9 +51,8 @@ def test_the_strength_is_the_best_on_seeds_of_its_own(found):
 
 def schedule(label, share):
     recipe = Recipe(steps=16, batch_size=16)
-    return next(
-        one for one in late._schedules(recipe, (share,)) if one.method.label == label
-    ), recipe
+    found = {one.method.label: one for one in late._schedules(recipe, (share,))}
+    return found[label], recipe
 
 
 @pytest.mark.slow
@@ -110,20 +99,9 @@ def test_the_parts_are_those_that_are_paid_for():
     assert longer.recipe == dataclasses.replace(recipe, steps=20)
 
 
-def test_a_second_start_trains_nothing_and_gives_the_same(config, found, monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("a finished part was trained again")
-
-    monkeypatch.setattr(Trainer, "states", refuse)
-    assert results.plain(late.run(config)) == results.plain(found)
-
-
-def test_table_and_figure_show_every_schedule(found, tmp_path):
-    text = late.table(found)
-    for label in (late.PLAIN, late.ALWAYS, late.LONGER, *late.SCHEDULES):
-        assert f"\n{label}  " in text
-    (path,) = late.plot(found, tmp_path)
-    assert path.read_bytes().startswith(b"\x89PNG")
+class TestStudy(Study):
+    study = late
+    rows = (late.PLAIN, late.ALWAYS, late.LONGER, *late.SCHEDULES)
 
 
 def test_odd_shares_and_unknown_data_are_refused():

@@ -8,32 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradreg_optax.experiments import data, results, runs, trainer
+from gradreg_optax.experiments import data, runs, trainer
 from gradreg_optax.experiments.common import CommandError
 from gradreg_optax.experiments.trainer import METHODS, SELF_TUNED, Recipe, Trainer
 from studies import corpus, strength
+from study import Study, patched
 
 TINY = {"train_size": 40, "held_out": 8, "test_size": 50, "width": 4, "steps": 30}
+TASKS = strength.TASKS | {"tiny": strength.Task("digits", TINY)}
 SEARCH = {"seeds": 2, "choose_seeds": 1, "strengths": (0.5, 1.0), "gammas": (0.1, 3.0)}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(strength.TASKS, "tiny", strength.Task("digits", TINY))
-        yield
+tiny = patched((strength, "TASKS", TASKS))
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def config(tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("strength")
     return strength.Config(output=folder, tasks=("tiny",), **SEARCH)
-
-
-@pytest.fixture(scope="module")
-def found(config):
-    document = strength.run(config)
-    return results.load(results.save(config.output, "strength", config, document))
 
 
 def test_everything_is_paired_and_the_search_has_seeds_of_its_own(found):
@@ -51,21 +42,14 @@ def test_the_coefficient_is_the_best_of_the_search(found, part):
     assert gamma == tried["gamma"][np.argmax(tried["accuracy"])]
 
 
-def test_a_second_start_trains_nothing_and_gives_the_same(config, found, monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("a finished part was trained again")
+class TestStudy(Study):
+    study = strength
+    rows = ("tiny",)
 
-    monkeypatch.setattr(Trainer, "states", refuse)
-    again = results.plain(strength.run(config))
-    assert again == results.plain(found)
-
-
-def test_table_and_figure_show_every_cell(found, tmp_path):
-    text = strength.table(found)
-    assert [text.count(f"tiny  sgd        {part}") for part in strength.PARTS] == [1, 1]
-    assert "of 2 cells" in text
-    (path,) = strength.plot(found, tmp_path)
-    assert path.read_bytes().startswith(b"\x89PNG")
+    def test_the_table_has_every_cell(self, found):
+        text = strength.table(found)
+        assert [text.count(f"tiny  sgd        {part}") for part in strength.PARTS] == [1, 1]
+        assert "of 2 cells" in text
 
 
 def columns(*accuracy):
