@@ -8,12 +8,11 @@ from gradreg_optax.experiments import compare, results, runs, statistics
 from gradreg_optax.experiments.common import CommandError
 
 COMMITTED = Path(__file__).parents[2] / "notebooks/results/compare"
+slow = pytest.mark.slow
 LABELS = ("SGD", "DB", "B-GR", "F-GR", "SAM")
 
 
-@pytest.fixture(
-    scope="module", params=["committed", pytest.param("trained", marks=pytest.mark.slow)]
-)
+@pytest.fixture(scope="module", params=["committed", pytest.param("trained", marks=slow)])
 def found(request, tmp_path_factory):
     """The comparison on digits with three seeds: the committed run, or a new one."""
     if request.param == "committed":
@@ -22,23 +21,19 @@ def found(request, tmp_path_factory):
         keep = (rows["seed"] < 3) & np.isin(rows["method"], LABELS)
         return made | {"runs": {name: values[keep] for name, values in rows.items()}}
     folder = tmp_path_factory.mktemp("compare")
-    config = compare.Config(seeds=3, output=folder, datasets=("digits",))
+    return run(LABELS, compare.Config(seeds=3, output=folder, datasets=("digits",)))
+
+
+def run(labels, config):
+    """The results of some rows of each task."""
+    tasks = {}
+    for name, task in compare.TASKS.items():
+        kept = {label: task.settings[label] for label in labels if label in task.settings}
+        tasks[name] = dataclasses.replace(task, settings=kept)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "TASKS", only(*LABELS))
-        return results.load(
-            results.save(config.output, "gradreg compare", config, compare.run(config))
-        )
-
-
-def only(*labels):
-    """The tasks with some of their rows."""
-    return {
-        name: dataclasses.replace(
-            task,
-            settings={label: task.settings[label] for label in labels if label in task.settings},
-        )
-        for name, task in compare.TASKS.items()
-    }
+        patch.setattr(compare, "TASKS", tasks)
+        made = compare.run(config)
+    return results.load(results.save(config.output, "gradreg compare", config, made))
 
 
 def rows(found, label):
@@ -50,14 +45,10 @@ def accuracy(found, label):
 
 
 def test_forward_differences_beat_double_backpropagation_which_beats_plain_descent(found):
-    # chance alone moves a mean over three paired seeds by about two points; the gains are 18 and
-    # 2.5
-    assert statistics.paired(accuracy(found, "F-GR"), accuracy(found, "SGD")).mean > 0.12
-    assert (
-        accuracy(found, "SGD").mean()
-        < accuracy(found, "DB").mean()
-        < accuracy(found, "F-GR").mean()
-    )
+    # chance moves a mean over three paired seeds by about two points; the gains are 18 and 2.5
+    plain, double, forward = (accuracy(found, label).mean() for label in ("SGD", "DB", "F-GR"))
+    assert forward - plain > 0.12
+    assert plain < double < forward
 
 
 def test_at_one_gamma_accuracy_rises_with_the_signed_ascent_step(found):
@@ -76,9 +67,8 @@ def test_regularization_finds_flatter_minima(found):
 
 
 def test_the_results_hold_calls_and_recipes(found):
-    assert (
-        found["methods"]["digits"]["B-GR"] == "fd_gradreg(scheme='backward', gamma=5, epsilon=0.1)"
-    )
+    call = "fd_gradreg(scheme='backward', gamma=5, epsilon=0.1)"
+    assert found["methods"]["digits"]["B-GR"] == call
     recipe = found["recipes"]["digits"]
     assert (recipe["model"], recipe["label_noise"]) == ("mlp", 0.3)
 
@@ -92,44 +82,13 @@ def test_the_table_names_method_difference_cost_and_number_of_seeds(found):
     assert "digits, 300 training samples, 30 % label noise, 3 seeds" in text
 
 
-def test_the_table_compares_forward_differences_with_sam(found):
-    gain = statistics.paired(100 * accuracy(found, "F-GR"), 100 * accuracy(found, "SAM"))
-    row = next(line for line in compare.table(found).splitlines() if "F-GR minus SAM" in line)
-    assert row.split()[3:] == [*f"{gain:+.2f}".split(), gain.p_text, "3"]
-
-
-def test_one_seed_has_no_p(found):
-    alone = {**found, "runs": runs.select(found["runs"], seed=0)}
-    text = compare.table(alone)
-    assert "nan" not in text
-    assert "p =" not in text
-
-
-def test_a_diverged_run_is_counted_and_not_averaged(found):
-    broken = {name: values.copy() for name, values in found["runs"].items()}
-    place = (broken["role"] == "best") & (broken["method"] == "F-GR")
-    broken["accuracy"][place] = [0.5, 0.7, np.nan]
-    text = compare.table({**found, "runs": broken})
-    row = next(line for line in text.splitlines() if line.startswith("F-GR  "))
-    assert "60.0 ± 10.0 (1 of 3 diverged)" in row
-
-
-def test_the_figure_is_drawn_from_the_file_alone(found, tmp_path):
-    (figure,) = compare.plot(found, tmp_path)
-    assert figure.name == "compare.png"
-    assert figure.read_bytes().startswith(b"\x89PNG")
-
-
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """Both data sets and the rows with their own recipes, for a few steps."""
     config = compare.Config(seeds=4, steps=20, output=tmp_path_factory.mktemp("both"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "TASKS", only("SGD", "F-GR", "lazy F-GR", "self-tuned"))
         patch.setattr(compare, "SIGNED_ON", "no data set")
-        return results.load(
-            results.save(config.output, "gradreg compare", config, compare.run(config))
-        )
+        return run(("SGD", "F-GR", "lazy F-GR", "self-tuned"), config)
 
 
 @pytest.mark.slow
@@ -142,6 +101,7 @@ def test_each_data_set_is_compared_with_itself_and_an_expensive_one_uses_half_of
     assert "digits, 300 training samples, 30 % label noise, 4 seeds" in text
     assert "MNIST-1D, clean, 2 seeds" in text
     assert compare.plot(both, tmp_path)
+    assert "nan" not in str(compare.table({**both, "runs": runs.select(both["runs"], seed=0)}))
 
 
 @pytest.mark.slow
@@ -169,8 +129,3 @@ def test_a_self_tuned_run_has_no_samples_that_the_others_lack():
 def test_data_sets_without_tuned_settings_are_refused(datasets):
     with pytest.raises(CommandError, match="datasets must be some of digits, mnist1d, got"):
         compare.Config(datasets=datasets)
-
-
-def test_zero_seeds_are_refused():
-    with pytest.raises(CommandError, match="seeds must be at least 1, got 0"):
-        compare.run(compare.Config(seeds=0))

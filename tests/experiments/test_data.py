@@ -277,9 +277,10 @@ def published(tmp_path, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as publisher:
         thread = threading.Thread(target=publisher.serve_forever)
         thread.start()
-        md5 = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+        for name in data._MD5:
+            md5 = hashlib.md5((folder / name).read_bytes()).hexdigest()
+            monkeypatch.setitem(data._MD5, name, md5)
         monkeypatch.setattr(data, "_URL", f"http://127.0.0.1:{publisher.server_port}/")
-        monkeypatch.setattr(data, "_MD5", md5)
         yield folder
         publisher.shutdown()
         thread.join()
