@@ -2,7 +2,6 @@
 noise and the same second task."""
 
 import copy
-import dataclasses
 import functools
 
 import jax
@@ -12,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradreg_optax.experiments import compare, data, runs, trainer
-from gradreg_optax.experiments.trainer import Recipe, Trainer
+from gradreg_optax.experiments import data, runs, trainer
+from gradreg_optax.experiments.trainer import Recipe
 from studies import flatness
 from study import Study, patched
 
@@ -29,7 +28,7 @@ rounded = jax.jit(flatness.rounded, static_argnums=1)
 fewer_methods = patched((flatness, "LABELS", LABELS))
 
 
-@given(seed=st.integers(0, 999), sharpness=st.floats(0.1, 5.0), noise=st.sampled_from([0.0, 0.3]))
+@given(seed=st.integers(0, 999), sharpness=st.floats(0.1, 50.0), noise=st.sampled_from([0.0, 0.3]))
 def test_the_calibration_error_is_the_gap_of_each_bin_weighted_by_its_samples(
     seed, sharpness, noise
 ):
@@ -47,12 +46,6 @@ def test_the_calibration_error_is_the_gap_of_each_bin_weighted_by_its_samples(
             expected += inside.mean() * abs(hit[inside].mean() - confidence[inside].mean())
     error = calibration_error(p, labels, noise)
     assert error == pytest.approx(expected, abs=1e-6)  # sums of 200 numbers in float32
-
-
-def test_a_certain_predictor_has_the_error_of_its_wrong_predictions():
-    certain = jax.nn.one_hot(jnp.ones(20, int), 4)
-    right = jnp.arange(20) < 13
-    assert calibration_error(certain, 2 - right, 0.0) == pytest.approx(7 / 20, abs=1e-6)
 
 
 @given(seed=st.integers(0, 999), bits=st.sampled_from([2, 5, 8]), scale=st.floats(1e-6, 1e6))
@@ -148,22 +141,6 @@ def test_a_diverged_run_has_no_number(measured):
     _, _, lost = measured
     assert lost["diverged"].all()
     assert all(np.isnan(values).all() for name, values in lost.items() if name != "diverged")
-
-
-def test_the_networks_are_those_of_the_comparison(config, found):
-    seeds = compare.seeds_of(config, "digits")
-    plain = runs.train(DIGITS, compare.wanted_runs(config, "digits", "F-GR", seeds))
-    rows = runs.select(found["runs"], method="F-GR")
-    assert rows["seed"].tolist() == list(seeds)
-    for name in ("accuracy", "train_loss", "eigenvalue"):
-        # the same network, measured in another program
-        np.testing.assert_allclose(rows[name], plain[name], rtol=1e-4)
-
-
-def test_another_fine_tuning_is_another_measurement(config, found, monkeypatch):
-    monkeypatch.setattr(Trainer, "states", None)
-    with pytest.raises(TypeError):
-        flatness.run(dataclasses.replace(config, second_steps=21))
 
 
 class TestStudy(Study):

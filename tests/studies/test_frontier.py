@@ -73,7 +73,7 @@ def test_the_rule_scales_the_gamma_of_the_full_penalty_by_the_ratio_of_the_squar
         assert ruled == pytest.approx(gamma * full / part, rel=0.05)
     # between f and 1 in expectation; a tenth for the noise of 16 batches
     assert 0.25 * 0.9 < full / part < 1
-    # one setting trains to one result, whatever chose it
+    # one setting trains to one result, chosen by the search or by the rule
     searched, ruled = cell(found, 1.0, 1), cell(found, 1.0, 1, "rule")
     np.testing.assert_array_equal(searched["accuracy"], ruled["accuracy"])
 
