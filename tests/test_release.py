@@ -39,10 +39,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(distributions):
     wheel, _ = distributions
     names = zipfile.ZipFile(wheel).namelist()
     version = gradreg_optax.__version__
-    assert {name.split("/")[0] for name in names} == {
-        "gradreg_optax",
-        f"gradreg_optax-{version}.dist-info",
-    }
+    folders = {name.split("/")[0] for name in names}
+    assert folders == {"gradreg_optax", f"gradreg_optax-{version}.dist-info"}
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "gradreg_optax").glob("**/*.py")}
     assert sources | {"gradreg_optax/py.typed"} <= set(names)
 
@@ -53,9 +51,8 @@ def test_the_source_distribution_can_be_tested_and_read(distributions):
     with tarfile.open(source) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames()}
     for folder in ("tests", "docs", "notebooks", "examples", "benchmarks"):
-        tracked = subprocess.run(
-            ["git", "ls-files", folder], cwd=ROOT, capture_output=True, text=True, check=False
-        )
+        listing = ["git", "ls-files", folder]
+        tracked = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=False)
         assert set(tracked.stdout.split()) <= names
         assert any(name.startswith(folder + "/") for name in names)
     assert {"LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "pyproject.toml"} <= names
