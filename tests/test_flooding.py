@@ -4,29 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import two_parameters as two
 from gradreg_optax import flooding
-from problems import batch_of, flat, loss_fn, params_of, update_of
+from problems import update_of
 
 
 def test_flooding_is_the_gradient_of_the_flooded_loss():
-    params, batch = params_of(), batch_of()
-    value, gradient = jax.value_and_grad(loss_fn)(params, batch)
+    value, gradient = jax.value_and_grad(two.quartic)(two.P)
     for level in (float(value) / 2, float(value) * 2):
-        expected = jax.grad(lambda p, level=level: jnp.abs(loss_fn(p, batch) - level) + level)(
-            params
-        )
-        for extra in ({"value": value}, {"value_fn": lambda p: loss_fn(p, batch)}):
-            # float32
-            np.testing.assert_allclose(
-                flat(update_of(flooding(level=level), gradient, params, **extra)),
-                flat(expected),
-                rtol=1e-5,
-            )
-        np.testing.assert_array_equal(
-            flat(update_of(flooding(loss_fn, level=level), gradient, params, batch=batch)),
-            flat(expected),
-        )
-    assert not flat(update_of(flooding(level=value), gradient, params, value=value)).any()
+        expected = jax.grad(lambda p, level=level: jnp.abs(two.quartic(p) - level) + level)(two.P)
+        for extra in ({"value": value}, {"value_fn": two.quartic}):
+            found = update_of(flooding(level=level), gradient, two.P, **extra)
+            np.testing.assert_allclose(found, expected, rtol=1e-5)  # float32
+        found = update_of(flooding(two.quartic, level=level), gradient, two.P)
+        np.testing.assert_array_equal(found, expected)
+    assert not update_of(flooding(level=value), gradient, two.P, value=value).any()
 
 
 def test_flooding_level_may_be_a_schedule_and_updates_any_array():
@@ -36,22 +28,15 @@ def test_flooding_level_may_be_a_schedule_and_updates_any_array():
         update, state = tx.update(1.0, state, 1.0, value=1)
         signs.append(float(update))
     assert signs == [1.0, -1.0, -1.0]
-    assert (
-        update_of(
-            flooding(level=0.3), jnp.ones(2, jnp.bfloat16), jnp.ones(2), value=jnp.bfloat16(1)
-        ).dtype
-        == jnp.bfloat16
-    )
-    assert update_of(
-        flooding(level=0.3), np.ones(2, np.float32), np.ones(2, np.float32), value=np.float64(0.1)
-    ).tolist() == [-1.0, -1.0]
+    tx, narrow = flooding(level=0.3), jnp.ones(2, jnp.bfloat16)
+    assert update_of(tx, narrow, jnp.ones(2), value=jnp.bfloat16(1)).dtype == jnp.bfloat16
+    ones = np.ones(2, np.float32)
+    assert update_of(tx, ones, ones, value=np.float64(0.1)).tolist() == [-1.0, -1.0]
 
 
 def test_flooding_with_a_value_evaluates_no_loss_and_without_it_one(counter):
-    params, batch = params_of(), batch_of()
-    tx = flooding(counter.wrap(loss_fn), level=0.1)
-    update = jax.jit(lambda value: update_of(tx, params, params, value=value, batch=batch))
-    update(0.2)
+    tx = flooding(counter.wrap(two.quartic), level=0.1)
+    jax.jit(lambda value: update_of(tx, two.P, two.P, value=value))(0.2)
     assert counter.read() == (0, 0)
-    jax.jit(lambda: update_of(tx, params, params, batch=batch))()
+    jax.jit(lambda: update_of(tx, two.P, two.P))()
     assert counter.read() == (1, 0)
