@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import subprocess
+import sys
 import time
 
 import jax
@@ -88,6 +90,25 @@ def test_what_the_numbers_depend_on_makes_another_part(tmp_path, monkeypatch):
     (package / "study.py").write_text("x = 2\n")
     results._digest.cache_clear()
     assert keep(tmp_path, made=4.0) == 4.0
+
+
+PART = """
+recipe = trainer.Recipe(train_size=40, batch_size=16, steps=3, width=4)
+method = trainer.Trainer(data.load("digits"), trainer.METHODS["F-GR"], recipe)
+part = runs.Store(folder).keep("F-GR", method.digest(("gamma", "epsilon")), lambda: {"x": made})
+"""
+
+
+@pytest.mark.slow
+def test_a_part_of_another_process_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "PACKAGES", results.PACKAGES[:1])  # as in the other process
+    names = f"from pathlib import Path; folder, made = Path({str(tmp_path)!r}), [1.0]"
+    imports = "from gradreg_optax.experiments import data, runs, trainer"
+    command = [sys.executable, "-c", f"{names}\n{imports}\n{PART}"]
+    subprocess.run(command, check=True, timeout=300)
+    found = {"data": data, "runs": runs, "trainer": trainer, "folder": tmp_path, "made": [2.0]}
+    exec(PART, found)
+    assert found["part"]["x"] == [1.0]
 
 
 def test_a_row_does_not_depend_on_the_other_runs(tmp_path, counted):

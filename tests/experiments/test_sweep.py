@@ -6,19 +6,9 @@ import pytest
 from gradreg_optax.experiments import results, runs, sweep, trainer
 from gradreg_optax.experiments.common import CommandError
 
-TINY = sweep.Config(
-    seeds=3,
-    report_seeds=2,
-    gammas=(1.0, 2.0),
-    epsilons=(0.1, 1.0),
-    rhos=(0.5,),
-    train_size=40,
-    test_size=40,
-    steps=20,
-    width=4,
-    batch_size=16,
-    lanes=4,
-)
+SIZES = {"train_size": 40, "test_size": 40, "steps": 20, "width": 4, "batch_size": 16, "lanes": 4}
+GRID = {"seeds": 3, "report_seeds": 2, "gammas": (1.0, 2.0), "epsilons": (0.1, 1.0), "rhos": (0.5,)}
+TINY = sweep.Config(**SIZES, **GRID)
 
 
 class Pretended:

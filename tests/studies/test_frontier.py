@@ -15,17 +15,9 @@ from gradreg_optax.experiments.trainer import METHODS, Recipe
 from studies import frontier
 from study import Study
 
-CONFIG = frontier.Config(
-    train_size=64,
-    test_size=100,
-    steps=6,
-    optimizers=("sgd",),
-    gammas=(0.5, 1.0),
-    intervals=(1, 4),
-    report_seeds=2,
-    choose_seeds=2,
-    warmup=False,
-)
+SIZES = {"train_size": 64, "test_size": 100, "steps": 6, "report_seeds": 2, "choose_seeds": 2}
+GRID = {"optimizers": ("sgd",), "gammas": (0.5, 1.0), "intervals": (1, 4)}
+CONFIG = frontier.Config(**SIZES, **GRID, warmup=False)
 
 
 def cell(found, fraction, interval, choice="search"):

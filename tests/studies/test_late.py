@@ -15,16 +15,8 @@ from gradreg_optax.experiments.trainer import Recipe
 from studies import late
 from study import Study
 
-CONFIG = late.Config(
-    datasets=("digits",),
-    train_size=64,
-    test_size=50,
-    steps=16,
-    seeds=2,
-    choose_seeds=1,
-    shares=(4,),
-    strengths=(0.5, 1.0),
-)
+SIZES = {"train_size": 64, "test_size": 50, "steps": 16, "seeds": 2, "choose_seeds": 1}
+CONFIG = late.Config(datasets=("digits",), shares=(4,), strengths=(0.5, 1.0), **SIZES)
 
 
 def test_every_way_costs_its_share_and_is_paired(found):
