@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from gradreg_optax import fd_gradreg
-from gradreg_optax.experiments import runs, trainer
+from gradreg_optax.experiments import results, runs, trainer
 from gradreg_optax.experiments.common import CommandError
 from gradreg_optax.experiments.trainer import METHODS, Recipe
 from studies import frontier
@@ -74,19 +76,20 @@ class TestStudy(Study):
     study = frontier
     rows = ("F-GR",)
 
-    def test_the_table_has_every_cell_and_every_accuracy_of_the_search(self, found):
-        text = frontier.table(found)
-        # four cells by search, four by rule, and the full penalty only once
-        assert text.count("\nF-GR ") == 7
-        assert "twice the steps" in text
-        assert "factor on gamma for f = 0.25" in text
-        lines = text[text.index("seeds that choose gamma") :].splitlines()[2:6]
-        rows = [line.split() for line in lines]
-        cells = [["1", "1"], ["1", "4"], ["0.25", "1"], ["0.25", "4"]]
-        assert [row[:2] for row in rows] == cells
-        shown = [[float(value) for value in row[2::2]] for row in rows]
-        search = 100 * frontier.searched(found, "sgd")[1].reshape(4, -1)
-        np.testing.assert_allclose(shown, search, atol=0.05 + 1e-9)
+
+def test_the_table_has_every_cell_and_every_accuracy_of_the_search():
+    found = results.load(pathlib.Path(frontier.__file__).parent / "results/frontier_digits")
+    text, (axes, search) = frontier.table(found), frontier.searched(found, "sgd")
+    # six cells by search, five by rule: the full penalty only once
+    assert text[: text.index("\n\n")].count("\nF-GR ") == 11
+    assert "twice the steps" in text
+    assert "factor on gamma for f = 0.25" in text
+    lines = text[text.index("on the tuning seeds") :].splitlines()[2:8]
+    rows = [line.split() for line in lines]
+    cells = itertools.product(axes["fraction"], axes["interval"])
+    assert [row[:2] for row in rows] == [[f"{f:g}", str(k)] for f, k in cells]
+    shown = [[float(value) for value in row[2::2]] for row in rows]
+    np.testing.assert_allclose(shown, 100 * search.reshape(6, -1), atol=0.05 + 1e-9)
 
 
 def test_kappa_is_one_minus_the_factor_of_a_penalised_step_on_a_quadratic():
