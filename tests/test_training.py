@@ -74,7 +74,6 @@ PLATEAU = optax.contrib.reduce_on_plateau(patience=1)
 STEPS = {  # (the optimizer, the regularizer, gamma at each step)
     "momentum": (optax.sgd(0.1, momentum=0.9), FD, lambda i: 0.3),
     "adamw": (optax.adamw(1e-2), FD, lambda i: 0.3),
-    "clipped": (optax.chain(optax.clip_by_global_norm(0.5), SGD), FD, lambda i: 0.3),
     "schedule_free": (optax.contrib.schedule_free(SGD, learning_rate=0.1), FD, lambda i: 0.3),
     "polyak": (optax.polyak_sgd(max_learning_rate=0.1), FD, lambda i: 0.3),
     "plateau": (optax.chain(SGD, PLATEAU), FD, lambda i: 0.3),
