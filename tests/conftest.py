@@ -13,10 +13,12 @@ import pytest
 matplotlib.use("Agg")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_x64", False)
-# Most programs here run once, so that LLVM's optimizations take longer than they save; children
-# and notebooks inherit it.
+# Most programs here run once, so that LLVM's optimizations and XLA's fusion emitters take longer
+# than they save; children and notebooks inherit it.
 unoptimized = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 jax.config.update("jax_disable_most_optimizations", unoptimized == "1")
+if unoptimized == "1":
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 hypothesis.settings.register_profile(
     "strict", derandomize=True, deadline=None, database=None, max_examples=10
 )

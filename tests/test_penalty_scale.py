@@ -19,10 +19,6 @@ def linear_loss(params, batch):
     return jnp.mean(batch @ params)
 
 
-def distance_loss(params, batch):
-    return jnp.mean(jnp.sum((params[None] - batch) ** 2, axis=-1)) / 2
-
-
 def logistic_loss(params, batch):
     x, y = batch
     return jnp.mean(jax.nn.softplus(-y * (jnp.tanh(x @ params["kernel"]) @ params["head"])))
@@ -34,7 +30,7 @@ compiled_scale = jax.jit(
 compiled_gradient = jax.jit(jax.grad(logistic_loss))
 
 
-@given(seed=st.integers(0, 2**16), parts=st.sampled_from([1, 2, 4, 8]), mean=st.floats(0.0, 3.0))
+@given(seed=st.integers(0, 2**16), parts=st.sampled_from([1, 4]), mean=st.floats(0.0, 3.0))
 def test_the_factor_lies_in_the_unit_interval_and_the_whole_gradient_is_the_mean_of_the_parts(
     seed, parts, mean
 ):
@@ -55,55 +51,42 @@ def test_the_factor_lies_in_the_unit_interval_and_the_whole_gradient_is_the_mean
     np.testing.assert_allclose(found.factor, found.whole / found.part, rtol=1e-6)
 
 
-@pytest.mark.parametrize("fraction", [0.5, 0.25, 0.125])
-@pytest.mark.parametrize("mean", [0.0, 0.3, 2.0])
-def test_on_average_the_norms_are_mean_squared_plus_trace_over_samples(fraction, mean):
+@functools.partial(jax.jit, static_argnames="fraction")
+def over_batches(samples, fraction):
+    scale = functools.partial(penalty_scale, linear_loss, penalty_fraction=fraction)
+    return jax.vmap(lambda batch: scale(jnp.zeros(samples.shape[-1]), batch))(samples)
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.125])
+def test_on_average_the_norms_are_mean_squared_plus_trace_over_samples(fraction):
     batches, size, dim = 4000, 16, 3
-    samples = mean + jax.random.normal(jax.random.key(0), (batches, size, dim))
-    found = jax.vmap(
-        lambda batch: penalty_scale(linear_loss, jnp.zeros(dim), batch, penalty_fraction=fraction)
-    )(samples)
-    for values, count in ((found.whole, size), (found.part, fraction * size)):
-        # four standard errors of the mean over batches
-        error = float(jnp.std(values)) / math.sqrt(batches)
-        assert abs(float(jnp.mean(values)) - (dim * mean**2 + dim / count)) < 4 * error
+    noise = np.random.default_rng(0).normal(size=(batches, size, dim)).astype(np.float32)
+    for mean in (0.0, 0.3, 2.0):
+        found = over_batches(np.float32(mean) + noise, fraction)
+        for values, count in ((found.whole, size), (found.part, fraction * size)):
+            # four standard errors of the mean over batches
+            error = float(np.std(values)) / math.sqrt(batches)
+            assert abs(float(np.mean(values)) - (dim * mean**2 + dim / count)) < 4 * error
+        if mean == 0:
+            # Only noise is left, so the factor is the fraction: the ratio of two averages over 4000
+            # batches of chi-squares, with 4 standard errors of at most 0.0125 each.
+            assert abs(np.mean(found.whole) / np.mean(found.part) / fraction - 1) < 0.05
 
 
-def test_the_factor_is_the_fraction_where_noise_dominates():
-    # L = |theta - x|^2 / 2 with x ~ N(0, I): at theta = 0 only noise is left, so the factor is f.
-    samples = jax.random.normal(jax.random.key(1), (4000, 16, 4))
-    found = jax.vmap(
-        lambda batch: penalty_scale(distance_loss, jnp.zeros(4), batch, penalty_fraction=0.25)
-    )(samples)
-    # the ratio of two averages over 4000 batches of chi-squares with 4 and 16 degrees of freedom: 4
-    # standard errors, 4 sqrt(2.5/4/4000)
-    assert abs(float(jnp.mean(found.whole) / jnp.mean(found.part)) - 0.25) < 0.25 * 0.05
-
-
-def test_samples_that_agree_leave_gamma_as_it_is():
-    batch = jnp.ones((8, 2))
+@pytest.mark.parametrize("batch", [np.ones((8, 2)), np.zeros((8, 2))], ids=["ones", "zeros"])
+def test_samples_that_agree_or_have_no_gradient_leave_gamma_as_it_is(batch):
+    batch = jnp.asarray(batch)
     assert penalty_scale(linear_loss, jnp.zeros(2), batch, penalty_fraction=0.25).factor == 1
-
-
-def test_without_a_gradient_the_factor_is_one_and_no_nan():
-    assert (
-        penalty_scale(linear_loss, jnp.zeros(2), jnp.zeros((8, 2)), penalty_fraction=0.25).factor
-        == 1
-    )
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.5, 0.3, 1.5, 0.75])
 def test_a_fraction_that_is_not_one_over_a_whole_number_is_named(fraction):
-    with pytest.raises(
-        ValueError,
-        match=rf"penalty_scale: penalty_fraction must .*got {fraction:g}",
-    ):
+    says = rf"penalty_scale: penalty_fraction must .*got {fraction:g}"
+    with pytest.raises(ValueError, match=says):
         penalty_scale(linear_loss, jnp.zeros(2), jnp.ones((8, 2)), penalty_fraction=fraction)
 
 
 def test_a_batch_that_cannot_be_split_is_named():
-    with pytest.raises(
-        ValueError,
-        match=r"penalty_scale: 1 / penalty_fraction must .* divide the batch size 6, got 4",
-    ):
+    says = r"penalty_scale: 1 / penalty_fraction must .* divide the batch size 6, got 4"
+    with pytest.raises(ValueError, match=says):
         penalty_scale(linear_loss, jnp.zeros(2), jnp.ones((6, 2)), penalty_fraction=0.25)
