@@ -1,4 +1,4 @@
-"""One network with BatchNorm and dropout in four frameworks, each behind the same three names.
+"""One network with BatchNorm and dropout in three frameworks, each behind the same three names.
 
 Written out by hand, its regularized gradient at statistics s and dropout key k is
 g + (gamma / epsilon) (grad L(theta + epsilon g; s, k) - g): both passes in training mode, with the
@@ -15,7 +15,6 @@ import haiku as hk
 import jax
 import numpy as np
 import optax
-from flax import nnx
 
 GAMMA, EPSILON, RATE = 0.05, 0.01, 0.1
 PENALTY = {"gamma": GAMMA, "epsilon": EPSILON}
@@ -69,30 +68,6 @@ def linen():
     # statistics that have seen a batch, so that a second update would show
     statistics = jax.tree.map(lambda s: s + 0.3, variables["batch_stats"])
     return Framework(loss_fn, variables["params"], statistics)
-
-
-class NnxNet(nnx.Module):
-    def __init__(self, rngs):
-        self.first = nnx.Linear(8, 16, rngs=rngs)
-        self.norm = nnx.BatchNorm(16, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-        self.last = nnx.Linear(16, 3, rngs=rngs)
-
-    def __call__(self, x):
-        return self.last(self.dropout(nnx.gelu(self.norm(self.first(x)))))
-
-
-@functools.cache
-def functional_nnx(wrt=nnx.Param):
-    """The module as a pure function; its state holds the dropout's key and counter too."""
-    graphdef, params, rest = nnx.split(NnxNet(nnx.Rngs(0)), wrt, ...)
-
-    def loss_fn(params, batch, net_state, key):
-        model = nnx.merge(graphdef, nnx.State(params), nnx.State(net_state))
-        loss = cross_entropy(model(batch[0]), batch[1])
-        return loss, nnx.to_pure_dict(nnx.state(model, nnx.Not(wrt)))
-
-    return Framework(loss_fn, nnx.to_pure_dict(params), nnx.to_pure_dict(rest))
 
 
 class EquinoxNet(eqx.Module):
@@ -161,22 +136,18 @@ def haiku():
     return Framework(loss_fn, *init(jax.random.key(0), batch()[0], True))
 
 
-FRAMEWORKS = {"linen": linen, "nnx": functional_nnx, "equinox": equinox, "haiku": haiku}
+FRAMEWORKS = {"linen": linen, "equinox": equinox, "haiku": haiku}
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "part"))
-def by_hand(loss_fn, params, batch, *args, part=None):
-    """(gradient, regularized gradient, new state) from calls of ``jax.grad`` alone, with the
-    penalty on the first ``part`` samples."""
+@functools.partial(jax.jit, static_argnames="loss_fn")
+def by_hand(loss_fn, params, *args):
+    """(gradient, regularized gradient, new state) from calls of ``jax.grad`` alone."""
     grad_fn = jax.grad(loss_fn, has_aux=True)
-    gradient, new_state = grad_fn(params, batch, *args)
-    few = jax.tree.map(lambda x: x[:part], batch)
-    before, _ = grad_fn(params, few, *args)
-    shifted = jax.tree.map(lambda p, g: p + EPSILON * g, params, before)
-    ahead, _ = grad_fn(shifted, few, *args)
-    regularized = jax.tree.map(
-        lambda g, a, b: g + GAMMA / EPSILON * (a - b), gradient, ahead, before
-    )
+    gradient, new_state = grad_fn(params, *args)
+    shifted = jax.tree.map(lambda p, g: p + EPSILON * g, params, gradient)
+    ahead, _ = grad_fn(shifted, *args)
+    ratio = GAMMA / EPSILON
+    regularized = jax.tree.map(lambda g, a: g + ratio * (a - g), gradient, ahead)
     return gradient, regularized, new_state
 
 

@@ -34,20 +34,26 @@ class Regularized(keras.Model):
         return gr.regularized_loss(whole, self.regularizer, has_aux=True)(*args, **kwargs)
 
 
-def network(regularizer=None, stochastic=True, seed=0):
+def stochastic(x):
+    x = keras.layers.Dense(32, activation="tanh")(x)
+    return keras.layers.Dropout(0.3)(keras.layers.BatchNormalization()(x))
+
+
+def deep(x):
+    for _ in range(2):
+        x = keras.layers.Dense(128, activation="gelu")(x)
+    return x
+
+
+def compiled(regularizer=None, hidden=stochastic, rate=None, seed=0):
+    """A classifier with SGD, or with Adam of this rate."""
     keras.utils.set_random_seed(seed)
     inputs = keras.Input((64,))
-    x = keras.layers.Dense(32, activation="tanh")(inputs)
-    if stochastic:
-        x = keras.layers.Dropout(0.3)(keras.layers.BatchNormalization()(x))
-    outputs = keras.layers.Dense(10)(x)
-    return Regularized(inputs, outputs, regularizer=regularizer)
-
-
-def compiled(*args, optimizer=None, **kwargs):
-    model = network(*args, **kwargs)
+    outputs = keras.layers.Dense(10)(hidden(inputs))
+    model = Regularized(inputs, outputs, regularizer=regularizer)
+    optimizer = keras.optimizers.Adam(rate) if rate else keras.optimizers.SGD(0.1)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer or keras.optimizers.SGD(0.1), loss=loss, metrics=["accuracy"])
+    model.compile(optimizer, loss=loss, metrics=["accuracy"])
     return model
 
 
@@ -62,10 +68,6 @@ def digits(wrong=0.0, seed=0):
 
 def weights(model):
     return np.concatenate([np.ravel(v.numpy()) for v in model.trainable_variables])
-
-
-def statistics(model):
-    return [np.asarray(v) for v in model.non_trainable_variables]
 
 
 def by_hand(model, x, y):
@@ -92,8 +94,8 @@ def test_a_step_of_fit_is_the_one_by_hand_with_batchnorm_and_dropout():
     model.fit(x[:64], y[:64], batch_size=64, epochs=1, shuffle=False, verbose=0)
     # float32: parameters of order one moved by a tenth of the gradient
     np.testing.assert_allclose((before - weights(model)) / 0.1, regularized, atol=1e-5)
-    for found, expected in zip(statistics(model), after, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    for found, expected in zip(model.non_trainable_variables, after, strict=True):
+        np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_evaluation_and_prediction_and_saving_stay_keras_own(tmp_path):
@@ -111,13 +113,7 @@ def test_fit_on_digits_with_wrong_labels_gains_by_the_penalty():
 
     def accuracy(regularizer, seed):
         x, y, noisy = digits(wrong=0.4, seed=seed)
-        keras.utils.set_random_seed(seed)
-        inputs = hidden = keras.Input((64,))
-        for _ in range(2):
-            hidden = keras.layers.Dense(128, activation="gelu")(hidden)
-        model = Regularized(inputs, keras.layers.Dense(10)(hidden), regularizer=regularizer)
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(keras.optimizers.Adam(2e-3), loss=loss, metrics=["accuracy"])
+        model = compiled(regularizer, deep, 2e-3, seed)
         model.fit(x[:800], noisy[:800], batch_size=50, epochs=60, verbose=0)
         return 100 * model.evaluate(x[800:], y[800:], verbose=0)[1]
 

@@ -1,12 +1,9 @@
-"""Flax NNX: ``nnx_regularized_loss`` in ``nnx.grad``, with BatchNorm, dropout and LoRA.
-
-The reference is written by hand on the pure function, with both gradients at the statistics and
-counters from before the step.
-"""
+"""Flax NNX: ``nnx_regularized_loss`` in ``nnx.grad``, for losses of modules and other objects."""
 
 import functools
 import inspect
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,194 +12,120 @@ import pytest
 from flax import nnx
 
 import gradreg_optax as gr
+import nnx_cases as cases
 from gradreg_optax import nnx_regularized_loss
-
-pure = getattr(nnx, "as_pure", None) or nnx.pure  # the older name, before flax 0.12.8
-GAMMA, EPSILON = 0.5, 0.1
-FD = gr.fd_gradreg(gamma=GAMMA, epsilon=EPSILON)
+from nnx_cases import FD, X
+from problems import relative_error
 
 
-class Net(nnx.Module):
-    def __init__(self, rngs):
-        self.first = nnx.Linear(8, 16, rngs=rngs)
-        self.norm = nnx.BatchNorm(16, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-        self.last = nnx.LoRALinear(16, 3, lora_rank=2, rngs=rngs)
-
-    def __call__(self, x):
-        return self.last(self.dropout(nnx.gelu(self.norm(self.first(x)))))
-
-
-def loss_fn(model, x, y):
-    return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
-
-
-def loss_with_logits(model, x, y):
-    logits = model(x)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), logits
-
-
-def batch():
-    rng = np.random.default_rng(0)
-    return jnp.asarray(rng.normal(size=(32, 8)), jnp.float32), jnp.asarray(rng.integers(0, 3, 32))
+@pytest.mark.parametrize(
+    ("name", "wrt"),
+    [
+        ("BatchNorm, dropout and LoRA", nnx.LoRAParam),
+        ("objects", nnx.Param),
+        ("keys shared with the model", nnx.Param),
+        ("models in a tree, and aux", nnx.Param),
+    ],
+)
+def test_value_gradient_and_every_object_are_those_by_hand(name, wrt):
+    """Both gradients of the penalty are taken at the state from before the call, and the selected
+    parameters alone are perturbed."""
+    loss_fn, make, has_aux = cases.CASES[name]
+    args, kwargs = make()
+    loss = nnx_regularized_loss(loss_fn, FD, wrt=wrt, has_aux=has_aux)
+    transform = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, wrt), has_aux=has_aux)
+    by_position = inspect.signature(loss_fn).bind(*args, **kwargs).args
+    output, gradient = nnx.jit(lambda *args: transform(*args))(*by_position)
+    expected = cases.by_hand(name, wrt)
+    cases.assert_as_by_hand(expected, output, cases.numbers(gradient), (args, kwargs))
 
 
-def network():
-    """A network whose LoRA has moved: at its start one of the two factors is zero."""
-    model = Net(nnx.Rngs(0))
-    lora = model.last.lora
-    lora.lora_b[...] = jnp.linspace(-1.0, 1.0, lora.lora_b[...].size).reshape(lora.lora_b.shape)
-    return model
+def ensemble(loss, model, rngs, x):
+    """The loss of two equal models with equal keys, in one vmap."""
+
+    @nnx.vmap(in_axes=(0, 0, None))
+    def call(model, rngs, x):
+        return loss(model, rngs, x)
+
+    graphdef, state = nnx.split((model, rngs))
+    models = nnx.merge(graphdef, jax.tree.map(lambda a: jnp.stack([a, a]), state))
+    gradient = nnx.grad(lambda models, x: call(*models, x).sum())(models, x)
+    nnx.update((model, rngs), jax.tree.map(lambda a: a[1], nnx.state(models)))
+    return jax.tree.map(lambda a: a[1], nnx.state(gradient)[0])
 
 
-@functools.cache
-def by_hand(wrt=nnx.Param):
-    """(value, regularized gradient, the rest after one clean pass), as dictionaries."""
-    graphdef, params, rest = nnx.split(network(), wrt, ...)
-
-    @jax.jit
-    def gradients(params, rest):
-        def of_params(params):
-            model = nnx.merge(graphdef, params, rest)
-            return loss_fn(model, *batch()), nnx.state(model, nnx.Not(wrt))
-
-        (value, after), g = jax.value_and_grad(of_params, has_aux=True)(params)
-        ahead = jax.tree.map(lambda p, d: p + EPSILON * d, params, g)
-        steep = jax.grad(of_params, has_aux=True)(ahead)[0]
-        both = jax.tree.map(lambda a, b: a + GAMMA / EPSILON * (b - a), g, steep)
-        return value, both, after
-
-    value, gradient, after = gradients(pure(params), pure(rest))
-    return value, *map(nnx.to_pure_dict, (gradient, after))
+def compiled(loss, *args, **options):
+    return nnx.jit(lambda *args: nnx.grad(loss, **options)(*args))(*args)
 
 
-def relative(found, expected):
-    return float(optax.tree.norm(optax.tree.sub(found, expected)) / optax.tree.norm(expected))
+TRANSFORMED = {
+    "jit(grad(jit(remat)))": lambda loss, *args: compiled(nnx.jit(nnx.remat(loss)), *args),
+    "jit(grad(vmap))": nnx.jit(ensemble, static_argnums=0),
+    "tree mode": functools.partial(compiled, graph=False, allow_int=True),
+    "no graph updates": functools.partial(compiled, graph_updates=False, allow_int=True),
+}
 
 
-def numbers(tree):
-    """Keys as numbers, so that they can be compared."""
-    keys = jax.dtypes.prng_key
-    return jax.tree.map(
-        lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, keys) else x, tree
-    )
-
-
-def assert_as_by_hand(value, gradient, model, wrt=nnx.Param):
-    expected_value, expected, after = by_hand(wrt)
-    # 1e-5: float32 rounding of two gradients, times gamma / epsilon = 5
-    assert relative(nnx.to_pure_dict(gradient), expected) < 1e-5
-    np.testing.assert_allclose(value, expected_value, rtol=1e-6)
-    found = nnx.to_pure_dict(nnx.state(model, nnx.Not(wrt)))
-    assert int(found["dropout"]["rngs"]["count"]) == 1  # one clean pass, not two
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7),
-        *map(numbers, (found, after)),
-    )
-
-
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "nnx.jit"])
-def test_gradient_statistics_and_counters_are_those_by_hand(compiled):
-    model, loss = network(), nnx_regularized_loss(loss_fn, FD)
-    wrap = nnx.jit if compiled else lambda f: f
-    value, gradient = wrap(lambda model, *xy: nnx.value_and_grad(loss)(model, *xy))(model, *batch())
-    assert_as_by_hand(value, gradient, model)
-
-
-FIRST = nnx.All(nnx.Param, nnx.PathContains("first"))
-
-
-@pytest.mark.parametrize("wrt", [nnx.LoRAParam, FIRST], ids=["LoRA", "a layer"])
-def test_a_part_of_the_parameters_is_perturbed_and_penalised_alone(wrt):
-    model, loss = network(), nnx_regularized_loss(loss_fn, FD, wrt=wrt)
-    value_and_grad = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, wrt))
-    value, gradient = nnx.jit(lambda model, *xy: value_and_grad(model, *xy))(model, *batch())
-    assert_as_by_hand(value, gradient, model, wrt)
-
-
-def test_aux_is_that_of_the_clean_pass():
-    model, other = network(), network()
-    loss = nnx_regularized_loss(loss_with_logits, FD, has_aux=True)
-    grad = nnx.jit(lambda model, *xy: nnx.value_and_grad(loss, has_aux=True)(model, *xy))
-    (value, logits), gradient = grad(model, *batch())
-    assert_as_by_hand(value, gradient, model)
-    _, plain = nnx.jit(loss_with_logits)(other, *batch())
-    np.testing.assert_allclose(logits, plain, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_the_transformations_of_nnx_go_around_a_regularized_loss(name):
+    loss_fn, make, _ = cases.CASES["keys"]
+    args, kwargs = make()
+    gradient = TRANSFORMED[name](nnx_regularized_loss(loss_fn, FD), *args)
+    expected = cases.by_hand("keys")
+    found = cases.numbers(nnx.state(gradient, nnx.Param))
+    cases.assert_as_by_hand(expected, expected.output, found, (args, kwargs))
 
 
 @pytest.mark.slow
-def test_an_evaluation_is_that_of_the_loss_and_moves_the_model_as_the_loss_does(counter):
-    (graphdef, params, rest), other = nnx.split(network(), nnx.Param, ...), network()
-
-    def counted(model, x, y):
-        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-        value = counter.wrap(lambda p: loss_fn(nnx.merge(graphdef, p, rest), x, y))(pure(params))
+def test_an_evaluation_costs_that_of_the_loss_and_moves_the_model_as_the_loss_does(counter):
+    def counted(model, x):
         model.dropout.rngs.count[...] += 1
-        return value
+        return counter.wrap(lambda w: cases.square(x @ w))(model.first.kernel[...])
 
-    model = nnx.merge(graphdef, params, rest)
+    model, other = cases.Small(rngs=nnx.Rngs(1)), cases.Small(rngs=nnx.Rngs(1))
     loss = nnx_regularized_loss(counted, FD)
-    assert loss(model, *batch()) == counted(other, *batch())
+    assert loss(model, X) == counted(other, X)
     assert counter.read() == (2, 0)
-    assert int(model.dropout.rngs.count[...]) == int(other.dropout.rngs.count[...])
-    nnx.jit(lambda model, *xy: nnx.grad(loss)(model, *xy))(model, *batch())
+    cases.assert_close(cases.numbers(model), cases.numbers(other))
+    compiled(loss, model, X)
     assert counter.read() == (2, 2)
 
 
 @pytest.mark.slow
-def test_micro_batches_of_a_module_average_statistics_and_gradients():
-    def linear(model, batch):
-        return jnp.mean((model(batch) - 1) ** 2)
+def test_micro_batches_of_a_module_average_statistics_and_gradients_and_move_counters_once():
+    def loss(model, x):
+        model.norm(model.first(x)), model.dropout(x)  # which the output does not use
+        return cases.square(jnp.tanh(model.first(x)) - 1)
 
-    class Small(nnx.Module):
-        def __init__(self, rngs):
-            self.linear, self.norm = nnx.Linear(8, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
-
-        def __call__(self, x):
-            self.norm(x[:, :4])  # statistics of the input, which its output does not use
-            return jnp.tanh(self.linear(x))
-
-    x, _ = batch()
-    models = [Small(nnx.Rngs(0)) for _ in range(2)]
-    losses = linear, gr.microbatched(linear, 4)
+    models = cases.Net(), cases.Net()
     grads = [
-        nnx.grad(nnx_regularized_loss(f, FD))(m, x) for f, m in zip(losses, models, strict=True)
+        compiled(nnx_regularized_loss(f, FD), model, X)
+        for f, model in zip((loss, gr.microbatched(loss, 4)), models, strict=True)
     ]
-    dicts = [nnx.to_pure_dict(g)["linear"] for g in grads]
-    assert relative(*dicts) < 1e-5
-    means = [m.norm.mean[...] for m in models]
-    np.testing.assert_allclose(*means, rtol=1e-5, atol=1e-7)
+    assert relative_error(*map(cases.numbers, grads)) < 1e-5
+    assert [int(model.dropout.rngs.count[...]) for model in models] == [1, 1]
+    np.testing.assert_allclose(*(m.norm.mean[...] for m in models), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.slow
-def test_schedules_take_the_step_and_stateful_ascents_are_refused():
-    late = gr.fd_gradreg(gamma=GAMMA, epsilon=EPSILON, start=3)
-    loss = nnx_regularized_loss(loss_fn, late)
-    plain = nnx.to_pure_dict(nnx.grad(loss_fn)(network(), *batch()))
-    early = nnx.to_pure_dict(nnx.grad(lambda m: loss(m, *batch(), step=2))(network()))
-    assert relative(early, plain) < 1e-6
-    due = nnx.to_pure_dict(nnx.grad(lambda m: loss(m, *batch(), step=3))(network()))
-    assert relative(due, by_hand()[1]) < 1e-5
-    by_name = nnx.grad(loss)(network(), *batch(), step=3)
-    assert relative(nnx.to_pure_dict(by_name), by_hand()[1]) < 1e-5
+MOMENTUM = gr.fd_gradreg(gamma=0.5, epsilon=0.1, ascent=optax.trace(0.9))
 
 
-@pytest.mark.parametrize("late", [{"start": 2}, {"interval": 2}, {"gamma": lambda step: 0.5}])
-def test_a_regularizer_that_counts_asks_for_the_step(late):
-    regularizer = gr.fd_gradreg(**({"gamma": GAMMA, "epsilon": EPSILON} | late))
-    loss = nnx_regularized_loss(lambda model, x: jnp.sum(model(x)), regularizer)
-    with pytest.raises(TypeError, match=r"^nnx_regularized_loss: .*Call loss\(\.\.\., step=step\)"):
-        nnx.grad(loss)(linear(), jnp.ones((2, 3)))
-
-
-MOMENTUM = gr.fd_gradreg(gamma=GAMMA, epsilon=EPSILON, ascent=optax.trace(0.9))
-
-
-@pytest.mark.parametrize("regularizer", [MOMENTUM, gr.relative_gradreg()])
-def test_a_regularizer_with_state_is_sent_to_the_train_step(regularizer):
-    loss = nnx_regularized_loss(lambda model, x: jnp.sum(model(x)), regularizer)
-    with pytest.raises(ValueError, match=r"^nnx_regularized_loss: .*make_nnx_train_step"):
-        nnx.grad(loss)(linear(), jnp.ones((2, 3)))
+@pytest.mark.parametrize(
+    ("regularizer", "error", "remedy"),
+    [
+        (gr.fd_gradreg(gamma=0.5, epsilon=0.1, start=2), TypeError, r"Call loss\(\.\.\., step="),
+        (gr.fd_gradreg(gamma=0.5, epsilon=0.1, interval=2), TypeError, r"Call loss\(\.\.\., step="),
+        (gr.fd_gradreg(gamma=lambda _: 0.5, epsilon=0.1), TypeError, r"Call loss\(\.\.\., step="),
+        (MOMENTUM, ValueError, "make_nnx_train_step"),
+        (gr.relative_gradreg(), ValueError, "make_nnx_train_step"),
+    ],
+)
+def test_a_regularizer_that_counts_asks_for_the_step_and_one_with_state_for_a_train_step(
+    regularizer, error, remedy
+):
+    loss = nnx_regularized_loss(lambda model, x: cases.square(model(x)), regularizer)
+    with pytest.raises(error, match=rf"^nnx_regularized_loss: .*{remedy}"):
+        nnx.grad(loss)(linear(), X)
 
 
 def test_the_signature_is_that_of_the_loss_and_a_step():
@@ -217,48 +140,41 @@ def test_the_signature_is_that_of_the_loss_and_a_step():
     def with_more(model, *batches):
         return 0.0
 
-    found = [
-        str(inspect.signature(nnx_regularized_loss(f, FD)))
-        for f in (loss_fn, with_step, with_keyword, with_more)
-    ]
-    assert found == [
-        "(model, x, y, step=None)",
+    losses = cases.with_keys, with_step, with_keyword, with_more
+    assert [str(inspect.signature(nnx_regularized_loss(f, FD))) for f in losses] == [
+        "(model, rngs, x, step=None)",
         "(model, x, step=0)",
         "(model, x, step=None, *, mode)",
         "(model, *batches, step=None)",
     ]
 
 
-class Weights(nnx.Module):
-    def __init__(self):
-        self.w = nnx.Param(jnp.ones(2))
-
-
-def test_a_step_of_the_loss_reaches_the_loss_and_the_schedule():
+def test_a_step_of_the_call_reaches_the_schedule_and_a_loss_that_has_one():
     """Both kinds: a counter, by which the regularizer counts as well, and one that is none."""
 
-    def loss(model, x, step=0):
-        return jnp.mean((x @ model.w[...]) ** 2) * (1 + jnp.mean(jnp.asarray(step)))
+    def without(weights, x):
+        return cases.square(x @ weights[...])
 
+    def loss(weights, x, step=0):
+        return without(weights, x) * (1 + jnp.mean(jnp.asarray(step)))
+
+    def with_any_keywords(weights, x, **more):
+        return without(weights, x) * (1 + more.get("step", 0))
+
+    weights, x, several = nnx.Param(jnp.ones(2)), jnp.eye(2), jnp.asarray([1, 5])
     plain = nnx_regularized_loss(loss, gr.fd_gradreg(gamma=0.0, epsilon=0.1))
-    x = jnp.eye(2)
-    assert plain(Weights(), x, step=3) == 4.0
-    np.testing.assert_allclose(nnx.grad(plain)(Weights(), x, step=3).w[...], [4.0, 4.0])
-    assert plain(Weights(), x, step=jnp.asarray([1, 5])) == 4.0
-    assert plain(Weights(), x) == 1.0
-    late = nnx_regularized_loss(loss, gr.fd_gradreg(gamma=0.5, epsilon=0.1, start=3))
-    for step, factor in ((2, 3.0), (3, 4.0 * (1 + 0.5 * 4.0))):  # the Hessian is 1 + step
-        found = nnx.grad(late)(Weights(), x, step=step).w[...]
+    assert plain(weights, x) == 1.0
+    assert plain(weights, x, step=3) == plain(weights, x, step=several) == 4.0
+    assert nnx_regularized_loss(with_any_keywords, FD)(weights, x, step=3) == 4.0
+    start = gr.fd_gradreg(gamma=0.5, epsilon=0.1, start=3)
+    late = nnx_regularized_loss(loss, start)
+    # The Hessian is 1 + step, or 1.
+    for f, step, factor in ((late, 2, 3.0), (late, 3, 12.0), (without, 2, 1.0), (without, 3, 1.5)):
+        f = nnx_regularized_loss(without, start) if f is without else f
+        found = nnx.grad(f)(weights, x, step=step)[...]
         np.testing.assert_allclose(found, [factor, factor], rtol=1e-5)
     with pytest.raises(TypeError, match=r"nnx_regularized_loss: .*step"):
-        nnx.grad(late)(Weights(), x, step=jnp.asarray([1, 5]))
-
-
-def test_a_loss_with_any_keywords_receives_the_step():
-    def loss(model, x, **more):
-        return jnp.mean((x @ model.w[...]) ** 2) * (1 + more.get("step", 0))
-
-    assert nnx_regularized_loss(loss, FD)(Weights(), jnp.eye(2), step=3) == 4.0
+        nnx.grad(late)(weights, x, step=several)
 
 
 def linear():
@@ -268,8 +184,7 @@ def linear():
 @pytest.mark.parametrize("count", [None, 2])
 def test_a_weighted_mean_keeps_its_weight(count):
     """Of micro-batches as of the whole, where the halves weigh differently."""
-    mask = jnp.asarray([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0])
-    x = jnp.sin(jnp.arange(24.0)).reshape(8, 3)
+    mask = np.asarray([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0], np.float32)
 
     def weighted(model, pair):
         return gr.Weighted(jnp.sum(model(pair[0])[:, 0] ** 2 * pair[1]), jnp.sum(pair[1]))
@@ -279,30 +194,72 @@ def test_a_weighted_mean_keeps_its_weight(count):
 
     loss = weighted if count is None else gr.microbatched(weighted, count)
     found, expected = (
-        nnx.value_and_grad(nnx_regularized_loss(f, FD))(linear(), (x, mask)) for f in (loss, mean)
+        compiled(nnx_regularized_loss(f, FD), linear(), (X[:8], mask)) for f in (loss, mean)
     )
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
-    assert relative(*(nnx.to_pure_dict(g) for _, g in (found, expected))) < 1e-5
+    assert relative_error(cases.numbers(found), cases.numbers(expected)) < 1e-5
+    value = nnx_regularized_loss(loss, FD)(linear(), (X[:8], mask))
+    np.testing.assert_allclose(value, mean(linear(), (X[:8], mask)), rtol=1e-6)
 
 
 def test_a_function_around_a_loss_in_micro_batches_is_another_loss():
-    inner = gr.microbatched(lambda model, x: jnp.mean(model(x) ** 2), 2)
+    inner = gr.microbatched(lambda model, x: cases.square(model(x)), 2)
 
     @functools.wraps(inner)
     def doubled(model, x):
         return 2 * inner(model, x)
 
-    x = jnp.sin(jnp.arange(24.0)).reshape(8, 3)
-    one, two = (nnx_regularized_loss(f, FD)(linear(), x) for f in (inner, doubled))
+    one, two = (nnx_regularized_loss(f, FD)(linear(), X) for f in (inner, doubled))
     np.testing.assert_allclose(two, 2 * one, rtol=1e-6)
 
 
 def test_vmap_over_models_counts_the_added_step_as_an_argument():
-    make = nnx.vmap(lambda key: nnx.Linear(2, 1, rngs=nnx.Rngs(key)))
-    models, x = make(jax.random.split(jax.random.key(0), 3)), jnp.eye(2)
+    make = nnx.vmap(lambda key: nnx.Linear(3, 1, rngs=nnx.Rngs(key)))
+    models = make(jax.random.split(jax.random.key(0), 3))
 
     def plain(model, x):
-        return jnp.mean(model(x) ** 2)
+        return cases.square(model(x))
 
-    values = nnx.vmap(nnx_regularized_loss(plain, FD), in_axes=(0, None, None))(models, x, None)
-    np.testing.assert_array_equal(values, nnx.vmap(plain, in_axes=(0, None))(models, x))
+    values = nnx.vmap(nnx_regularized_loss(plain, FD), in_axes=(0, None, None))(models, X, None)
+    np.testing.assert_array_equal(values, nnx.vmap(plain, in_axes=(0, None))(models, X))
+
+
+def test_other_arguments_have_the_gradient_of_the_loss():
+    """Gradients of a teacher, if requested, and of an array; the model's stays regularized."""
+
+    def distance(model, teacher, x):
+        return cases.square(model(x) - teacher(x))
+
+    other = nnx.Linear(3, 1, rngs=nnx.Rngs(5))
+    regularized, three = nnx_regularized_loss(distance, FD), (0, 1, 2)
+    plain, found = (compiled(f, linear(), other, X, argnums=three) for f in (distance, regularized))
+    alone = compiled(regularized, linear(), other, X)
+    cases.assert_close(cases.numbers(found[1:]), cases.numbers(plain[1:]))
+    cases.assert_close(cases.numbers(found[0]), cases.numbers(alone))
+    assert relative_error(cases.numbers(found[0]), cases.numbers(plain[0])) > 0.01
+
+
+def test_an_object_from_outside_is_read_and_its_change_refused_as_by_the_plain_loss():
+    def with_noise(model, rngs, x):
+        return cases.square(model(x) + jax.random.normal(rngs(), x.shape))
+
+    def with_teacher(model, x, teacher):
+        return cases.square(model(x) - teacher(x))
+
+    model, rngs = linear(), nnx.Rngs(1)
+    for f in (with_noise, nnx_regularized_loss(with_noise, FD)):
+        with pytest.raises(flax.errors.TraceContextError):
+            nnx.grad(lambda model, f=f: f(model, rngs, X))(model)
+    teacher = nnx.Linear(3, 1, rngs=nnx.Rngs(5))
+    loss = nnx_regularized_loss(with_teacher, FD)
+    outside = nnx.grad(lambda model: loss(model, X, teacher))(model)
+    cases.assert_close(cases.numbers(outside), cases.numbers(nnx.grad(loss)(model, X, teacher)))
+
+
+def test_a_model_may_be_a_variable():
+    scale = nnx.Param(jnp.asarray([1.0, 2.0, 3.0]))
+    gradient = compiled(
+        nnx_regularized_loss(lambda scale, x: cases.square(x * scale), FD), scale, X
+    )
+    curvature = 2 * np.mean(X**2, axis=0) / 3
+    expected = (1 + cases.GAMMA * curvature) * curvature * np.asarray([1.0, 2.0, 3.0])
+    np.testing.assert_allclose(gradient[...], expected, rtol=1e-5)

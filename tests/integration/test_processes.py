@@ -10,9 +10,9 @@ import socket
 import subprocess
 import sys
 
-import jax
-import numpy as np
 import pytest
+
+from problems import relative_error
 
 PROGRAM = pathlib.Path(__file__).parents[2] / "examples" / "distributed.py"
 OPTIONS = ("--steps=12", "--save-every=6", "--log-every=6", "--batch-size=32")
@@ -32,80 +32,46 @@ def free_port():
         return listener.getsockname()[1]
 
 
-@contextlib.contextmanager
-def processes(count, *options):
-    """``count`` processes of the example, one CPU device each; in every case, no process
-    outlives the test."""
+def in_two_processes(folder):
+    """What process 0 printed in twelve steps on two processes, which do not outlive the test."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    command = [
-        sys.executable,
-        PROGRAM,
-        "--distributed",
-        f"--coordinator=127.0.0.1:{free_port()}",
-        f"--processes={count}",
-        *options,
-    ]
+    coordinator = f"--coordinator=127.0.0.1:{free_port()}"
+    command = [sys.executable, PROGRAM, f"--checkpoints={folder}", "--distributed", coordinator]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = []
-    try:
-        for number in range(count):
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            started.append(
-                subprocess.Popen([*command, f"--process={number}"], env=environment, **pipes)
-            )
-        yield started
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-            process.stdout.close()
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """(folder of the checkpoints, what process 0 printed) of twelve steps on two processes."""
-    folder = tmp_path_factory.mktemp("two")
-    with processes(2, f"--checkpoints={folder}", *OPTIONS) as started:
+    with contextlib.ExitStack() as stack:
+        for number in range(2):
+            options = "--processes=2", f"--process={number}", *OPTIONS
+            process = subprocess.Popen([*command, *options], env=environment, **pipes)
+            started.append(stack.enter_context(process))
+            stack.callback(process.kill)
         outputs = [process.communicate(timeout=240)[0] for process in started]
-        assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
-    return folder, outputs[0]
-
-
-def trained_here(example, folder):
-    """The state after the same steps in this process, which resumes from ``folder`` if it holds a
-    checkpoint."""
-    return example.train(example.parse_arguments([f"--checkpoints={folder}", *OPTIONS]))
-
-
-def vector(state):
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state["train"].params)])
-
-
-def relative(found, expected):
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
+    return outputs[0].splitlines()
 
 
 @pytest.mark.slow
-def test_two_processes_and_one_end_at_the_same_parameters(example, two_processes, tmp_path, capsys):
-    folder, printed = two_processes
-    alone = trained_here(example, tmp_path)
-    together = trained_here(example, folder)  # nothing left to do: restores the last checkpoint
-    # 1e-5 over twelve steps: the mean over the batch is summed in another order.
-    assert relative(vector(together), vector(alone)) < 1e-5
-    assert int(together["train"].step) == 12
+def test_two_processes_and_one_end_at_the_same_parameters_also_after_a_restart(
+    example, tmp_path, capsys
+):
+    def trained_here(folder):
+        """The state after the same steps in this process, from a checkpoint if there is one."""
+        options = [f"--checkpoints={tmp_path / folder}", *OPTIONS]
+        return example.train(example.parse_arguments(options))
+
+    printed = in_two_processes(tmp_path / "two")
+    alone = trained_here("one")
     report = [line.split("  ")[:3] for line in capsys.readouterr().out.splitlines()]
-    assert report == [
-        line.split("  ")[:3] for line in printed.splitlines() if line.startswith("step")
-    ]
-
-
-@pytest.mark.slow
-def test_one_process_resumes_what_two_have_begun(example, two_processes, tmp_path, capsys):
-    folder, _ = two_processes
-    shutil.copytree(folder / "6", tmp_path / "6")
-    resumed = trained_here(example, tmp_path)
+    assert report == [line.split("  ")[:3] for line in printed if line.startswith("step")]
+    together = trained_here("two")  # nothing left to do: restores the last checkpoint
+    assert int(together["train"].step) == 12
+    shutil.copytree(tmp_path / "two" / "6", tmp_path / "resumed" / "6")
+    capsys.readouterr()
+    resumed = trained_here("resumed")
     assert "step 12/12" in capsys.readouterr().out
-    # 1e-5: six further steps with another order of summation.
-    assert relative(vector(resumed), vector(trained_here(example, folder))) < 1e-5
+    # 1e-5 over twelve and six steps: the mean over the batch is summed in another order.
+    for other in (alone, resumed):
+        assert relative_error(other["train"].params, together["train"].params) < 1e-5
 
 
 def test_the_example_explains_itself(example, capsys):

@@ -4,13 +4,13 @@
     uv run --with pytest-cov python tests/mutation --again    # the survivors, with today's tests
 
 A first run of the core's tests under coverage says which test executes which line. Then each fault
-is planted in a copy of the repository, and the tests that execute its line run there, the quickest
-first, until one fails. What survives is either a hole in the tests, to be closed, or changes
-nothing that can be seen: then ``equivalent.json`` says why.
+is planted in a copy of the repository, and the tests that execute its line run there until one
+fails. What survives is either a hole in the tests, to be closed, or changes nothing that can be
+seen: then ``equivalent.json`` says why.
 """
 
+import collections
 import concurrent.futures
-import itertools
 import json
 import os
 import queue
@@ -19,32 +19,27 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import operators
 import tyro
-from operators import Fault, faults
+from operators import Fault
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 # Neither the site, the wheel nor the notebooks, nor what trains networks: they are not the core's.
-IGNORED = [
-    "gradreg_optax/experiments",
-    "tests/experiments",
-    "tests/studies",
-    "tests/hosts",
-    "tests/mutation",
-]
+IGNORED = ["gradreg_optax/experiments", "tests/integration/test_processes.py"]
+IGNORED += [f"tests/{name}" for name in ("experiments", "studies", "hosts", "mutation")]
 IGNORED += [f"tests/test_{name}.py" for name in ("site", "release", "examples")]
-IGNORED += ["tests/integration/test_processes.py"]
 PYTEST = ["-m", "pytest", "-o", "addopts=", "--doctest-modules", "--import-mode=importlib", "-q"]
 PYTEST += ["-p", "no:cacheprovider"]
 # What runs in processes of its own is not seen by coverage.
 SHARDING = "tests/integration/test_sharding.py"
 ELSEWHERE = {"_batching": [SHARDING], "_sharding": [SHARDING]}
 FOUND = Path(tempfile.gettempdir()) / "gradreg-mutation"
+Tests = dict[str, dict[int, list[str]]]
 
 
 def main(
@@ -52,7 +47,7 @@ def main(
     seed: int = 0,
     modules: tuple[str, ...] = (),
     jobs: int = 2,
-    seconds: float = 60.0,
+    tests: int = 60,
     again: bool = False,
     output: Path = HERE / "results.json",
     coverage: Path = FOUND,
@@ -60,15 +55,15 @@ def main(
     """Plants faults and prints planted, killed, equivalent and survived.
 
     Args:
-      faults: how many, spread over the modules by what there is to break in them.
+      faults: how many, of all that there are in the modules.
       seed: which ones.
       modules: names of modules; all of the core by default.
       jobs: how many run side by side.
-      seconds: how much of the tests to run for one fault, the quickest first; a survivor of some of
-        them is not one of all.
+      tests: how many to run for one fault, those that execute the fewest lines first; a survivor
+        of some of them is not one of all.
       again: plant no new faults, but those that have survived.
       output: where the verdicts go; those that stand there are not tried again.
-      coverage: folder of what the first run found out; remove it after the tests have changed.
+      coverage: file of what the first run found out; remove it after the tests have changed.
     """
     core = (path.stem for path in (ROOT / "gradreg_optax").glob("*.py"))
     names = modules or tuple(sorted(name for name in core if not name.startswith("__")))
@@ -77,14 +72,16 @@ def main(
     if again:
         left = [(old, one["module"], again_of(one)) for old, one in verdicts.items() if alive(one)]
     else:
-        chosen = sample(names, faults, seed)
+        every = [(name, fault) for name in names for fault in operators.faults(source_of(name))]
+        chosen = random.Random(seed).sample(every, min(faults, len(every)))
         left = [(key(describe(name, fault)), name, fault) for name, fault in chosen]
         left = [one for one in left if one[0] not in verdicts]
-    covering = covering_tests(coverage, seconds)
+    covering = covering_tests(coverage, tests)
     copies: queue.Queue[Path] = queue.Queue()
     with tempfile.TemporaryDirectory() as folder:
         for job in range(jobs):
-            copies.put(copy_of_repository(Path(folder) / str(job)))
+            ignored = shutil.ignore_patterns(".*", "build", "notebooks", "studies")
+            copies.put(shutil.copytree(ROOT, Path(folder) / str(job), ignore=ignored))
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             futures = {pool.submit(verdict, copies, *one, covering): old for old, *one in left}
             done = concurrent.futures.as_completed(futures)
@@ -96,22 +93,18 @@ def main(
     print(report(list(verdicts.values())))
 
 
-def sample(names: tuple[str, ...], count: int, seed: int) -> list[tuple[str, Fault]]:
-    """Some faults of each module, in proportion to the root of how many it has."""
-    every = {name: list(faults((ROOT / f"gradreg_optax/{name}.py").read_text())) for name in names}
-    weights = {name: len(found) ** 0.5 for name, found in every.items()}
-    chosen = []
-    for name, found in every.items():
-        share = round(count * weights[name] / sum(weights.values()))
-        some = random.Random(f"{seed} {name}").sample(found, min(len(found), share))
-        chosen += [(name, fault) for fault in some]
-    return chosen
+def source_of(module: str) -> str:
+    """The source of a module of the core."""
+    path = ROOT / f"gradreg_optax/{module}.py"
+    if not path.exists():
+        raise SystemExit(f"There is no module {module}: take its faults out of the results.")
+    return path.read_text()
 
 
 def again_of(one: dict[str, Any]) -> Fault:
     """A fault of an earlier run, in the module as it is now; of several alike the nearest."""
-    source = (ROOT / f"gradreg_optax/{one['module']}.py").read_text()
-    alike = [f for f in faults(source) if (f.before, f.after) == (one["before"], one["after"])]
+    every = operators.faults(source_of(one["module"]))
+    alike = [f for f in every if (f.before, f.after) == (one["before"], one["after"])]
     if not alike:
         raise SystemExit(f"{one['module']} has changed: {one['before']} is gone, take it out.")
     return min(alike, key=lambda fault: abs(fault.line - one["line"]))
@@ -122,65 +115,48 @@ def alive(one: dict[str, Any]) -> bool:
     return one["verdict"] == "survived"
 
 
-def covering_tests(folder: Path, budget: float) -> dict[str, dict[int, list[str]]]:
-    """For each module and line the tests that execute it, the quickest first.
+def covering_tests(data: Path, count: int) -> Tests:
+    """For each module and line, ``count`` tests that execute it, the most special first.
 
-    A line that runs at import has all tests of its module. ``budget`` is in seconds.
+    A line that runs at import has all tests of its module.
     """
-    data, times = folder / ".coverage", folder / "times.xml"
-    if not times.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    if not data.exists():
         run = [*PYTEST, "-n", "2", "--cov=gradreg_optax", "--cov-context=test", "--cov-report="]
-        run += [f"--junitxml={times}", "tests", "gradreg_optax"]
-        run += [f"--ignore={path}" for path in IGNORED]
+        run += ["tests", "gradreg_optax", *(f"--ignore={path}" for path in IGNORED)]
         subprocess.run([sys.executable, *run], cwd=ROOT, env=environment(ROOT, data), check=True)
     from coverage import CoverageData  # of pytest-cov, which nothing else needs
 
-    seconds = {}
-    for case in ElementTree.parse(times).iter("testcase"):
-        seconds[case.get("classname", ""), case.get("name", "")] = float(case.get("time", "0"))
-    found: dict[str, dict[int, list[str]]] = {}
     measured = CoverageData(str(data))
     measured.read()
+    found = {}
     for path in measured.measured_files():
-        by_line = {
-            line: {context.split("|")[0] for context in contexts if context}
-            for line, contexts in measured.contexts_by_lineno(path).items()
-        }
-        every = set().union(*by_line.values())
+        lines = measured.contexts_by_lineno(path).items()
         found[Path(path).stem] = {
-            line: quickest({test: duration(seconds, test) for test in tests or every}, budget)
-            for line, tests in by_line.items()
+            line: {context.split("|")[0] for context in contexts if context}
+            for line, contexts in lines
         }
-    return found
+    sizes = collections.Counter(
+        test for lines in found.values() for tests in lines.values() for test in tests
+    )
+    return {
+        name: {
+            line: sorted(tests or set().union(*lines.values()), key=sizes.__getitem__)[:count]
+            for line, tests in lines.items()
+        }
+        for name, lines in found.items()
+    }
 
 
-def quickest(seconds: dict[str, float], budget: float) -> list[str]:
-    """The quickest tests, as many as fit into the budget."""
-    tests = sorted(seconds, key=lambda test: seconds[test])
-    ends = itertools.accumulate(seconds[test] for test in tests)
-    return [test for test, end in zip(tests, ends, strict=True) if end <= budget]
-
-
-def duration(seconds: dict[tuple[str, str], float], test: str) -> float:
-    """How long a test took, by its node id."""
-    path, _, name = test.partition("::")
-    return seconds.get((path.removesuffix(".py").replace("/", "."), name), 0.0)
-
-
-def verdict(
-    copies: queue.Queue[Path], name: str, fault: Fault, covering: dict[str, dict[int, list[str]]]
-) -> dict[str, Any]:
+def verdict(copies: queue.Queue[Path], name: str, fault: Fault, covering: Tests) -> dict[str, Any]:
     """Plants one fault and runs the tests of its line."""
     copy = copies.get()
     path = copy / f"gradreg_optax/{name}.py"
     original = path.read_text()
     lines = covering.get(name, {})
     statement = max((line for line in lines if line <= fault.line), default=0)
-    tests = [*lines.get(statement, []), *ELSEWHERE.get(name, [])]
     try:
         path.write_text(fault.module)
-        outcome = run_tests(copy, tests)
+        outcome = run_tests(copy, [*lines.get(statement, []), *ELSEWHERE.get(name, [])])
     finally:
         path.write_text(original)
         copies.put(copy)
@@ -212,24 +188,9 @@ def environment(root: Path, coverage: Path | None = None) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"} | more
 
 
-def copy_of_repository(folder: Path) -> Path:
-    """What the tests of the core need."""
-    for name in ("gradreg_optax", "tests", "docs"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_build"))
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, folder / name)
-    return folder
-
-
 def describe(name: str, fault: Fault) -> dict[str, Any]:
     """A fault as it stands in the results."""
-    return {
-        "module": name,
-        "line": fault.line,
-        "kind": fault.kind,
-        "before": fault.before,
-        "after": fault.after,
-    }
+    return {"module": name} | {k: v for k, v in fault._asdict().items() if k != "module"}
 
 
 def key(one: dict[str, Any]) -> tuple[str, int, str, str]:
@@ -243,15 +204,13 @@ def report(verdicts: list[dict[str, Any]]) -> str:
     same = {(one["module"], one["before"], one["after"]) for one in reasons}
     left = [one for one in verdicts if alive(one)]
     open_ones = [x for x in left if (x["module"], x["before"], x["after"]) not in same]
-    killed, equal = len(verdicts) - len(left), len(left) - len(open_ones)
     lines = [
-        f"{one['module']}:{one['line']} ({one['by']})\n  {one['before']}\n  {one['after']}"
-        for one in open_ones
+        f"planted {len(verdicts)}, killed {len(verdicts) - len(left)},"
+        f" equivalent {len(left) - len(open_ones)}, survived {len(open_ones)}"
     ]
-    head = (
-        f"planted {len(verdicts)}, killed {killed}, equivalent {equal}, survived {len(open_ones)}"
-    )
-    return "\n".join([head, *lines])
+    for one in open_ones:
+        lines += [f"{one['module']}:{one['line']} ({one['by']})", one["before"], one["after"]]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -3,60 +3,29 @@
 import ast
 import copy
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-_COMPARISONS = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-}
-_ARITHMETIC = {
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.Div,
-    ast.Div: ast.Mult,
+
+def _both_ways(*pairs: tuple[Any, Any]) -> dict[Any, Any]:
+    return dict(pairs) | {b: a for a, b in pairs}
+
+
+_ORDER = _both_ways((ast.Lt, ast.LtE), (ast.Gt, ast.GtE))
+_COMPARISONS = _ORDER | _both_ways((ast.Eq, ast.NotEq), (ast.Is, ast.IsNot), (ast.In, ast.NotIn))
+_ARITHMETIC = _both_ways((ast.Add, ast.Sub), (ast.Mult, ast.Div)) | {
     ast.FloorDiv: ast.Mult,
     ast.Mod: ast.FloorDiv,
     ast.Pow: ast.Mult,
     ast.BitAnd: ast.BitOr,
 }
-_NAMES = {
-    "minimum": "maximum",
-    "maximum": "minimum",
-    "min": "max",
-    "max": "min",
-    "all": "any",
-    "any": "all",
-    "floor": "ceil",
-    "ceil": "floor",
-    "sum": "mean",
-    "mean": "sum",
-    "zeros_like": "ones_like",
-    "ones_like": "zeros_like",
-    "sorted": "list",
-}
+_REDUCTIONS = _both_ways(("minimum", "maximum"), ("min", "max"), ("all", "any"), ("sum", "mean"))
+_NAMES = _REDUCTIONS | _both_ways(("floor", "ceil"), ("zeros_like", "ones_like"))
+_NAMES["sorted"] = "list"
 # A call of these is replaced by its first argument, or by the object whose method it is.
-_TRANSPARENT = {
-    "abs",
-    "astype",
-    "cast",
-    "checkpoint",
-    "conj",
-    "conjugate",
-    "isfinite",
-    "sqrt",
-    "varying",
-    "wide",
-    "widen",
-    "within",
-}
+_TRANSPARENT = {"abs", "cast", "checkpoint", "conj", "conjugate", "isfinite", "sqrt"}
+_TRANSPARENT |= {"astype", "varying", "wide", "widen", "within"}
+# Neither text, types nor the message of an error.
+_SKIPPED = {"annotation", "returns", "decorator_list", "type_params", "exc", "names"}
 
 
 class Fault(NamedTuple):
@@ -80,46 +49,34 @@ class Fault(NamedTuple):
 def faults(source: str) -> Iterator[Fault]:
     """Every fault of a module, in the order of its lines."""
     tree = ast.parse(source)
-    for path, node in _nodes(tree):
+    for parent, field, index, node in list(_places(tree)):
         for kind, broken in _broken(node):
-            after = ast.unparse(ast.fix_missing_locations(broken))
-            whole = ast.unparse(ast.fix_missing_locations(_replaced(tree, path, broken)))
-            yield Fault(node.lineno, kind, ast.unparse(node), after, whole)
+            _put(parent, field, index, broken)
+            whole = ast.unparse(tree)
+            _put(parent, field, index, node)
+            yield Fault(node.lineno, kind, ast.unparse(node), ast.unparse(broken), whole)
 
 
-def _nodes(tree: ast.Module) -> Iterator[tuple[tuple, ast.AST]]:
-    """The nodes in which a fault would be one: neither text, types nor what an error says."""
+def _places(parent: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, Any]]:
+    """The nodes in which a fault may be, each with its place."""
+    for field, value in ast.iter_fields(parent):
+        several = isinstance(value, list)
+        for index, node in enumerate(value if several else [value]):
+            skipped = field in _SKIPPED or isinstance(node, ast.JoinedStr) or _is_alias(node)
+            if isinstance(node, ast.AST) and not skipped:
+                yield parent, field, index if several else None, node
+                yield from _places(node)
 
-    def walk(node: ast.AST, path: tuple) -> Iterator[tuple[tuple, ast.AST]]:
-        if isinstance(node, ast.expr | ast.stmt):
-            yield path, node
-        for field, value in ast.iter_fields(node):
-            if field in ("annotation", "returns", "decorator_list", "type_params", "exc", "names"):
-                continue
-            for index, child in enumerate(value if isinstance(value, list) else [value]):
-                skipped = isinstance(child, ast.JoinedStr) or _is_alias(child)
-                if isinstance(child, ast.AST) and not skipped:
-                    place = (field, index if isinstance(value, list) else None)
-                    yield from walk(child, (*path, place))
 
-    yield from walk(tree, ())
+def _put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
+    if index is None:
+        setattr(parent, field, node)
+    else:
+        getattr(parent, field)[index] = node
 
 
 def _is_alias(node: object) -> bool:
     return isinstance(node, ast.AnnAssign) and getattr(node.annotation, "id", "") == "TypeAlias"
-
-
-def _replaced(tree: ast.Module, path: tuple, broken: ast.AST) -> ast.Module:
-    tree = copy.deepcopy(tree)
-    parent: ast.AST = tree
-    for field, index in path[:-1]:
-        parent = getattr(parent, field) if index is None else getattr(parent, field)[index]
-    field, index = path[-1]
-    if index is None:
-        setattr(parent, field, broken)
-    else:
-        getattr(parent, field)[index] = broken
-    return tree
 
 
 def _broken(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
@@ -142,9 +99,7 @@ def _broken(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
             yield "branch", _with(node, body=orelse, orelse=body)
         case ast.If(test=test) if not any(isinstance(s, ast.Raise) for s in node.body):
             yield "branch", _with(node, test=ast.UnaryOp(ast.Not(), test))
-        case ast.If():
-            yield "check", ast.Pass()
-        case ast.Expr(value=ast.Call()):
+        case ast.If() | ast.Expr(value=ast.Call()):
             yield "check", ast.Pass()
         case ast.Call():
             yield from _calls(node)
@@ -153,14 +108,11 @@ def _broken(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
 def _calls(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
     name = getattr(node.func, "attr", getattr(node.func, "id", ""))
     if name in _TRANSPARENT:
-        method = name == "astype"
-        yield "call", node.func.value if method else node.args[0] if node.args else node.func.value
+        argument = node.args[0] if node.args and name != "astype" else node.func.value
+        yield "call", argument
     if name in _NAMES:
-        renamed = (
-            _with(node.func, attr=_NAMES[name])
-            if isinstance(node.func, ast.Attribute)
-            else ast.Name(_NAMES[name], ast.Load())
-        )
+        attribute = isinstance(node.func, ast.Attribute)
+        renamed = _with(node.func, **{"attr" if attribute else "id": _NAMES[name]})
         yield "call", _with(node, func=renamed)
     for i, keyword in enumerate(node.keywords):
         if keyword.arg is not None:

@@ -1,14 +1,12 @@
 """The faults that are planted are faults, one at a time."""
 
 import ast
-import pathlib
+import inspect
 
 import pytest
 
-import gradreg_optax
+from gradreg_optax import curvature
 from mutation.operators import faults
-
-SOURCES = sorted(pathlib.Path(gradreg_optax.__file__).parent.glob("[!_]*.py"))
 
 
 @pytest.mark.parametrize(
@@ -31,12 +29,10 @@ def test_a_fault_changes_one_node(source, broken):
     assert {fault.module for fault in faults(source)} == broken
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-def test_every_fault_of_the_package_is_another_program_that_compiles(path):
-    source = path.read_text()
-    whole = ast.unparse(ast.parse(source))
+def test_every_fault_of_a_module_is_another_program_that_compiles():
+    source = inspect.getsource(curvature)
     modules = [fault.module for fault in faults(source)]
-    assert len(modules) >= 10
+    assert len(modules) >= 100
+    assert ast.unparse(ast.parse(source)) not in modules
     for module in modules:
-        assert module != whole
-        compile(module, path.name, "exec")
+        compile(module, "curvature.py", "exec")
