@@ -91,7 +91,6 @@ def test_an_evaluation_costs_that_of_the_loss_and_moves_the_model_as_the_loss_do
     assert counter.read() == (2, 2)
 
 
-@pytest.mark.slow
 def test_micro_batches_of_a_module_average_statistics_and_gradients_and_move_counters_once():
     def loss(model, x):
         model.norm(model.first(x)), model.dropout(x)  # which the output does not use
