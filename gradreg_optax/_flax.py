@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from gradreg_optax._batching import batch_size
-from gradreg_optax._loss import TransformedLoss, check_own_keyword, signature_of, with_weight
+from gradreg_optax._loss import TransformedLoss, signature_of, with_weight
 from gradreg_optax._microbatching import MicrobatchedLoss, pieces_of
 from gradreg_optax._numerics import global_norm
 from gradreg_optax._regularized_loss import RegularizedLoss, bind_step
@@ -105,9 +105,8 @@ def make_nnx_train_step(
     # The part of the batch is for the regularizer, in the step or in the optimizer's chain.
     kept_here, kept_there = (1.0, kept) if regularizer is None else (kept, 1.0)
     here = regularized_pass(caller, regularizer, kept_here)
-    loss, signature = _pure_loss(caller, nnx, loss_fn, has_aux), _signature(loss_fn)
-    static = _static_arguments(caller, loss_fn, static_argnames)
-    check_own_keyword(caller, "held_out", loss_fn)
+    loss, signature = _pure_loss(caller, nnx, loss_fn, has_aux), signature_of(loss_fn)
+    static = static_arguments(caller, loss_fn, static_argnames, added=1)  # the optimizer
 
     def step(
         model: Any, optimizer: Any, *args: Any, held_out: PyTree = None, **kwargs: Any
@@ -208,7 +207,7 @@ class NNXRegularizedLoss(TransformedLoss):
         self.regularizer, self._nnx = regularizer, _flax(_LOSS)
         self._selected = _of_model(self._nnx, wrt or self._nnx.Param)
         self._loss = _pure_loss(_LOSS, self._nnx, loss_fn, has_aux)
-        self.__signature__, self._adds_step = _with_step(_signature(loss_fn))
+        self.__signature__, self._adds_step = _with_step(signature_of(loss_fn))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array | None, Any]:
         """Return the mean with the regularized gradient, its weight and aux."""
@@ -280,16 +279,6 @@ def _pure_loss(
     return loss if count == 1 else in_pieces
 
 
-def _static_arguments(
-    caller: str, loss_fn: LossFn, names: str | Sequence[str]
-) -> dict[str, tuple[Any, ...]]:
-    """Return the static arguments of the step, whose second argument is the optimizer."""
-    static = static_arguments(caller, loss_fn, names)
-    if "static_argnums" in static:
-        static["static_argnums"] = tuple(number + 1 for number in static["static_argnums"])
-    return static
-
-
 def _of_model(nnx: Any, wrt: Any) -> Callable[[Any, Any], bool]:
     """Return a filter for ``(model, *values)``: the variables of the model that ``wrt`` selects."""
     selects = nnx.filterlib.to_predicate(wrt)
@@ -336,10 +325,6 @@ def _merged(stacked: jax.Array) -> jax.Array:
     if is_inexact(stacked):
         return jnp.mean(stacked, axis=0).astype(stacked.dtype)
     return stacked[0]
-
-
-def _signature(loss_fn: LossFn) -> inspect.Signature:
-    return signature_of(loss_fn) or inspect.signature(lambda *args, **kwargs: None)
 
 
 def _with_step(signature: inspect.Signature) -> tuple[inspect.Signature, bool]:

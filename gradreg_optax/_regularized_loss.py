@@ -11,6 +11,7 @@ import optax
 from gradreg_optax._custom_gradient import ArrayArguments, Rule, StaticPart, with_gradient
 from gradreg_optax._loss import (
     TransformedLoss,
+    accepts,
     arguments_at,
     check_loss,
     mean_of,
@@ -156,21 +157,14 @@ def bind_step(
     if it is a whole number >= 0. A loss with ``**kwargs`` receives ``step`` too. Otherwise only the
     regularizer receives it.
     """
-    signature = signature_of(loss_fn)
-    parameters = {} if signature is None else dict(signature.parameters)
-    variadic = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if "step" not in parameters and not variadic:
-        kwargs, step = dict(kwargs), kwargs.get("step")
-        kwargs.pop("step", None)
-    else:
-        step = kwargs.get("step")
-    if signature is not None:
-        bound = signature.bind(*args, **kwargs)
-        args, kwargs = bound.args, dict(bound.kwargs)
-        step = bound.arguments.get("step", step)
-    if step is None or ("step" in parameters and not whole_step(step)):
-        return args, kwargs, None
-    return args, kwargs, jnp.asarray(whole_number(caller, "step", step), jnp.int32)
+    signature, step = signature_of(loss_fn), kwargs.get("step")
+    if not accepts(loss_fn, "step"):
+        kwargs = {name: value for name, value in kwargs.items() if name != "step"}
+    bound = signature.bind(*args, **kwargs)
+    step = bound.arguments.get("step", step)
+    if step is None or ("step" in signature.parameters and not whole_step(step)):
+        return bound.args, bound.kwargs, None
+    return bound.args, bound.kwargs, jnp.asarray(whole_number(caller, "step", step), jnp.int32)
 
 
 def whole_step(step: Any) -> bool:

@@ -10,12 +10,12 @@ import optax
 from gradreg_optax._batching import first_fraction, split_batch
 from gradreg_optax._loss import (
     TransformedLoss,
-    check_own_keyword,
+    accepts,
     mean_of,
     named_arguments,
     signature_of,
     unreserved,
-    with_array_aux,
+    with_weight,
 )
 from gradreg_optax._numerics import ASCENT_GROUPS, cast, global_norm, owned, widen
 from gradreg_optax._relative import RelativeState
@@ -156,9 +156,8 @@ def make_train_step(
     groups = whole_number(caller, "ascent_groups", ascent_groups)
     donated = (0,) if flag(caller, "donate", donate) else ()
     regularized = regularized_pass(caller, regularizer, penalty_fraction, groups)
-    loss = with_array_aux(caller, loss_fn, has_aux, in_parts=groups > 1)
+    loss = with_weight(caller, loss_fn, has_aux, compiled=True, in_parts=groups > 1)
     second = optax.with_extra_args_support(optimizer)
-    check_own_keyword(caller, "held_out", loss_fn)
     static = static_arguments(caller, loss_fn, static_argnames)
 
     def init(params: PyTree) -> TrainState:
@@ -194,19 +193,26 @@ def make_train_step(
     return TrainStep(init, jax.jit(step, donate_argnums=donated, **static))
 
 
-def static_arguments(caller: str, loss_fn: LossFn, names: str | Sequence[str]) -> dict[str, Any]:
-    """Return the static arguments of a step, which has the argument positions of the loss."""
+def static_arguments(
+    caller: str, loss_fn: LossFn, names: str | Sequence[str], *, added: int = 0
+) -> dict[str, Any]:
+    """Check the names of a loss's arguments; return ``jax.jit``'s keywords for the static ones.
+
+    The step has the argument positions of the loss, and ``added`` more after the parameters.
+    """
     static = (names,) if isinstance(names, str) else tuple(names)
-    signature = signature_of(loss_fn)
-    parameters = {} if signature is None else dict(signature.parameters)
-    variadic = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    unknown = [name for name in static if name not in parameters and not variadic]
-    if unknown or any(name in list(parameters)[:1] for name in static):
+    parameters = list(signature_of(loss_fn).parameters)
+    if "held_out" in parameters:
+        raise TypeError(
+            f"{caller}: the loss has an argument 'held_out', a name that the step reserves. Rename"
+            " the argument."
+        )
+    if not all(accepts(loss_fn, name) and name not in parameters[:1] for name in static):
         raise ValueError(
             f"{caller}: static_argnames must name arguments of the loss after its parameters, got"
-            f" {static!r}. Choose from {list(parameters)[1:]}."
+            f" {static!r}. Choose from {parameters[1:]}."
         )
-    numbers = tuple(i for i, name in enumerate(parameters) if name in static)
+    numbers = tuple(i + added for i, name in enumerate(parameters) if name in static)
     return {"static_argnames": static, "static_argnums": numbers} if static else {}
 
 
