@@ -19,13 +19,12 @@ from gradreg_optax._numerics import global_norm
 from gradreg_optax._regularized_loss import RegularizedLoss, bind_step
 from gradreg_optax._train_step import (
     Call,
+    RegularizedPass,
     StepInfo,
-    check_held_out,
     check_once,
     counting,
     is_penalized,
     penalty_arguments,
-    regularized_pass,
     static_arguments,
 )
 from gradreg_optax._types import Loss, LossFn, PyTree, Weighted
@@ -104,7 +103,7 @@ def make_nnx_train_step(
     nnx, kept = _flax(caller), fraction(caller, "penalty_fraction", penalty_fraction)
     # The part of the batch is for the regularizer, in the step or in the optimizer's chain.
     kept_here, kept_there = (1.0, kept) if regularizer is None else (kept, 1.0)
-    here = regularized_pass(caller, regularizer, kept_here)
+    here = RegularizedPass(caller, regularizer, kept_here)
     loss, signature = _pure_loss(caller, nnx, loss_fn, has_aux), signature_of(loss_fn)
     static = static_arguments(caller, loss_fn, static_argnames, added=1)  # the optimizer
 
@@ -127,11 +126,12 @@ def make_nnx_train_step(
         aux, changes = outcome.aux
         check_arrays(caller, "aux", aux)
         _write(nnx, arguments, changes)
-        extra = penalty_arguments(caller, call._replace(held_out=held_out), kept_there)
         updates = _refilled(nnx.state(model, optimizer.wrt), outcome.updates)
-        with _explained(caller, lambda: call.value_fn(params)):
+        with (
+            penalty_arguments(caller, call._replace(held_out=held_out), kept_there) as extra,
+            _explained(caller, lambda: call.value_fn(params)),
+        ):
             optimizer.update(model, updates, value=outcome.value, grad=outcome.gradient, **extra)
-        check_held_out(caller, extra)
         return StepInfo(outcome.value, global_norm(outcome.gradient), aux)
 
     jitted: Callable[..., StepInfo] = nnx.jit(step, **static)

@@ -19,7 +19,7 @@ from gradreg_optax._loss import (
     signature_of,
     with_weight,
 )
-from gradreg_optax._train_step import Call, check_once, counting, regularized_pass
+from gradreg_optax._train_step import Call, RegularizedPass, check_once, counting
 from gradreg_optax._types import Loss, LossFn
 from gradreg_optax._validation import (
     check_params,
@@ -110,7 +110,7 @@ class RegularizedLoss(TransformedLoss):
         super().__init__(loss_fn, has_aux)
         self.regularizer, self._argnums = regularizer, argnums
         self._loss = with_weight(_CALLER, loss_fn, has_aux)
-        self._pass = regularized_pass(_CALLER, regularizer)
+        self._pass = RegularizedPass(_CALLER, regularizer)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array | None, Any]:
         """Return the mean with the regularized gradient, its weight and aux."""
