@@ -4,7 +4,6 @@ import contextlib
 import functools
 import importlib
 import inspect
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -265,7 +264,8 @@ def _pure_loss(
                 " nnx.Intermediate)."
             )
         pairs = enumerate(zip(before, _arrays(nnx, objects), strict=True))
-        return mean, (aux, {i: new for i, (old, new) in pairs if not _same(old, new)})
+        changes = {i: new for i, (old, new) in pairs if [*map(id, old)] != [*map(id, new)]}
+        return mean, (aux, changes)
 
     def in_pieces(*split: Any) -> tuple[Weighted, Any]:
         *fixed, params, batch = split[:5]
@@ -305,10 +305,6 @@ def _write(nnx: Any, arguments: PyTree, changes: Mapping[int, list[Any]]) -> Non
     variables = list(nnx.to_flat_state(nnx.state(objects)))
     changed = [(variables[i][0], _refilled(variables[i][1], new)) for i, new in changes.items()]
     nnx.update(objects, nnx.from_flat_state(changed))
-
-
-def _same(old: list[Any], new: list[Any]) -> bool:
-    return len(old) == len(new) and all(map(operator.is_, old, new))
 
 
 def _refilled(tree: PyTree, arrays: PyTree) -> PyTree:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from gradreg_optax._numerics import default_float, wide
-from gradreg_optax._types import LateLoss, LossFn, PyTree, ValueFn, Weighted
+from gradreg_optax._types import Argnums, LateLoss, LossFn, PyTree, ValueFn, Weighted
 from gradreg_optax._validation import check_arrays, check_params, flag, is_traced
 
 # Names that Optax's update and its line searches reserve: a loss cannot receive them by name.
@@ -215,7 +215,7 @@ def unreserved(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def named_arguments(
-    loss_fn: LossFn, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Any = 0
+    loss_fn: LossFn, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Argnums = 0
 ) -> dict[str, Any]:
     """Return a call's arguments by name, without the parameters at ``argnums``.
 
@@ -235,7 +235,7 @@ def named_arguments(
 
 
 def arguments_at(
-    caller: str, argnums: int | Sequence[int], args: tuple[Any, ...]
+    caller: str, argnums: Argnums, args: tuple[Any, ...]
 ) -> tuple[PyTree, Callable[[PyTree], tuple[Any, ...]]]:
     """Return the argument or tuple of arguments at ``argnums``, and a function to replace them."""
     numbers, single = _numbers(caller, argnums), hasattr(argnums, "__index__")
@@ -259,7 +259,7 @@ def arguments_at(
     return (chosen[0] if single else chosen), put
 
 
-def _numbers(caller: str, argnums: Any) -> list[int]:
+def _numbers(caller: str, argnums: Argnums) -> list[int]:
     """Convert ``argnums`` to a list of integers."""
     try:
         numbers = list(map(operator.index, [argnums] if hasattr(argnums, "__index__") else argnums))

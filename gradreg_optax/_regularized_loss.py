@@ -20,7 +20,7 @@ from gradreg_optax._loss import (
     with_weight,
 )
 from gradreg_optax._train_step import Call, RegularizedPass, check_once, counting
-from gradreg_optax._types import Loss, LossFn
+from gradreg_optax._types import Argnums, Loss, LossFn, Transformation
 from gradreg_optax._validation import (
     check_params,
     check_transformation,
@@ -100,11 +100,7 @@ class RegularizedLoss(TransformedLoss):
     """The loss that :func:`regularized_loss` returns."""
 
     def __init__(
-        self,
-        loss_fn: LossFn,
-        has_aux: bool,
-        regularizer: optax.GradientTransformation,
-        argnums: int | Sequence[int],
+        self, loss_fn: LossFn, has_aux: bool, regularizer: Transformation, argnums: Argnums
     ) -> None:
         """Store the regularizer and the positions of the parameters."""
         super().__init__(loss_fn, has_aux)
@@ -118,7 +114,7 @@ class RegularizedLoss(TransformedLoss):
         params, _ = arguments_at(_CALLER, self._argnums, args)
         check_params(_CALLER, params)
         check_once(_CALLER, self.loss_fn, params, jax.eval_shape(self._pass.init, params))
-        arguments = ArrayArguments.of(self._argnums, args, kwargs)
+        arguments = ArrayArguments(self._argnums, args, kwargs)
         static = StaticPart()
 
         def plain(leaves: list[Any]) -> tuple[jax.Array, list[jax.Array]]:
@@ -129,14 +125,10 @@ class RegularizedLoss(TransformedLoss):
         def regularized(leaves: list[Any], value: jax.Array, gradients: list[Any]) -> list[Any]:
             args, kwargs = arguments.call(leaves)
             params, put = arguments_at(_CALLER, self._argnums, args)
-            call = Call(
-                lambda p, **_: self._loss(*put(p), **kwargs),
-                (),
-                named_arguments(self.loss_fn, args, kwargs, self._argnums),
-            )
-            gradient, _ = arguments_at(
-                _CALLER, self._argnums, arguments.with_params(leaves, gradients)
-            )
+            named = named_arguments(self.loss_fn, args, kwargs, self._argnums)
+            call = Call(lambda p, **_: self._loss(*put(p), **kwargs), (), named)
+            with_gradient = arguments.call(arguments.replaced(leaves, gradients))[0]
+            gradient, _ = arguments_at(_CALLER, self._argnums, with_gradient)
             state = counting(_CALLER, self._pass.init(params), step)
             updates, _ = self._pass.regularize(call, params, state, value, gradient)
             return arguments.numbers_of((put(updates), kwargs))

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from gradreg_optax._loss import (
 from gradreg_optax._numerics import ASCENT_GROUPS, cast, global_norm, owned, widen
 from gradreg_optax._relative import RelativeState
 from gradreg_optax._transforms import GradregState
-from gradreg_optax._types import LossFn, PyTree, Weighted
+from gradreg_optax._types import LossFn, PyTree, Transformation, Weighted
 from gradreg_optax._validation import (
     check_inexact,
     check_state,
@@ -33,7 +33,6 @@ from gradreg_optax._validation import (
 )
 
 _OURS = GradregState, RelativeState
-_Regularizer: TypeAlias = optax.GradientTransformation | None
 
 
 class TrainState(NamedTuple):
@@ -157,7 +156,8 @@ def make_train_step(
     check_transformation(caller, "optimizer", optimizer)
     groups = whole_number(caller, "ascent_groups", ascent_groups)
     donated = (0,) if flag(caller, "donate", donate) else ()
-    regularized = RegularizedPass(caller, regularizer, penalty_fraction, groups)
+    kept = fraction(caller, "penalty_fraction", penalty_fraction)
+    regularized = RegularizedPass(caller, regularizer, kept, groups)
     loss = with_weight(caller, loss_fn, has_aux, compiled=True, in_parts=groups > 1)
     second = optax.with_extra_args_support(optimizer)
     static = static_arguments(caller, loss_fn, static_argnames)
@@ -283,14 +283,13 @@ class RegularizedPass:
     """A gradient evaluation followed by a regularizer, as in train steps and regularized losses."""
 
     def __init__(
-        self, caller: str, regularizer: _Regularizer, penalty_fraction: Any = 1.0, groups: int = 1
+        self, caller: str, regularizer: Transformation | None, kept: float = 1.0, groups: int = 1
     ) -> None:
-        """Check the regularizer and the options that need one."""
-        self._caller = caller
-        self._kept = fraction(caller, "penalty_fraction", penalty_fraction)
+        """Check the regularizer, which penalises the fraction ``kept`` of the batch."""
+        self._caller, self._kept = caller, kept
         if regularizer is not None:
             check_transformation(caller, "regularizer", regularizer)
-        elif self._kept < 1 or groups > 1:
+        elif kept < 1 or groups > 1:
             raise ValueError(
                 f"{caller}: penalty_fraction and ascent_groups need a regularizer, got None. Pass"
                 " regularizer=."
