@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from gradreg_optax._numerics import default_float, wide
-from gradreg_optax._types import Argnums, LateLoss, LossFn, PyTree, ValueFn, Weighted
+from gradreg_optax._types import Argnums, GradFn, LateLoss, LossFn, PyTree, ValueFn, Weighted
 from gradreg_optax._validation import check_arrays, check_params, flag, is_traced
 
 # Names that Optax's update and its line searches reserve: a loss cannot receive them by name.
@@ -191,6 +191,12 @@ def late_loss(caller: str, loss_fn: LossFn | None, has_aux: bool) -> LateLoss:
         return lambda params: loss(params, **arguments)[0]
 
     return bind
+
+
+def gradient_fn(loss: ValueFn) -> GradFn:
+    """Return the gradient of a loss without aux, in the form that the estimates need."""
+    grad = jax.grad(loss)
+    return lambda params: (grad(params), None)
 
 
 def pick_arguments(caller: str, loss_fn: LossFn, available: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from gradreg_optax._ascent import adaptive, ascent_transformation, normalized
 from gradreg_optax._convolutions import canonical_convolutions
 from gradreg_optax._estimators import Climb, Estimate, add_penalty, difference, product, shift
 from gradreg_optax._guard import compare
-from gradreg_optax._loss import late_loss
+from gradreg_optax._loss import gradient_fn, late_loss
 from gradreg_optax._numerics import cast, keep_finite, owned, scale, widen
 from gradreg_optax._types import (
     Ascent,
@@ -216,11 +216,11 @@ def dbp_gradreg(
     tx = ascent_transformation(caller, ascent)
 
     def penalize(at: Evaluation, updates: PyTree, state: GradregState) -> Penalised:
-        climb, gradient = at.climb(tx, state.ascent), at.gradient(updates)
+        climb, gradient = at.climb(tx, state.ascent), updates if at.reuse_updates else None
         estimate = product(caller, at.grad_fn, at.params, climb, mode=mode, gradient=gradient)
         return _add(updates, state, at.gamma, estimate)
 
-    penalty = Penalty(_init(tx), gamma_at, penalize)
+    penalty = Penalty(lambda params: _initial_state(tx.init(params)), gamma_at, penalize)
     loss, schedule = late_loss(caller, loss_fn, has_aux), Schedule.of(caller, interval, start)
     return penalized(caller, loss, penalty, schedule, reuse_updates)
 
@@ -514,10 +514,6 @@ class Evaluation(NamedTuple):
     reuse_updates: bool
     extra_args: Mapping[str, Any]
 
-    def gradient(self, updates: PyTree) -> PyTree:
-        """Return the updates if they are the gradient, and None if it must be evaluated."""
-        return updates if self.reuse_updates else None
-
     def climb(self, tx: optax.GradientTransformation, state: optax.OptState) -> Climb:
         """Return the ascent direction as a function of the gradient."""
         return lambda gradient: tx.update(gradient, state, self.params)
@@ -553,7 +549,7 @@ def penalized(
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Penalised:
         reuse = flag(caller, "reuse_updates", extra.pop("reuse_updates", reuse_updates))
-        grad_fn = _gradient_of(bind(params, extra))
+        grad_fn = gradient_fn(bind(params, extra))
         check_like(caller, "updates", updates, params)
         check_same_state(caller, state, jax.eval_shape(penalty.init, params))
         gamma = schedule.times_interval(penalty.gamma_at(state.step))
@@ -579,11 +575,6 @@ def advanced(step: jax.Array | None) -> jax.Array | None:
     return None if step is None else optax.safe_increment(step)
 
 
-def _gradient_of(loss: Callable[[PyTree], jax.Array]) -> GradFn:
-    grad = jax.grad(loss)
-    return lambda params: (grad(params), None)
-
-
 def _difference_penalty(
     gamma_at: AtStep, epsilon_at: AtStep, scheme: Scheme, tx: optax.GradientTransformation
 ) -> Penalty:
@@ -591,13 +582,13 @@ def _difference_penalty(
 
     def penalize(at: Evaluation, updates: PyTree, state: GradregState) -> Penalised:
         climb, epsilon = at.climb(tx, state.ascent), epsilon_at(state.step)
-        gradient = at.gradient(updates)
+        gradient = updates if at.reuse_updates else None
         estimate = difference(
             at.grad_fn, at.params, climb, epsilon=epsilon, scheme=scheme, gradient=gradient
         )
         return _add(updates, state, at.gamma, estimate)
 
-    return Penalty(_init(tx), gamma_at, penalize)
+    return Penalty(lambda params: _initial_state(tx.init(params)), gamma_at, penalize)
 
 
 def _sharpness_penalty(
@@ -625,10 +616,6 @@ def _add(updates: PyTree, state: GradregState, gamma: jax.Array, estimate: Estim
     penalised = add_penalty(updates, gamma, estimate.product)
     ascent = keep_finite(estimate.ascent, state.ascent, penalised, estimate.product)
     return penalised, state._replace(ascent=ascent)
-
-
-def _init(tx: optax.GradientTransformation) -> Callable[[PyTree], GradregState]:
-    return lambda params: _initial_state(tx.init(params))
 
 
 def _initial_state(ascent: optax.OptState = ()) -> GradregState:
