@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gradreg_optax import _validation as validation
 from gradreg_optax._batching import batch_size
 from gradreg_optax._loss import TransformedLoss, signature_of, with_weight
 from gradreg_optax._microbatching import MicrobatchedLoss, pieces_of
@@ -27,14 +28,6 @@ from gradreg_optax._train_step import (
     static_arguments,
 )
 from gradreg_optax._types import Loss, LossFn, PyTree, Weighted
-from gradreg_optax._validation import (
-    check_arrays,
-    check_params,
-    check_transformation,
-    flag,
-    fraction,
-    is_inexact,
-)
 
 _LOSS = "nnx_regularized_loss"
 
@@ -99,7 +92,7 @@ def make_nnx_train_step(
       Array(True, dtype=bool)
     """
     caller = "make_nnx_train_step"
-    nnx, kept = _flax(caller), fraction(caller, "penalty_fraction", penalty_fraction)
+    nnx, kept = _flax(caller), validation.fraction(caller, "penalty_fraction", penalty_fraction)
     # The part of the batch is for the regularizer, in the step or in the optimizer's chain.
     kept_here, kept_there = (1.0, kept) if regularizer is None else (kept, 1.0)
     here = RegularizedPass(caller, regularizer, kept_here)
@@ -123,7 +116,7 @@ def make_nnx_train_step(
         with _explained(caller, lambda: call.value_fn(params)):
             outcome = here.run(call, params, counting(caller, state, optimizer.step[...]))
         aux, changes = outcome.aux
-        check_arrays(caller, "aux", aux)
+        validation.check_arrays(caller, "aux", aux)
         _write(nnx, arguments, changes)
         updates = _refilled(nnx.state(model, optimizer.wrt), outcome.updates)
         with (
@@ -190,9 +183,8 @@ def nnx_regularized_loss(
        [1.5]]
     """
     _flax(_LOSS)
-    check_transformation(_LOSS, "regularizer", regularizer)
-    loss: Any = NNXRegularizedLoss(loss_fn, flag(_LOSS, "has_aux", has_aux), regularizer, wrt)
-    return cast(Loss, loss)
+    validation.check_transformation(_LOSS, "regularizer", regularizer)
+    return cast(Loss, NNXRegularizedLoss(loss_fn, has_aux, regularizer, wrt))
 
 
 class NNXRegularizedLoss(TransformedLoss):
@@ -216,7 +208,7 @@ class NNXRegularizedLoss(TransformedLoss):
         arguments = *args, *kwargs.values()
         graphdef, variables, rest = nnx.split(arguments, self._selected, ...)
         params, structure = _pure(nnx, variables), jax.tree.structure(variables)
-        check_params(_LOSS, params)
+        validation.check_params(_LOSS, params)
         init = optax.with_extra_args_support(self.regularizer).init
         state = jax.eval_shape(init, params)
         check_once(_LOSS, self.loss_fn, params, state)
@@ -318,7 +310,7 @@ def _pure(nnx: Any, state: Any) -> Any:
 
 def _merged(stacked: jax.Array) -> jax.Array:
     """Average the statistics of the micro-batches; take counters and keys from one of them."""
-    if is_inexact(stacked):
+    if validation.is_inexact(stacked):
         return jnp.mean(stacked, axis=0).astype(stacked.dtype)
     return stacked[0]
 

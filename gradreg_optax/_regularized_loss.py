@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gradreg_optax import _validation as validation
 from gradreg_optax._custom_gradient import ArrayArguments, Rule, StaticPart, with_gradient
 from gradreg_optax._loss import (
     TransformedLoss,
     accepts,
     arguments_at,
-    check_loss,
     mean_of,
     named_arguments,
     signature_of,
@@ -21,13 +21,6 @@ from gradreg_optax._loss import (
 )
 from gradreg_optax._train_step import Call, RegularizedPass, check_once, counting
 from gradreg_optax._types import Argnums, Loss, LossFn, Transformation
-from gradreg_optax._validation import (
-    check_params,
-    check_transformation,
-    flag,
-    is_traced,
-    whole_number,
-)
 
 _CALLER = "regularized_loss"
 
@@ -90,10 +83,8 @@ def regularized_loss(
     References:
       Karakida et al., *Understanding Gradient Regularization in Deep Learning*, ICML 2023.
     """
-    check_transformation(_CALLER, "regularizer", regularizer)
-    check_loss(_CALLER, loss_fn)
-    made = RegularizedLoss(loss_fn, flag(_CALLER, "has_aux", has_aux), regularizer, argnums)
-    return cast(Loss, made)
+    validation.check_transformation(_CALLER, "regularizer", regularizer)
+    return cast(Loss, RegularizedLoss(loss_fn, has_aux, regularizer, argnums))
 
 
 class RegularizedLoss(TransformedLoss):
@@ -112,7 +103,7 @@ class RegularizedLoss(TransformedLoss):
         """Return the mean with the regularized gradient, its weight and aux."""
         args, kwargs, step = bind_step(_CALLER, self.loss_fn, args, kwargs)
         params, _ = arguments_at(_CALLER, self._argnums, args)
-        check_params(_CALLER, params)
+        validation.check_params(_CALLER, params)
         check_once(_CALLER, self.loss_fn, params, jax.eval_shape(self._pass.init, params))
         arguments = ArrayArguments(self._argnums, args, kwargs)
         static = StaticPart()
@@ -156,7 +147,8 @@ def bind_step(
     step = bound.arguments.get("step", step)
     if step is None or ("step" in signature.parameters and not whole_step(step)):
         return bound.args, bound.kwargs, None
-    return bound.args, bound.kwargs, jnp.asarray(whole_number(caller, "step", step), jnp.int32)
+    step = jnp.asarray(validation.whole_number(caller, "step", step), jnp.int32)
+    return bound.args, bound.kwargs, step
 
 
 def whole_step(step: Any) -> bool:
@@ -164,4 +156,4 @@ def whole_step(step: Any) -> bool:
     dtype = getattr(step, "dtype", np.dtype(int) if type(step) is int else np.dtype(bool))
     if not jnp.issubdtype(dtype, jnp.integer) or jnp.shape(step):
         return False
-    return is_traced(step) or int(step) >= 0
+    return validation.is_traced(step) or int(step) >= 0

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gradreg_optax import _validation as validation
 from gradreg_optax._batching import first_fraction, split_batch
 from gradreg_optax._loss import (
     TransformedLoss,
@@ -22,15 +23,6 @@ from gradreg_optax._numerics import ASCENT_GROUPS, cast, global_norm, owned, wid
 from gradreg_optax._relative import RelativeState
 from gradreg_optax._transforms import GradregState
 from gradreg_optax._types import LossFn, PyTree, Transformation, Weighted
-from gradreg_optax._validation import (
-    check_inexact,
-    check_state,
-    check_transformation,
-    flag,
-    fraction,
-    is_inexact,
-    whole_number,
-)
 
 _OURS = GradregState, RelativeState
 
@@ -153,17 +145,17 @@ def make_train_step(
       m-sharpness: Foret et al., ICLR 2021.
     """
     caller = "make_train_step"
-    check_transformation(caller, "optimizer", optimizer)
-    groups = whole_number(caller, "ascent_groups", ascent_groups)
-    donated = (0,) if flag(caller, "donate", donate) else ()
-    kept = fraction(caller, "penalty_fraction", penalty_fraction)
+    validation.check_transformation(caller, "optimizer", optimizer)
+    groups = validation.whole_number(caller, "ascent_groups", ascent_groups)
+    donated = (0,) if validation.flag(caller, "donate", donate) else ()
+    kept = validation.fraction(caller, "penalty_fraction", penalty_fraction)
     regularized = RegularizedPass(caller, regularizer, kept, groups)
     loss = with_weight(caller, loss_fn, has_aux, compiled=True, in_parts=groups > 1)
     second = optax.with_extra_args_support(optimizer)
     static = static_arguments(caller, loss_fn, static_argnames)
 
     def init(params: PyTree) -> TrainState:
-        check_inexact(caller, "the parameters", params)
+        validation.check_inexact(caller, "the parameters", params)
         params = owned(params)
         opt_state = regularized.init(params), second.init(params)
         if isinstance(opt_state[1], _OURS):
@@ -177,7 +169,7 @@ def make_train_step(
     def step(
         state: TrainState, batch: PyTree, *args: Any, held_out: PyTree = None, **kwargs: Any
     ) -> tuple[TrainState, StepInfo]:
-        check_state(caller, state, TrainState)
+        validation.check_state(caller, state, TrainState)
         params, (first_state, second_state) = state.params, state.opt_state
         call = Call(loss, (batch, *args), kwargs, loss_fn, held_out)
 
@@ -288,7 +280,7 @@ class RegularizedPass:
         """Check the regularizer, which penalises the fraction ``kept`` of the batch."""
         self._caller, self._kept = caller, kept
         if regularizer is not None:
-            check_transformation(caller, "regularizer", regularizer)
+            validation.check_transformation(caller, "regularizer", regularizer)
         elif kept < 1 or groups > 1:
             raise ValueError(
                 f"{caller}: penalty_fraction and ascent_groups need a regularizer, got None. Pass"
@@ -406,8 +398,8 @@ def _mean_over_groups(
     def separated(group: PyTree) -> tuple[Pass, optax.OptState]:
         nonlocal evaluated
         outcome, evaluated = on(group), True
-        numbers = jax.tree.map(lambda x: x if is_inexact(x) else None, outcome.state)
-        counters = jax.tree.map(lambda x: None if is_inexact(x) else x, outcome.state)
+        numbers = jax.tree.map(lambda x: x if validation.is_inexact(x) else None, outcome.state)
+        counters = jax.tree.map(lambda x: None if validation.is_inexact(x) else x, outcome.state)
         return outcome._replace(state=numbers), counters
 
     try:

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from gradreg_optax import _validation as validation
 from gradreg_optax._ascent import adaptive, ascent_transformation, normalized
 from gradreg_optax._convolutions import canonical_convolutions
 from gradreg_optax._estimators import Climb, Estimate, add_penalty, difference, product, shift
@@ -34,18 +35,6 @@ from gradreg_optax._types import (
     PyTree,
     ScalarOrSchedule,
     Scheme,
-)
-from gradreg_optax._validation import (
-    check_choice,
-    check_inexact,
-    check_like,
-    check_params,
-    check_same_state,
-    check_step,
-    flag,
-    hyperparameter,
-    scalar,
-    whole_number,
 )
 
 
@@ -145,9 +134,9 @@ def fd_gradreg(
       Karakida et al., *Understanding Gradient Regularization in Deep Learning*, ICML 2023.
     """
     caller = "fd_gradreg"
-    gamma_at = hyperparameter(caller, "gamma", gamma)
-    epsilon_at = hyperparameter(caller, "epsilon", epsilon)
-    check_choice(caller, "scheme", scheme, Scheme)
+    gamma_at = validation.hyperparameter(caller, "gamma", gamma)
+    epsilon_at = validation.hyperparameter(caller, "epsilon", epsilon)
+    validation.check_choice(caller, "scheme", scheme, Scheme)
     tx = ascent_transformation(caller, ascent)
     penalty = _difference_penalty(gamma_at, epsilon_at, scheme, tx)
     loss, schedule = late_loss(caller, loss_fn, has_aux), Schedule.of(caller, interval, start)
@@ -211,8 +200,8 @@ def dbp_gradreg(
       Karakida et al., ICML 2023.
     """
     caller = "dbp_gradreg"
-    gamma_at = hyperparameter(caller, "gamma", gamma)
-    check_choice(caller, "mode", mode, Mode)
+    gamma_at = validation.hyperparameter(caller, "gamma", gamma)
+    validation.check_choice(caller, "mode", mode, Mode)
     tx = ascent_transformation(caller, ascent)
 
     def penalize(at: Evaluation, updates: PyTree, state: GradregState) -> Penalised:
@@ -267,11 +256,12 @@ def flooding(
       2020. Karakida et al., ICML 2023.
     """
     caller = "flooding"
-    level_at, bind = hyperparameter(caller, "level", level), late_loss(caller, loss_fn, has_aux)
+    level_at = validation.hyperparameter(caller, "level", level)
+    bind = late_loss(caller, loss_fn, has_aux)
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Penalised:
-        check_same_state(caller, state, _initial_state())
-        check_inexact(caller, "updates", updates)
+        validation.check_same_state(caller, state, _initial_state())
+        validation.check_inexact(caller, "updates", updates)
         value = extra.get("value")
         if value is None and loss_fn is None and extra.get("value_fn") is None:
             raise ValueError(
@@ -280,7 +270,7 @@ def flooding(
             )
         if value is None:
             value = bind(params, extra)(params)
-        loss = widen(scalar(caller, "value", value))
+        loss = widen(validation.scalar(caller, "value", value))
         sign = jnp.sign(loss - level_at(state.step).astype(loss.dtype))
         flooded = jax.tree.map(lambda u: cast(scale(sign, jnp.asarray(u)), u), updates)
         return flooded, state._replace(step=advanced(state.step))
@@ -338,7 +328,8 @@ def sam(
       2021.
     """
     caller = "sam"
-    rho_at, tx = hyperparameter(caller, "rho", rho), ascent_transformation(caller, normalized)
+    rho_at = validation.hyperparameter(caller, "rho", rho)
+    tx = ascent_transformation(caller, normalized)
     loss, schedule = late_loss(caller, loss_fn, has_aux), Schedule.of(caller, interval, start)
     penalty = _sharpness_penalty(rho_at, tx, schedule)
     return penalized(caller, loss, penalty, schedule, reuse_updates)
@@ -390,7 +381,8 @@ def asam(
       Neural Networks*, ICML 2021.
     """
     caller = "asam"
-    rho_at, tx = hyperparameter(caller, "rho", rho), ascent_transformation(caller, adaptive)
+    rho_at = validation.hyperparameter(caller, "rho", rho)
+    tx = ascent_transformation(caller, adaptive)
     loss, schedule = late_loss(caller, loss_fn, has_aux), Schedule.of(caller, interval, start)
     penalty = _sharpness_penalty(rho_at, tx, schedule)
     return penalized(caller, loss, penalty, schedule, reuse_updates)
@@ -449,9 +441,9 @@ def gradient_norm_penalty(
       Learning*, ICML 2022.
     """
     caller = "gradient_norm_penalty"
-    gamma_at = hyperparameter(caller, "gamma", gamma)
-    epsilon_at = hyperparameter(caller, "epsilon", epsilon)
-    check_choice(caller, "scheme", scheme, Scheme)
+    gamma_at = validation.hyperparameter(caller, "gamma", gamma)
+    epsilon_at = validation.hyperparameter(caller, "epsilon", epsilon)
+    validation.check_choice(caller, "scheme", scheme, Scheme)
     tx = ascent_transformation(caller, normalized)
     penalty = _difference_penalty(gamma_at, epsilon_at, scheme, tx)
     loss, schedule = late_loss(caller, loss_fn, has_aux), Schedule.of(caller, interval, start)
@@ -467,7 +459,8 @@ class Schedule(NamedTuple):
     @classmethod
     def of(cls, caller: str, interval: Any, start: Any) -> Schedule:
         """Validate both numbers."""
-        return cls(whole_number(caller, "interval", interval), whole_number(caller, "start", start))
+        interval = validation.whole_number(caller, "interval", interval)
+        return cls(interval, validation.whole_number(caller, "start", start))
 
     @property
     def always(self) -> bool:
@@ -541,19 +534,19 @@ def penalized(
     caller: str, bind: LateLoss, penalty: Penalty, schedule: Schedule, reuse_updates: bool
 ) -> optax.GradientTransformationExtraArgs:
     """Return a transformation that applies ``penalty`` on the updates of ``schedule``."""
-    flag(caller, "reuse_updates", reuse_updates)
+    validation.flag(caller, "reuse_updates", reuse_updates)
 
     def init(params: PyTree) -> Any:
-        check_params(caller, params)
+        validation.check_params(caller, params)
         return owned(penalty.init(params))
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Penalised:
-        reuse = flag(caller, "reuse_updates", extra.pop("reuse_updates", reuse_updates))
+        reuse = validation.flag(caller, "reuse_updates", extra.pop("reuse_updates", reuse_updates))
         grad_fn = gradient_fn(bind(params, extra))
-        check_like(caller, "updates", updates, params)
-        check_same_state(caller, state, jax.eval_shape(penalty.init, params))
+        validation.check_like(caller, "updates", updates, params)
+        validation.check_same_state(caller, state, jax.eval_shape(penalty.init, params))
         gamma = schedule.times_interval(penalty.gamma_at(state.step))
-        due = True if schedule.always else schedule.due(check_step(caller, state.step))
+        due = True if schedule.always else schedule.due(validation.check_step(caller, state.step))
         if reuse:
             compare(caller, grad_fn, params, updates, due)
         # Inside a branch, jit makes sure that the gradient is traced only once.

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from gradreg_optax import _validation as validation
 from gradreg_optax._ascent import ascent_transformation, normalized, stateless
 from gradreg_optax._batching import split_batch
 from gradreg_optax._convolutions import canonical_convolutions
@@ -23,15 +24,6 @@ from gradreg_optax._estimators import difference, product, shift
 from gradreg_optax._loss import gradient_fn, mean_of, with_aux, with_weight
 from gradreg_optax._numerics import cast, conjugate, global_norm, widen
 from gradreg_optax._types import GradFn, LossFn, PyTree, Scalar, Scheme, ValueFn
-from gradreg_optax._validation import (
-    check_choice,
-    check_inexact,
-    check_key,
-    check_like,
-    constant,
-    fraction,
-    whole_number,
-)
 
 
 class Eigenvalue(NamedTuple):
@@ -102,7 +94,7 @@ def hessian_vector_product(value_fn: ValueFn, params: PyTree, vector: PyTree) ->
     """
     caller = "hessian_vector_product"
     grad_fn = _gradient(caller, value_fn, params)
-    check_like(caller, "vector", vector, params)
+    validation.check_like(caller, "vector", vector, params)
     tangent = jax.tree.map(lambda v, p: cast(jnp.asarray(v), p), vector, params)
     return jax.jvp(grad_fn, (params,), (tangent,), has_aux=True)[1]
 
@@ -171,7 +163,7 @@ def top_hessian_eigenvalue(
       Lanczos, *An iteration method for the solution of the eigenvalue problem*, 1950.
     """
     caller = "top_hessian_eigenvalue"
-    num_matvecs = whole_number(caller, "num_matvecs", num_matvecs)
+    num_matvecs = validation.whole_number(caller, "num_matvecs", num_matvecs)
     product, size, dtype = _flat_product(caller, value_fn, params, key)
     noise = jax.random.normal(key, (min(num_matvecs, size), size), dtype)
     basis, projection = _krylov(product, noise)
@@ -217,7 +209,7 @@ def hessian_trace(
       Hutchinson, *A stochastic estimator of the trace of the influence matrix*, 1990.
     """
     caller = "hessian_trace"
-    num_samples = whole_number(caller, "num_samples", num_samples)
+    num_samples = validation.whole_number(caller, "num_samples", num_samples)
     product, size, dtype = _flat_product(caller, value_fn, params, key)
 
     def sample(key: jax.Array) -> jax.Array:
@@ -258,9 +250,9 @@ def perturbed_sharpness(value_fn: ValueFn, params: PyTree, rho: Scalar) -> jax.A
       Foret et al., *Sharpness-Aware Minimization*, ICLR 2021.
     """
     caller = "perturbed_sharpness"
-    radius = constant(caller, "rho", rho)(None)
+    radius = validation.constant(caller, "rho", rho)(None)
     loss = with_aux(caller, value_fn, has_aux=False)
-    check_inexact(caller, "the parameters", params)
+    validation.check_inexact(caller, "the parameters", params)
     (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(params)
     direction = normalized(jax.tree.map(conjugate, gradient), params)
     return loss(shift(params, direction, radius))[0] - value
@@ -303,8 +295,8 @@ def difference_error(
     """
     caller = "difference_error"
     grad_fn = _gradient(caller, value_fn, params)
-    epsilon = constant(caller, "epsilon", epsilon)(None)
-    check_choice(caller, "scheme", scheme, Scheme)
+    epsilon = validation.constant(caller, "epsilon", epsilon)(None)
+    validation.check_choice(caller, "scheme", scheme, Scheme)
     climb = stateless(caller, ascent_transformation(caller, None), params)
     exact = product(caller, grad_fn, params, climb, mode="forward_over_reverse")
     gradient = exact.gradient
@@ -379,7 +371,7 @@ def penalty_scale(
       dtype=float32))
     """
     caller = "penalty_scale"
-    kept = fraction(caller, "penalty_fraction", penalty_fraction)
+    kept = validation.fraction(caller, "penalty_fraction", penalty_fraction)
     parts = round(1 / kept)
     if abs(parts * kept - 1) > 1e-6:
         raise ValueError(
@@ -387,7 +379,7 @@ def penalty_scale(
             f" {penalty_fraction}. Use 0.5 or 0.25, for example."
         )
     loss = with_weight(caller, loss_fn, has_aux=False)
-    check_inexact(caller, "the parameters", params)
+    validation.check_inexact(caller, "the parameters", params)
 
     def on_part(group: PyTree) -> tuple[PyTree, jax.Array | None]:
         def value(params: PyTree) -> tuple[jax.Array, jax.Array | None]:
@@ -405,7 +397,7 @@ def penalty_scale(
 
 def _gradient(caller: str, value_fn: ValueFn, params: PyTree) -> GradFn:
     loss = with_aux(caller, value_fn, has_aux=False)
-    check_inexact(caller, "the parameters", params)
+    validation.check_inexact(caller, "the parameters", params)
     return gradient_fn(lambda params: loss(params)[0])
 
 
@@ -413,8 +405,8 @@ def _flat_product(
     caller: str, value_fn: ValueFn, params: PyTree, key: Any
 ) -> tuple[Callable[[jax.Array], jax.Array], int, Any]:
     """Return the Hessian-vector product for a flat real vector, the vector's size and dtype."""
-    check_key(caller, key)
-    check_inexact(caller, "the parameters", params)
+    validation.check_key(caller, key)
+    validation.check_inexact(caller, "the parameters", params)
     params = jax.tree.map(jnp.asarray, params)
     parts = jax.tree.map(lambda p: (p.real, p.imag) if jnp.iscomplexobj(p) else p, params)
     wide = [widen(p) for p in jax.tree.leaves(parts)]
