@@ -27,7 +27,7 @@ from gradreg_optax._train_step import (
     penalty_arguments,
     static_arguments,
 )
-from gradreg_optax._types import Loss, LossFn, PyTree, Weighted
+from gradreg_optax._types import Loss, LossFn, PyTree, Transformation, Weighted
 
 _LOSS = "nnx_regularized_loss"
 
@@ -191,7 +191,7 @@ class NNXRegularizedLoss(TransformedLoss):
     """The loss that :func:`nnx_regularized_loss` returns."""
 
     def __init__(
-        self, loss_fn: Any, has_aux: bool, regularizer: optax.GradientTransformation, wrt: Any
+        self, loss_fn: LossFn, has_aux: bool, regularizer: Transformation, wrt: Any
     ) -> None:
         """Store the regularizer and the filter; add ``step`` to the signature if it is missing."""
         super().__init__(loss_fn, has_aux)
@@ -209,8 +209,7 @@ class NNXRegularizedLoss(TransformedLoss):
         graphdef, variables, rest = nnx.split(arguments, self._selected, ...)
         params, structure = _pure(nnx, variables), jax.tree.structure(variables)
         validation.check_params(_LOSS, params)
-        init = optax.with_extra_args_support(self.regularizer).init
-        state = jax.eval_shape(init, params)
+        state = jax.eval_shape(self.regularizer.init, params)
         check_once(_LOSS, self.loss_fn, params, state)
         counting(_LOSS, state, step)
 

@@ -70,19 +70,11 @@ class TransformedLoss(abc.ABC):
     def weighted(self, *args: Any, **kwargs: Any) -> Any:
         """Return the mean as a ``Weighted``, for a loss that wraps this one."""
         mean, weight, aux = self.evaluate(*args, **kwargs)
-        total = Weighted(mean, None) if weight is None else Weighted(_total(mean, weight), weight)
-        return (total, aux) if self.has_aux else total
-
-
-def _total(mean: jax.Array, weight: jax.Array) -> jax.Array:
-    return mean.astype(weight.dtype) * jnp.where(weight == 0, 1, weight)
-
-
-def transformed_loss(loss_fn: LossFn) -> TransformedLoss | None:
-    """Return ``loss_fn``, without ``jax.jit``, if it is a loss of this package, and None if not."""
-    if isinstance(loss_fn, jax.stages.Wrapped):
-        loss_fn = getattr(loss_fn, "__wrapped__", loss_fn)
-    return loss_fn if isinstance(loss_fn, TransformedLoss) else None
+        total = mean
+        if weight is not None:
+            total = mean.astype(weight.dtype) * jnp.where(weight == 0, 1, weight)
+        output = Weighted(total, weight)
+        return (output, aux) if self.has_aux else output
 
 
 def with_aux(caller: str, loss_fn: LossFn, has_aux: bool) -> Callable[..., tuple[jax.Array, Any]]:
@@ -107,8 +99,9 @@ def with_weight(
     """
     check_loss(caller, loss_fn)
     has_aux = flag(caller, "has_aux", has_aux)
-    inner = transformed_loss(loss_fn)
-    evaluate = loss_fn if inner is None else inner.weighted
+    jitted = isinstance(loss_fn, jax.stages.Wrapped)
+    inner = getattr(loss_fn, "__wrapped__", loss_fn) if jitted else loss_fn
+    evaluate = inner.weighted if isinstance(inner, TransformedLoss) else loss_fn
 
     def loss(*args: Any, **kwargs: Any) -> tuple[Weighted, Any]:
         outer, dropped = _DROPPED_WEIGHTS.get(), list[Any]()

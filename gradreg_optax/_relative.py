@@ -187,7 +187,6 @@ def relative_gradreg(
     reach_at = hyperparameter(caller, "reach", reach)
     decay_at = hyperparameter(caller, "decay", decay)
     tx = ascent_transformation(caller, ascent)
-    self_tune = self_tuned(caller, loss)
 
     def init(params: PyTree) -> RelativeState:
         step, dtype = jnp.zeros([], jnp.int32), default_float()
@@ -199,7 +198,7 @@ def relative_gradreg(
     def penalize(at: Evaluation, updates: PyTree, before: RelativeState) -> Penalised:
         state, dtype = before, before.scale.dtype
         if strength is None:
-            state = state._replace(**self_tune(state.losses, at))
+            state = state._replace(**self_tuned(caller, loss, state.losses, at))
         else:
             state = state._replace(strength=strength_at(state.step).astype(dtype))
         own = updates if at.reuse_updates else at.grad_fn(at.params)[0]

@@ -27,6 +27,7 @@ from gradreg_optax._loss import gradient_fn, late_loss
 from gradreg_optax._numerics import cast, keep_finite, owned, scale, widen
 from gradreg_optax._types import (
     Ascent,
+    AscentFn,
     AtStep,
     GradFn,
     LateLoss,
@@ -328,10 +329,8 @@ def sam(
       2021.
     """
     caller = "sam"
-    rho_at = validation.hyperparameter(caller, "rho", rho)
-    tx = ascent_transformation(caller, normalized)
     loss, schedule = late_loss(caller, loss_fn, has_aux), Schedule.of(caller, interval, start)
-    penalty = _sharpness_penalty(rho_at, tx, schedule)
+    penalty = _sharpness_penalty(caller, rho, normalized, schedule)
     return penalized(caller, loss, penalty, schedule, reuse_updates)
 
 
@@ -381,10 +380,8 @@ def asam(
       Neural Networks*, ICML 2021.
     """
     caller = "asam"
-    rho_at = validation.hyperparameter(caller, "rho", rho)
-    tx = ascent_transformation(caller, adaptive)
     loss, schedule = late_loss(caller, loss_fn, has_aux), Schedule.of(caller, interval, start)
-    penalty = _sharpness_penalty(rho_at, tx, schedule)
+    penalty = _sharpness_penalty(caller, rho, adaptive, schedule)
     return penalized(caller, loss, penalty, schedule, reuse_updates)
 
 
@@ -585,13 +582,15 @@ def _difference_penalty(
 
 
 def _sharpness_penalty(
-    rho_at: AtStep, tx: optax.GradientTransformation, schedule: Schedule
+    caller: str, rho: ScalarOrSchedule, ascent: AscentFn, schedule: Schedule
 ) -> Penalty:
     """The forward difference with gamma = epsilon = rho: the gradient at the perturbed parameters.
 
     The incoming gradient cancels. If every update applies the penalty, the incoming gradient is not
     stored while the other is evaluated, which saves the memory of one gradient.
     """
+    rho_at = validation.hyperparameter(caller, "rho", rho)
+    tx = ascent_transformation(caller, ascent)
     by_difference = _difference_penalty(rho_at, rho_at, "forward", tx)
 
     def penalize(at: Evaluation, updates: PyTree, state: GradregState) -> Penalised:

@@ -381,15 +381,12 @@ def penalty_scale(
     loss = with_weight(caller, loss_fn, has_aux=False)
     validation.check_inexact(caller, "the parameters", params)
 
-    def on_part(group: PyTree) -> tuple[PyTree, jax.Array | None]:
-        def value(params: PyTree) -> tuple[jax.Array, jax.Array | None]:
-            mean, _ = loss(params, group)
-            return mean_of(mean), mean.weight
-
-        return jax.grad(value, has_aux=True)(params)
+    def value(params: PyTree, group: PyTree) -> tuple[jax.Array, jax.Array | None]:
+        mean, _ = loss(params, group)
+        return mean_of(mean), mean.weight
 
     groups = split_batch(caller, "1 / penalty_fraction", batch, parts)
-    gradients, weights = jax.vmap(on_part)(groups)
+    gradients, weights = jax.vmap(jax.grad(value, has_aux=True), (None, 0))(params, groups)
     part = jnp.mean(jax.vmap(global_norm, axis_size=parts)(gradients) ** 2)
     whole = global_norm(jax.tree.map(lambda g: jnp.average(g, 0, weights), gradients)) ** 2
     return PenaltyScale(jnp.where(part > 0, whole / jnp.where(part > 0, part, 1), 1), whole, part)
