@@ -209,7 +209,8 @@ class NNXRegularizedLoss(TransformedLoss):
         graphdef, variables, rest = nnx.split(arguments, self._selected, ...)
         params, structure = _pure(nnx, variables), jax.tree.structure(variables)
         validation.check_params(_LOSS, params)
-        state = jax.eval_shape(self.regularizer.init, params)
+        init = optax.with_extra_args_support(self.regularizer).init
+        state = jax.eval_shape(init, params)
         check_once(_LOSS, self.loss_fn, params, state)
         counting(_LOSS, state, step)
 
