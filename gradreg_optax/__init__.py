@@ -4,56 +4,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # names are imported on first use: gradreg --help needs no JAX
-    from gradreg_optax import curvature
-    from gradreg_optax._ascent import adaptive, masked, normalized
-    from gradreg_optax._flax import make_nnx_train_step, nnx_regularized_loss
-    from gradreg_optax._gradients import dbp_value_and_grad, fd_value_and_grad
-    from gradreg_optax._guard import GradientMismatch, checking
-    from gradreg_optax._microbatching import microbatched
-    from gradreg_optax._regularized_loss import regularized_loss
-    from gradreg_optax._relative import RelativeState, relative_gradreg
-    from gradreg_optax._train_step import StepInfo, TrainState, TrainStep, make_train_step
-    from gradreg_optax._transforms import (
-        GradregState,
-        asam,
-        dbp_gradreg,
-        fd_gradreg,
-        flooding,
-        gradient_norm_penalty,
-        sam,
-    )
-    from gradreg_optax._types import Weighted
+    from gradreg_optax import curvature as curvature
+    from gradreg_optax._ascent import adaptive as adaptive
+    from gradreg_optax._ascent import masked as masked
+    from gradreg_optax._ascent import normalized as normalized
+    from gradreg_optax._flax import make_nnx_train_step as make_nnx_train_step
+    from gradreg_optax._flax import nnx_regularized_loss as nnx_regularized_loss
+    from gradreg_optax._gradients import dbp_value_and_grad as dbp_value_and_grad
+    from gradreg_optax._gradients import fd_value_and_grad as fd_value_and_grad
+    from gradreg_optax._guard import GradientMismatch as GradientMismatch
+    from gradreg_optax._guard import checking as checking
+    from gradreg_optax._microbatching import microbatched as microbatched
+    from gradreg_optax._regularized_loss import regularized_loss as regularized_loss
+    from gradreg_optax._relative import RelativeState as RelativeState
+    from gradreg_optax._relative import relative_gradreg as relative_gradreg
+    from gradreg_optax._train_step import StepInfo as StepInfo
+    from gradreg_optax._train_step import TrainState as TrainState
+    from gradreg_optax._train_step import TrainStep as TrainStep
+    from gradreg_optax._train_step import make_train_step as make_train_step
+    from gradreg_optax._transforms import GradregState as GradregState
+    from gradreg_optax._transforms import asam as asam
+    from gradreg_optax._transforms import dbp_gradreg as dbp_gradreg
+    from gradreg_optax._transforms import fd_gradreg as fd_gradreg
+    from gradreg_optax._transforms import flooding as flooding
+    from gradreg_optax._transforms import gradient_norm_penalty as gradient_norm_penalty
+    from gradreg_optax._transforms import sam as sam
+    from gradreg_optax._types import Weighted as Weighted
 
 __version__ = "0.2.0"
-
-__all__ = [
-    "GradientMismatch",
-    "GradregState",
-    "RelativeState",
-    "StepInfo",
-    "TrainState",
-    "TrainStep",
-    "Weighted",
-    "adaptive",
-    "asam",
-    "checking",
-    "curvature",
-    "dbp_gradreg",
-    "dbp_value_and_grad",
-    "fd_gradreg",
-    "fd_value_and_grad",
-    "flooding",
-    "gradient_norm_penalty",
-    "make_nnx_train_step",
-    "make_train_step",
-    "masked",
-    "microbatched",
-    "nnx_regularized_loss",
-    "normalized",
-    "regularized_loss",
-    "relative_gradreg",
-    "sam",
-]
 
 _MODULES = {
     "_ascent": ("adaptive", "masked", "normalized"),
@@ -76,6 +54,7 @@ _MODULES = {
     "_types": ("Weighted",),
 }
 _ORIGINS = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = sorted(["curvature", *_ORIGINS])
 
 
 def __getattr__(name: str) -> Any:

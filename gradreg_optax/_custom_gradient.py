@@ -12,7 +12,7 @@ from gradreg_optax._leaves import combine, partition
 from gradreg_optax._loss import arguments_at
 from gradreg_optax._numerics import widen
 from gradreg_optax._sharding import axes_of_value, varying
-from gradreg_optax._types import PyTree
+from gradreg_optax._types import Argnums, PyTree
 from gradreg_optax._validation import is_inexact, is_traced
 
 Leaves: TypeAlias = list[Any]
@@ -56,46 +56,37 @@ def with_gradient(
         return _with_arguments(plain, rule, leaves, penalised)
 
 
-class ArrayArguments(NamedTuple):
+class ArrayArguments:
     """The arguments of a call, split into arrays and constants.
 
     Attributes:
       leaves: the traced leaves and the parameters; other leaves are constants.
-      penalised: for each leaf, whether it is a number of the parameters.
-      call: ``leaves -> (args, kwargs)`` with these leaves.
-      with_params: ``(leaves, numbers) -> args`` with these numbers as the penalised leaves.
-      numbers_of: ``(args, kwargs) -> the penalised leaves`` of a call of the same structure.
+      penalised: for each of these, whether it is a number of the parameters.
     """
 
-    leaves: Leaves
-    penalised: list[bool]
-    call: Callable[[Leaves], tuple[tuple[Any, ...], dict[str, Any]]]
-    with_params: Callable[[Leaves, Leaves], tuple[Any, ...]]
-    numbers_of: Callable[[Any], Leaves]
-
-    @classmethod
-    def of(cls, argnums: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "ArrayArguments":
+    def __init__(self, argnums: Argnums, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Split the arguments of a call whose parameters are at ``argnums``."""
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        marks, others = jax.tree.unflatten(structure, [False] * len(leaves))
+        leaves, self._structure = jax.tree.flatten((args, kwargs))
+        marks, others = jax.tree.unflatten(self._structure, [False] * len(leaves))
         params, put = arguments_at("", argnums, marks)
         marked = jax.tree.leaves((put(jax.tree.map(lambda _: True, params)), others))
-        penalised = [m and is_inexact(x) for m, x in zip(marked, leaves, strict=True)]
-        is_array = [p or is_traced(x) for p, x in zip(penalised, leaves, strict=True)]
-        arrays, constants = partition(leaves, is_array)
-        of_arrays = partition(penalised, is_array)[0]
+        self._numbers = [m and is_inexact(x) for m, x in zip(marked, leaves, strict=True)]
+        self._is_array = [n or is_traced(x) for n, x in zip(self._numbers, leaves, strict=True)]
+        self.leaves, self._constants = partition(leaves, self._is_array)
+        self.penalised = partition(self._numbers, self._is_array)[0]
 
-        def call(arrays: Leaves) -> Any:
-            return jax.tree.unflatten(structure, combine(arrays, constants, is_array))
+    def call(self, leaves: Leaves) -> Any:
+        """Return ``(args, kwargs)`` with these leaves."""
+        full = combine(leaves, self._constants, self._is_array)
+        return jax.tree.unflatten(self._structure, full)
 
-        def with_params(arrays: Leaves, numbers: Leaves) -> Any:
-            some = combine(numbers, partition(arrays, of_arrays)[1], of_arrays)
-            return call(some)[0]
+    def replaced(self, leaves: Leaves, numbers: Leaves) -> Leaves:
+        """Return the leaves with these numbers as the penalised ones."""
+        return combine(numbers, partition(leaves, self.penalised)[1], self.penalised)
 
-        def numbers_of(call: Any) -> Leaves:
-            return partition(jax.tree.leaves(call), penalised)[0]
-
-        return cls(arrays, of_arrays, call, with_params, numbers_of)
+    def numbers_of(self, call: Any) -> Leaves:
+        """Return the penalised leaves of a call of the same structure."""
+        return partition(jax.tree.leaves(call), self._numbers)[0]
 
 
 class StaticPart:

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import importlib
 import inspect
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -12,31 +11,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gradreg_optax import _validation as validation
 from gradreg_optax._batching import batch_size
-from gradreg_optax._loss import TransformedLoss, check_own_keyword, signature_of, with_weight
+from gradreg_optax._loss import TransformedLoss, signature_of, with_weight
 from gradreg_optax._microbatching import MicrobatchedLoss, pieces_of
 from gradreg_optax._numerics import global_norm
 from gradreg_optax._regularized_loss import RegularizedLoss, bind_step
 from gradreg_optax._train_step import (
     Call,
+    RegularizedPass,
     StepInfo,
-    check_held_out,
     check_once,
     counting,
     is_penalized,
     penalty_arguments,
-    regularized_pass,
     static_arguments,
 )
-from gradreg_optax._types import Loss, LossFn, PyTree, Weighted
-from gradreg_optax._validation import (
-    check_arrays,
-    check_params,
-    check_transformation,
-    flag,
-    fraction,
-    is_inexact,
-)
+from gradreg_optax._types import Loss, LossFn, PyTree, Transformation, Weighted
 
 _LOSS = "nnx_regularized_loss"
 
@@ -101,13 +92,12 @@ def make_nnx_train_step(
       Array(True, dtype=bool)
     """
     caller = "make_nnx_train_step"
-    nnx, kept = _flax(caller), fraction(caller, "penalty_fraction", penalty_fraction)
+    nnx, kept = _flax(caller), validation.fraction(caller, "penalty_fraction", penalty_fraction)
     # The part of the batch is for the regularizer, in the step or in the optimizer's chain.
     kept_here, kept_there = (1.0, kept) if regularizer is None else (kept, 1.0)
-    here = regularized_pass(caller, regularizer, kept_here)
-    loss, signature = _pure_loss(caller, nnx, loss_fn, has_aux), _signature(loss_fn)
-    static = _static_arguments(caller, loss_fn, static_argnames)
-    check_own_keyword(caller, "held_out", loss_fn)
+    here = RegularizedPass(caller, regularizer, kept_here)
+    loss, signature = _pure_loss(caller, nnx, loss_fn, has_aux), signature_of(loss_fn)
+    static = static_arguments(caller, loss_fn, static_argnames, added=1)  # the optimizer
 
     def step(
         model: Any, optimizer: Any, *args: Any, held_out: PyTree = None, **kwargs: Any
@@ -126,13 +116,14 @@ def make_nnx_train_step(
         with _explained(caller, lambda: call.value_fn(params)):
             outcome = here.run(call, params, counting(caller, state, optimizer.step[...]))
         aux, changes = outcome.aux
-        check_arrays(caller, "aux", aux)
+        validation.check_arrays(caller, "aux", aux)
         _write(nnx, arguments, changes)
-        extra = penalty_arguments(caller, call._replace(held_out=held_out), kept_there)
         updates = _refilled(nnx.state(model, optimizer.wrt), outcome.updates)
-        with _explained(caller, lambda: call.value_fn(params)):
+        with (
+            penalty_arguments(caller, call._replace(held_out=held_out), kept_there) as extra,
+            _explained(caller, lambda: call.value_fn(params)),
+        ):
             optimizer.update(model, updates, value=outcome.value, grad=outcome.gradient, **extra)
-        check_held_out(caller, extra)
         return StepInfo(outcome.value, global_norm(outcome.gradient), aux)
 
     jitted: Callable[..., StepInfo] = nnx.jit(step, **static)
@@ -192,23 +183,22 @@ def nnx_regularized_loss(
        [1.5]]
     """
     _flax(_LOSS)
-    check_transformation(_LOSS, "regularizer", regularizer)
-    loss: Any = NNXRegularizedLoss(loss_fn, flag(_LOSS, "has_aux", has_aux), regularizer, wrt)
-    return cast(Loss, loss)
+    validation.check_transformation(_LOSS, "regularizer", regularizer)
+    return cast(Loss, NNXRegularizedLoss(loss_fn, has_aux, regularizer, wrt))
 
 
 class NNXRegularizedLoss(TransformedLoss):
     """The loss that :func:`nnx_regularized_loss` returns."""
 
     def __init__(
-        self, loss_fn: Any, has_aux: bool, regularizer: optax.GradientTransformation, wrt: Any
+        self, loss_fn: LossFn, has_aux: bool, regularizer: Transformation, wrt: Any
     ) -> None:
         """Store the regularizer and the filter; add ``step`` to the signature if it is missing."""
         super().__init__(loss_fn, has_aux)
         self.regularizer, self._nnx = regularizer, _flax(_LOSS)
         self._selected = _of_model(self._nnx, wrt or self._nnx.Param)
         self._loss = _pure_loss(_LOSS, self._nnx, loss_fn, has_aux)
-        self.__signature__, self._adds_step = _with_step(_signature(loss_fn))
+        self.__signature__, self._adds_step = _with_step(signature_of(loss_fn))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array | None, Any]:
         """Return the mean with the regularized gradient, its weight and aux."""
@@ -218,7 +208,7 @@ class NNXRegularizedLoss(TransformedLoss):
         arguments = *args, *kwargs.values()
         graphdef, variables, rest = nnx.split(arguments, self._selected, ...)
         params, structure = _pure(nnx, variables), jax.tree.structure(variables)
-        check_params(_LOSS, params)
+        validation.check_params(_LOSS, params)
         init = optax.with_extra_args_support(self.regularizer).init
         state = jax.eval_shape(init, params)
         check_once(_LOSS, self.loss_fn, params, state)
@@ -266,7 +256,8 @@ def _pure_loss(
                 " nnx.Intermediate)."
             )
         pairs = enumerate(zip(before, _arrays(nnx, objects), strict=True))
-        return mean, (aux, {i: new for i, (old, new) in pairs if not _same(old, new)})
+        changes = {i: new for i, (old, new) in pairs if [*map(id, old)] != [*map(id, new)]}
+        return mean, (aux, changes)
 
     def in_pieces(*split: Any) -> tuple[Weighted, Any]:
         *fixed, params, batch = split[:5]
@@ -278,16 +269,6 @@ def _pure_loss(
         return mean, (aux, jax.tree.map(_merged, changes))
 
     return loss if count == 1 else in_pieces
-
-
-def _static_arguments(
-    caller: str, loss_fn: LossFn, names: str | Sequence[str]
-) -> dict[str, tuple[Any, ...]]:
-    """Return the static arguments of the step, whose second argument is the optimizer."""
-    static = static_arguments(caller, loss_fn, names)
-    if "static_argnums" in static:
-        static["static_argnums"] = tuple(number + 1 for number in static["static_argnums"])
-    return static
 
 
 def _of_model(nnx: Any, wrt: Any) -> Callable[[Any, Any], bool]:
@@ -318,10 +299,6 @@ def _write(nnx: Any, arguments: PyTree, changes: Mapping[int, list[Any]]) -> Non
     nnx.update(objects, nnx.from_flat_state(changed))
 
 
-def _same(old: list[Any], new: list[Any]) -> bool:
-    return len(old) == len(new) and all(map(operator.is_, old, new))
-
-
 def _refilled(tree: PyTree, arrays: PyTree) -> PyTree:
     """Return the first tree, which may have NNX variables, with the leaves of the second."""
     return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(arrays))
@@ -333,13 +310,9 @@ def _pure(nnx: Any, state: Any) -> Any:
 
 def _merged(stacked: jax.Array) -> jax.Array:
     """Average the statistics of the micro-batches; take counters and keys from one of them."""
-    if is_inexact(stacked):
+    if validation.is_inexact(stacked):
         return jnp.mean(stacked, axis=0).astype(stacked.dtype)
     return stacked[0]
-
-
-def _signature(loss_fn: LossFn) -> inspect.Signature:
-    return signature_of(loss_fn) or inspect.signature(lambda *args, **kwargs: None)
 
 
 def _with_step(signature: inspect.Signature) -> tuple[inspect.Signature, bool]:

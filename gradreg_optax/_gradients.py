@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
 from gradreg_optax._ascent import ascent_transformation, stateless
-from gradreg_optax._estimators import Estimate, add_penalty, difference, product
+from gradreg_optax._estimators import add_penalty, difference, product
 from gradreg_optax._loss import arguments_at, keeps_signature, with_aux
-from gradreg_optax._types import Ascent, AtStep, GradFn, LossFn, Mode, PyTree, Scalar, Scheme
+from gradreg_optax._types import Argnums, Ascent, GradFn, LossFn, Mode, PyTree, Scalar, Scheme
 from gradreg_optax._validation import check_choice, check_inexact, constant
+
+_Penalize: TypeAlias = Callable[[GradFn, PyTree], tuple[PyTree, Any]]  # -> (gradient, aux)
 
 
 def fd_value_and_grad(
@@ -80,11 +82,12 @@ def fd_value_and_grad(
     check_choice(caller, "scheme", scheme, Scheme)
     tx = ascent_transformation(caller, ascent)
 
-    def estimate(grad_fn: GradFn, params: PyTree) -> Estimate:
+    def penalize(grad_fn: GradFn, params: PyTree) -> tuple[PyTree, Any]:
         climb, epsilon = stateless(caller, tx, params), epsilon_at(None)
-        return difference(grad_fn, params, climb, epsilon=epsilon, scheme=scheme)
+        estimate = difference(grad_fn, params, climb, epsilon=epsilon, scheme=scheme)
+        return add_penalty(estimate.gradient, gamma_at(None), estimate.product), estimate.aux
 
-    return _value_and_grad(caller, loss_fn, gamma_at, estimate, argnums=argnums, has_aux=has_aux)
+    return _value_and_grad(caller, loss_fn, penalize, argnums, has_aux)
 
 
 def dbp_value_and_grad(
@@ -139,20 +142,15 @@ def dbp_value_and_grad(
     check_choice(caller, "mode", mode, Mode)
     tx = ascent_transformation(caller, ascent)
 
-    def estimate(grad_fn: GradFn, params: PyTree) -> Estimate:
-        return product(caller, grad_fn, params, stateless(caller, tx, params), mode=mode)
+    def penalize(grad_fn: GradFn, params: PyTree) -> tuple[PyTree, Any]:
+        estimate = product(caller, grad_fn, params, stateless(caller, tx, params), mode=mode)
+        return add_penalty(estimate.gradient, gamma_at(None), estimate.product), estimate.aux
 
-    return _value_and_grad(caller, loss_fn, gamma_at, estimate, argnums=argnums, has_aux=has_aux)
+    return _value_and_grad(caller, loss_fn, penalize, argnums, has_aux)
 
 
 def _value_and_grad(
-    caller: str,
-    loss_fn: LossFn,
-    gamma_at: AtStep,
-    estimate: Callable[[GradFn, PyTree], Estimate],
-    *,
-    argnums: int | Sequence[int],
-    has_aux: bool,
+    caller: str, loss_fn: LossFn, penalize: _Penalize, argnums: Argnums, has_aux: bool
 ) -> Callable[..., tuple[Any, PyTree]]:
     loss = with_aux(caller, loss_fn, has_aux)
 
@@ -165,9 +163,7 @@ def _value_and_grad(
             output, gradient = evaluate(params)
             return gradient, output
 
-        estimated = estimate(grad_fn, params)
-        value, aux = estimated.aux
-        gradient = add_penalty(estimated.gradient, gamma_at(None), estimated.product)
+        gradient, (value, aux) = penalize(grad_fn, params)
         return ((value, aux) if has_aux else value), gradient
 
     return keeps_signature(value_and_grad, loss_fn)

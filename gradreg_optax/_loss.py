@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from gradreg_optax._numerics import default_float, wide
-from gradreg_optax._types import LateLoss, LossFn, PyTree, ValueFn, Weighted
+from gradreg_optax._types import Argnums, GradFn, LateLoss, LossFn, PyTree, ValueFn, Weighted
 from gradreg_optax._validation import check_arrays, check_params, flag, is_traced
 
 # Names that Optax's update and its line searches reserve: a loss cannot receive them by name.
@@ -70,19 +70,11 @@ class TransformedLoss(abc.ABC):
     def weighted(self, *args: Any, **kwargs: Any) -> Any:
         """Return the mean as a ``Weighted``, for a loss that wraps this one."""
         mean, weight, aux = self.evaluate(*args, **kwargs)
-        total = Weighted(mean, None) if weight is None else Weighted(_total(mean, weight), weight)
-        return (total, aux) if self.has_aux else total
-
-
-def _total(mean: jax.Array, weight: jax.Array) -> jax.Array:
-    return mean.astype(weight.dtype) * jnp.where(weight == 0, 1, weight)
-
-
-def transformed_loss(loss_fn: LossFn) -> TransformedLoss | None:
-    """Return ``loss_fn``, without ``jax.jit``, if it is a loss of this package, and None if not."""
-    if isinstance(loss_fn, jax.stages.Wrapped):
-        loss_fn = getattr(loss_fn, "__wrapped__", loss_fn)
-    return loss_fn if isinstance(loss_fn, TransformedLoss) else None
+        total = mean
+        if weight is not None:
+            total = mean.astype(weight.dtype) * jnp.where(weight == 0, 1, weight)
+        output = Weighted(total, weight)
+        return (output, aux) if self.has_aux else output
 
 
 def with_aux(caller: str, loss_fn: LossFn, has_aux: bool) -> Callable[..., tuple[jax.Array, Any]]:
@@ -97,17 +89,19 @@ def with_aux(caller: str, loss_fn: LossFn, has_aux: bool) -> Callable[..., tuple
 
 
 def with_weight(
-    caller: str, loss_fn: LossFn, has_aux: bool, *, in_parts: bool = False
+    caller: str, loss_fn: LossFn, has_aux: bool, *, compiled: bool = False, in_parts: bool = False
 ) -> Callable[..., tuple[Weighted, Any]]:
     """Return ``loss_fn`` as a function that returns ``(Weighted(total, weight), aux)``.
 
-    A plain scalar becomes a total whose weight is None, which counts as 1. A loss that is evaluated
+    A plain scalar becomes a total whose weight is None, which counts as 1. With ``compiled``, aux
+    must consist of arrays, because it leaves a compiled program. A loss that is evaluated
     ``in_parts`` must not return the mean of a weighted loss, because the parts need the weight.
     """
     check_loss(caller, loss_fn)
     has_aux = flag(caller, "has_aux", has_aux)
-    inner = transformed_loss(loss_fn)
-    evaluate = loss_fn if inner is None else inner.weighted
+    jitted = isinstance(loss_fn, jax.stages.Wrapped)
+    inner = getattr(loss_fn, "__wrapped__", loss_fn) if jitted else loss_fn
+    evaluate = inner.weighted if isinstance(inner, TransformedLoss) else loss_fn
 
     def loss(*args: Any, **kwargs: Any) -> tuple[Weighted, Any]:
         outer, dropped = _DROPPED_WEIGHTS.get(), list[Any]()
@@ -118,6 +112,8 @@ def with_weight(
             _DROPPED_WEIGHTS.set(outer)
         if has_aux:
             output, aux = _pair(caller, output)
+        if compiled:
+            check_arrays(caller, "aux", aux)
         if not isinstance(output, Weighted):
             if in_parts and dropped:
                 raise TypeError(
@@ -155,20 +151,6 @@ def _weight(caller: str, weight: Any, total: jax.Array) -> jax.Array | None:
     return jax.lax.stop_gradient(array.astype(wide(total.dtype)))
 
 
-def with_array_aux(
-    caller: str, loss_fn: LossFn, has_aux: bool, *, in_parts: bool = False
-) -> Callable[..., tuple[Weighted, Any]]:
-    """Do the same as ``with_weight``, and check that aux can leave a compiled program."""
-    weighted = with_weight(caller, loss_fn, has_aux, in_parts=in_parts)
-
-    def loss(*args: Any, **kwargs: Any) -> tuple[Weighted, Any]:
-        mean, aux = weighted(*args, **kwargs)
-        check_arrays(caller, "aux", aux)
-        return mean, aux
-
-    return loss
-
-
 def mean_of(mean: Weighted) -> jax.Array:
     """Return the mean in the dtype of the total; with weight 0, the total."""
     if mean.weight is None:
@@ -204,29 +186,26 @@ def late_loss(caller: str, loss_fn: LossFn | None, has_aux: bool) -> LateLoss:
     return bind
 
 
+def gradient_fn(loss: ValueFn) -> GradFn:
+    """Return the gradient of a loss without aux, in the form that the estimates need."""
+    grad = jax.grad(loss)
+    return lambda params: (grad(params), None)
+
+
 def pick_arguments(caller: str, loss_fn: LossFn, available: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of ``loss_fn`` after its first, picked from ``available`` by name."""
     offered = unreserved(available)
     wanted = _parameters_after_first(loss_fn)
-    check_clash(caller, [p.name for p in wanted if p.name in RESERVED & available.keys()])
+    clash = [p for p in wanted if p.name in RESERVED & available.keys()]
     greedy = any(p.kind is p.VAR_KEYWORD for p in wanted)
     picked = offered if greedy else {p.name: offered[p.name] for p in wanted if p.name in offered}
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     named = [p for p in wanted if p.kind not in variadic and p.default is p.empty]
     missing = [p for p in named if p.kind is p.POSITIONAL_ONLY or p.name not in picked]
-    if missing:
+    if missing := clash[:1] or missing:
         names = ", ".join(repr(p.name) for p in missing)
         raise TypeError(f"{caller}: the loss needs {names}, {_remedy(missing)}.")
     return picked
-
-
-def check_clash(caller: str, names: Sequence[str]) -> None:
-    """Reject names that both the loss and ``update`` use: only one of them could receive it."""
-    if names:
-        raise TypeError(
-            f"{caller}: the loss needs {names[0]!r}, a name that Optax's update reserves. Rename"
-            " the argument, or pass value_fn= with it closed over."
-        )
 
 
 def unreserved(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,15 +214,13 @@ def unreserved(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def named_arguments(
-    loss_fn: LossFn, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Any = 0
+    loss_fn: LossFn, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Argnums = 0
 ) -> dict[str, Any]:
     """Return a call's arguments by name, without the parameters at ``argnums``.
 
     A regularizer with its own loss picks its arguments from these.
     """
     signature = signature_of(loss_fn)
-    if signature is None:
-        return unreserved(kwargs)
     bound, named = signature.bind(*args, **kwargs).arguments, dict[str, Any]()
     numbers = [n % len(args) for n in _numbers("", argnums)]
     for position, parameter in enumerate(signature.parameters.values()):
@@ -257,7 +234,7 @@ def named_arguments(
 
 
 def arguments_at(
-    caller: str, argnums: int | Sequence[int], args: tuple[Any, ...]
+    caller: str, argnums: Argnums, args: tuple[Any, ...]
 ) -> tuple[PyTree, Callable[[PyTree], tuple[Any, ...]]]:
     """Return the argument or tuple of arguments at ``argnums``, and a function to replace them."""
     numbers, single = _numbers(caller, argnums), hasattr(argnums, "__index__")
@@ -281,7 +258,7 @@ def arguments_at(
     return (chosen[0] if single else chosen), put
 
 
-def _numbers(caller: str, argnums: Any) -> list[int]:
+def _numbers(caller: str, argnums: Argnums) -> list[int]:
     """Convert ``argnums`` to a list of integers."""
     try:
         numbers = list(map(operator.index, [argnums] if hasattr(argnums, "__index__") else argnums))
@@ -302,26 +279,13 @@ def positional(
 
     Keyword arguments use the parameter names of the loss.
     """
-    signature = signature_of(loss_fn)
-    if signature is not None:
-        bound = signature.bind(*args, **kwargs)
-        args, kwargs = bound.args, dict(bound.kwargs)
-    if len(args) < 2:
+    bound = signature_of(loss_fn).bind(*args, **kwargs)
+    if len(bound.args) < 2:
         raise TypeError(
             f"{caller}: the loss must have a batch as its second positional argument, got"
-            f" {len(args)} positional arguments. Call loss(params, batch, ...)."
+            f" {len(bound.args)} positional arguments. Call loss(params, batch, ...)."
         )
-    return args, kwargs
-
-
-def check_own_keyword(caller: str, name: str, loss_fn: LossFn) -> None:
-    """Check that the loss has no argument with the name of a keyword that the step reserves."""
-    signature = signature_of(loss_fn)
-    if signature is not None and name in signature.parameters:
-        raise TypeError(
-            f"{caller}: the loss has an argument {name!r}, a name that the step reserves. Rename"
-            " the argument."
-        )
+    return bound.args, bound.kwargs
 
 
 def keeps_signature(function: Any, loss_fn: LossFn) -> Any:
@@ -329,12 +293,18 @@ def keeps_signature(function: Any, loss_fn: LossFn) -> Any:
     return functools.update_wrapper(function, loss_fn, updated=())
 
 
-def signature_of(loss_fn: LossFn) -> inspect.Signature | None:
-    """Return the signature of a loss, or None for a builtin without one."""
+def signature_of(loss_fn: LossFn) -> inspect.Signature:
+    """Return the signature of a loss; a builtin without one takes any arguments."""
     try:
         return inspect.signature(loss_fn)
     except ValueError:
-        return None
+        return inspect.signature(lambda *args, **kwargs: None)
+
+
+def accepts(loss_fn: LossFn, name: str) -> bool:
+    """Whether a loss takes an argument of this name."""
+    parameters = signature_of(loss_fn).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _remedy(missing: list[inspect.Parameter]) -> str:
@@ -353,8 +323,7 @@ def _remedy(missing: list[inspect.Parameter]) -> str:
 
 
 def _parameters_after_first(loss_fn: LossFn) -> list[inspect.Parameter]:
-    signature = signature_of(loss_fn)
-    parameters = [] if signature is None else list(signature.parameters.values())
+    parameters = list(signature_of(loss_fn).parameters.values())
     first_is_variadic = bool(parameters) and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
     return parameters if first_is_variadic else parameters[1:]
 

@@ -72,13 +72,12 @@ def owned(tree: Any) -> Any:
     A donated buffer must occur only once, and must not belong to the caller. A weak type would
     cause a second compilation.
     """
-    return jax.tree.map(
-        lambda x: jnp.array(x, dtype=jax.typeof(x).dtype, copy=True) if _is_array(x) else x, tree
-    )
 
+    def copied(x: Any) -> Any:
+        is_array = hasattr(x, "dtype") or isinstance(x, bool | int | float | complex)
+        return jnp.array(x, dtype=jax.typeof(x).dtype, copy=True) if is_array else x
 
-def _is_array(x: Any) -> bool:
-    return hasattr(x, "dtype") or isinstance(x, bool | int | float | complex)
+    return jax.tree.map(copied, tree)
 
 
 def keep_finite(new: Any, old: Any, *also: Any) -> Any:

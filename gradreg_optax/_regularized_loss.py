@@ -8,25 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gradreg_optax import _validation as validation
 from gradreg_optax._custom_gradient import ArrayArguments, Rule, StaticPart, with_gradient
 from gradreg_optax._loss import (
     TransformedLoss,
+    accepts,
     arguments_at,
-    check_loss,
     mean_of,
     named_arguments,
     signature_of,
     with_weight,
 )
-from gradreg_optax._train_step import Call, check_once, counting, regularized_pass
-from gradreg_optax._types import Loss, LossFn
-from gradreg_optax._validation import (
-    check_params,
-    check_transformation,
-    flag,
-    is_traced,
-    whole_number,
-)
+from gradreg_optax._train_step import Call, RegularizedPass, check_once, counting
+from gradreg_optax._types import Argnums, Loss, LossFn, Transformation
 
 _CALLER = "regularized_loss"
 
@@ -89,35 +83,29 @@ def regularized_loss(
     References:
       Karakida et al., *Understanding Gradient Regularization in Deep Learning*, ICML 2023.
     """
-    check_transformation(_CALLER, "regularizer", regularizer)
-    check_loss(_CALLER, loss_fn)
-    made = RegularizedLoss(loss_fn, flag(_CALLER, "has_aux", has_aux), regularizer, argnums)
-    return cast(Loss, made)
+    validation.check_transformation(_CALLER, "regularizer", regularizer)
+    return cast(Loss, RegularizedLoss(loss_fn, has_aux, regularizer, argnums))
 
 
 class RegularizedLoss(TransformedLoss):
     """The loss that :func:`regularized_loss` returns."""
 
     def __init__(
-        self,
-        loss_fn: LossFn,
-        has_aux: bool,
-        regularizer: optax.GradientTransformation,
-        argnums: int | Sequence[int],
+        self, loss_fn: LossFn, has_aux: bool, regularizer: Transformation, argnums: Argnums
     ) -> None:
         """Store the regularizer and the positions of the parameters."""
         super().__init__(loss_fn, has_aux)
         self.regularizer, self._argnums = regularizer, argnums
         self._loss = with_weight(_CALLER, loss_fn, has_aux)
-        self._pass = regularized_pass(_CALLER, regularizer)
+        self._pass = RegularizedPass(_CALLER, regularizer)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array | None, Any]:
         """Return the mean with the regularized gradient, its weight and aux."""
         args, kwargs, step = bind_step(_CALLER, self.loss_fn, args, kwargs)
         params, _ = arguments_at(_CALLER, self._argnums, args)
-        check_params(_CALLER, params)
+        validation.check_params(_CALLER, params)
         check_once(_CALLER, self.loss_fn, params, jax.eval_shape(self._pass.init, params))
-        arguments = ArrayArguments.of(self._argnums, args, kwargs)
+        arguments = ArrayArguments(self._argnums, args, kwargs)
         static = StaticPart()
 
         def plain(leaves: list[Any]) -> tuple[jax.Array, list[jax.Array]]:
@@ -128,14 +116,10 @@ class RegularizedLoss(TransformedLoss):
         def regularized(leaves: list[Any], value: jax.Array, gradients: list[Any]) -> list[Any]:
             args, kwargs = arguments.call(leaves)
             params, put = arguments_at(_CALLER, self._argnums, args)
-            call = Call(
-                lambda p, **_: self._loss(*put(p), **kwargs),
-                (),
-                named_arguments(self.loss_fn, args, kwargs, self._argnums),
-            )
-            gradient, _ = arguments_at(
-                _CALLER, self._argnums, arguments.with_params(leaves, gradients)
-            )
+            named = named_arguments(self.loss_fn, args, kwargs, self._argnums)
+            call = Call(lambda p, **_: self._loss(*put(p), **kwargs), (), named)
+            with_gradient = arguments.call(arguments.replaced(leaves, gradients))[0]
+            gradient, _ = arguments_at(_CALLER, self._argnums, with_gradient)
             state = counting(_CALLER, self._pass.init(params), step)
             updates, _ = self._pass.regularize(call, params, state, value, gradient)
             return arguments.numbers_of((put(updates), kwargs))
@@ -156,21 +140,15 @@ def bind_step(
     if it is a whole number >= 0. A loss with ``**kwargs`` receives ``step`` too. Otherwise only the
     regularizer receives it.
     """
-    signature = signature_of(loss_fn)
-    parameters = {} if signature is None else dict(signature.parameters)
-    variadic = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if "step" not in parameters and not variadic:
-        kwargs, step = dict(kwargs), kwargs.get("step")
-        kwargs.pop("step", None)
-    else:
-        step = kwargs.get("step")
-    if signature is not None:
-        bound = signature.bind(*args, **kwargs)
-        args, kwargs = bound.args, dict(bound.kwargs)
-        step = bound.arguments.get("step", step)
-    if step is None or ("step" in parameters and not whole_step(step)):
-        return args, kwargs, None
-    return args, kwargs, jnp.asarray(whole_number(caller, "step", step), jnp.int32)
+    signature, step = signature_of(loss_fn), kwargs.get("step")
+    if not accepts(loss_fn, "step"):
+        kwargs = {name: value for name, value in kwargs.items() if name != "step"}
+    bound = signature.bind(*args, **kwargs)
+    step = bound.arguments.get("step", step)
+    if step is None or ("step" in signature.parameters and not whole_step(step)):
+        return bound.args, bound.kwargs, None
+    step = jnp.asarray(validation.whole_number(caller, "step", step), jnp.int32)
+    return bound.args, bound.kwargs, step
 
 
 def whole_step(step: Any) -> bool:
@@ -178,4 +156,4 @@ def whole_step(step: Any) -> bool:
     dtype = getattr(step, "dtype", np.dtype(int) if type(step) is int else np.dtype(bool))
     if not jnp.issubdtype(dtype, jnp.integer) or jnp.shape(step):
         return False
-    return is_traced(step) or int(step) >= 0
+    return validation.is_traced(step) or int(step) >= 0

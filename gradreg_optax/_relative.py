@@ -187,7 +187,6 @@ def relative_gradreg(
     reach_at = hyperparameter(caller, "reach", reach)
     decay_at = hyperparameter(caller, "decay", decay)
     tx = ascent_transformation(caller, ascent)
-    self_tune = self_tuned(caller, loss)
 
     def init(params: PyTree) -> RelativeState:
         step, dtype = jnp.zeros([], jnp.int32), default_float()
@@ -199,7 +198,7 @@ def relative_gradreg(
     def penalize(at: Evaluation, updates: PyTree, before: RelativeState) -> Penalised:
         state, dtype = before, before.scale.dtype
         if strength is None:
-            state = state._replace(**self_tune(state.losses, at))
+            state = state._replace(**self_tuned(caller, loss, state.losses, at))
         else:
             state = state._replace(strength=strength_at(state.step).astype(dtype))
         own = updates if at.reuse_updates else at.grad_fn(at.params)[0]
@@ -222,9 +221,13 @@ def relative_gradreg(
 def _measured(
     state: RelativeState, now: Norms, decay: jax.Array
 ) -> tuple[RelativeState, jax.Array]:
-    """Return the state with the new scale, and gamma; gamma is 0 if the ratio is not finite."""
+    """Return the state with the new scale, and gamma.
+
+    The norms are added to the sums unless a ratio is zero or not finite; gamma is 0 then.
+    """
     bound = _BOUND * ratio(now.gradient, now.product)
-    norms = _remembered(state.norms, now, decay)
+    counts = (bound > 0) & (ratio(now.own, now.product) > 0)
+    norms = jax.tree.map(lambda s, n: jnp.where(counts, decay * s + n, s), state.norms, now)
     scale = jnp.minimum(ratio(norms.gradient, norms.product), bound)
     scale = jnp.where(bound > 0, scale, state.scale)
     gamma = jnp.where(bound > 0, state.strength * scale, 0)
@@ -236,11 +239,3 @@ def _epsilon(norms: Norms, reach: jax.Array, params: PyTree, direction: PyTree) 
     first = ratio(*(global_norm(x).astype(reach.dtype) for x in (params, direction)))
     known = norms.product > 0
     return jnp.where(known, reach * ratio(norms.own, norms.product), _FIRST_REACH * first)
-
-
-def _remembered(norms: Norms, now: Norms, decay: jax.Array) -> Norms:
-    """Add the norms of this update to the sums, unless a ratio is zero or not finite."""
-    counts = (ratio(now.gradient, now.product) > 0) & (ratio(now.own, now.product) > 0)
-    return Norms(
-        *(jnp.where(counts, decay * old + new, old) for old, new in zip(norms, now, strict=True))
-    )

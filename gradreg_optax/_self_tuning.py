@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -48,26 +47,22 @@ def no_losses(dtype: Any) -> Losses:
     return Losses(*zeros)
 
 
-def self_tuned(caller: str, bind: LateLoss) -> Callable[[Any, Evaluation], dict[str, Any]]:
-    """Return a function that computes the strength and the new statistics of an update."""
-
-    def follow(losses: Any, at: Evaluation) -> dict[str, Any]:
-        held_out_fn, value = at.extra_args.get("held_out_fn"), at.extra_args.get("value")
-        if held_out_fn is None:
-            raise TypeError(
-                f"{caller}: strength=None needs held-out samples, got no held_out_fn. Call"
-                " update(..., held_out_fn=) with their loss as a function of the parameters, or the"
-                " train step with step(..., held_out=batch), or choose a strength from 0 to 1."
-            )
-        if value is None:
-            value = bind(at.params, at.extra_args)(at.params)
-        held_out, _ = with_aux(caller, held_out_fn, has_aux=False)(at.params)
-        dtype = losses.start.dtype
-        training = scalar(caller, "value", value).astype(dtype)
-        losses = _update_losses(losses, training, held_out.astype(dtype))
-        return {"strength": _strength(losses), "losses": losses}
-
-    return follow
+def self_tuned(caller: str, bind: LateLoss, losses: Any, at: Evaluation) -> dict[str, Any]:
+    """Return the strength and the new statistics of an update."""
+    held_out_fn, value = at.extra_args.get("held_out_fn"), at.extra_args.get("value")
+    if held_out_fn is None:
+        raise TypeError(
+            f"{caller}: strength=None needs held-out samples, got no held_out_fn. Call"
+            " update(..., held_out_fn=) with their loss as a function of the parameters, or the"
+            " train step with step(..., held_out=batch), or choose a strength from 0 to 1."
+        )
+    if value is None:
+        value = bind(at.params, at.extra_args)(at.params)
+    held_out, _ = with_aux(caller, held_out_fn, has_aux=False)(at.params)
+    dtype = losses.start.dtype
+    training = scalar(caller, "value", value).astype(dtype)
+    losses = _update_losses(losses, training, held_out.astype(dtype))
+    return {"strength": _strength(losses), "losses": losses}
 
 
 def _update_losses(old: Losses, training: jax.Array, held_out: jax.Array) -> Losses:

@@ -1,35 +1,28 @@
 """Train steps: a regularizer, an optimizer and a loss in one jitted function."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from gradreg_optax import _validation as validation
 from gradreg_optax._batching import first_fraction, split_batch
 from gradreg_optax._loss import (
     TransformedLoss,
-    check_own_keyword,
+    accepts,
     mean_of,
     named_arguments,
     signature_of,
     unreserved,
-    with_array_aux,
+    with_weight,
 )
 from gradreg_optax._numerics import ASCENT_GROUPS, cast, global_norm, owned, widen
 from gradreg_optax._relative import RelativeState
 from gradreg_optax._transforms import GradregState
-from gradreg_optax._types import LossFn, PyTree, Weighted
-from gradreg_optax._validation import (
-    check_inexact,
-    check_state,
-    check_transformation,
-    flag,
-    fraction,
-    is_inexact,
-    whole_number,
-)
+from gradreg_optax._types import LossFn, PyTree, Transformation, Weighted
 
 _OURS = GradregState, RelativeState
 
@@ -152,27 +145,31 @@ def make_train_step(
       m-sharpness: Foret et al., ICLR 2021.
     """
     caller = "make_train_step"
-    check_transformation(caller, "optimizer", optimizer)
-    groups = whole_number(caller, "ascent_groups", ascent_groups)
-    donated = (0,) if flag(caller, "donate", donate) else ()
-    regularized = regularized_pass(caller, regularizer, penalty_fraction, groups)
-    loss = with_array_aux(caller, loss_fn, has_aux, in_parts=groups > 1)
+    validation.check_transformation(caller, "optimizer", optimizer)
+    groups = validation.whole_number(caller, "ascent_groups", ascent_groups)
+    donated = (0,) if validation.flag(caller, "donate", donate) else ()
+    kept = validation.fraction(caller, "penalty_fraction", penalty_fraction)
+    regularized = RegularizedPass(caller, regularizer, kept, groups)
+    loss = with_weight(caller, loss_fn, has_aux, compiled=True, in_parts=groups > 1)
     second = optax.with_extra_args_support(optimizer)
-    check_own_keyword(caller, "held_out", loss_fn)
     static = static_arguments(caller, loss_fn, static_argnames)
 
     def init(params: PyTree) -> TrainState:
-        check_inexact(caller, "the parameters", params)
+        validation.check_inexact(caller, "the parameters", params)
         params = owned(params)
         opt_state = regularized.init(params), second.init(params)
-        _check_optimizer(caller, opt_state[1])
+        if isinstance(opt_state[1], _OURS):
+            raise ValueError(
+                f"{caller}: optimizer must take steps, got a regularizer alone. Write"
+                f" {caller}(loss_fn, optimizer, regularizer)."
+            )
         check_once(caller, loss_fn, params, *opt_state)
         return TrainState(*owned((params, opt_state, jnp.zeros([], jnp.int32))))
 
     def step(
         state: TrainState, batch: PyTree, *args: Any, held_out: PyTree = None, **kwargs: Any
     ) -> tuple[TrainState, StepInfo]:
-        check_state(caller, state, TrainState)
+        validation.check_state(caller, state, TrainState)
         params, (first_state, second_state) = state.params, state.opt_state
         call = Call(loss, (batch, *args), kwargs, loss_fn, held_out)
 
@@ -194,46 +191,27 @@ def make_train_step(
     return TrainStep(init, jax.jit(step, donate_argnums=donated, **static))
 
 
-def static_arguments(caller: str, loss_fn: LossFn, names: str | Sequence[str]) -> dict[str, Any]:
-    """Return the static arguments of a step, which has the argument positions of the loss."""
+def static_arguments(
+    caller: str, loss_fn: LossFn, names: str | Sequence[str], *, added: int = 0
+) -> dict[str, Any]:
+    """Check the names of a loss's arguments; return ``jax.jit``'s keywords for the static ones.
+
+    The step has the argument positions of the loss, and ``added`` more after the parameters.
+    """
     static = (names,) if isinstance(names, str) else tuple(names)
-    signature = signature_of(loss_fn)
-    parameters = {} if signature is None else dict(signature.parameters)
-    variadic = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    unknown = [name for name in static if name not in parameters and not variadic]
-    if unknown or any(name in list(parameters)[:1] for name in static):
+    parameters = list(signature_of(loss_fn).parameters)
+    if "held_out" in parameters:
+        raise TypeError(
+            f"{caller}: the loss has an argument 'held_out', a name that the step reserves. Rename"
+            " the argument."
+        )
+    if not all(accepts(loss_fn, name) and name not in parameters[:1] for name in static):
         raise ValueError(
             f"{caller}: static_argnames must name arguments of the loss after its parameters, got"
-            f" {static!r}. Choose from {list(parameters)[1:]}."
+            f" {static!r}. Choose from {parameters[1:]}."
         )
-    numbers = tuple(i for i, name in enumerate(parameters) if name in static)
+    numbers = tuple(i + added for i, name in enumerate(parameters) if name in static)
     return {"static_argnames": static, "static_argnums": numbers} if static else {}
-
-
-class HeldOut:
-    """The loss on held-out samples, which records whether a regularizer evaluates it."""
-
-    def __init__(self, call: "Call") -> None:
-        """Take the loss and its arguments from ``call``, with the held-out batch."""
-        self._value_fn, self.evaluated = call.value_fn, False
-
-    def __call__(self, params: PyTree) -> jax.Array:
-        """Return the loss on the held-out samples."""
-        self.evaluated = True
-        try:
-            return self._value_fn(params)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"held_out=: {error}") from error
-
-
-def check_held_out(caller: str, extra_args: Mapping[str, Any]) -> None:
-    """Reject held-out samples that no regularizer has evaluated."""
-    held_out_fn = extra_args.get("held_out_fn")
-    if isinstance(held_out_fn, HeldOut) and not held_out_fn.evaluated:
-        raise TypeError(
-            f"{caller}: held_out= needs a regularizer with a self-tuned strength, got none. Use"
-            " relative_gradreg(strength=None), or remove held_out=."
-        )
 
 
 class Call(NamedTuple):
@@ -293,89 +271,82 @@ class Pass(NamedTuple):
     weight: jax.Array | None = None
 
 
-class RegularizedPass(NamedTuple):
-    """A gradient evaluation followed by a regularizer.
+class RegularizedPass:
+    """A gradient evaluation followed by a regularizer, as in train steps and regularized losses."""
 
-    Attributes:
-      init: ``params -> state``.
-      run: ``(call, params, state) -> Pass``.
-      regularize: ``(call, params, state, value, gradient) -> (updates, state)``, the second part of
-        ``run``.
-    """
+    def __init__(
+        self, caller: str, regularizer: Transformation | None, kept: float = 1.0, groups: int = 1
+    ) -> None:
+        """Check the regularizer, which penalises the fraction ``kept`` of the batch."""
+        self._caller, self._kept = caller, kept
+        if regularizer is not None:
+            validation.check_transformation(caller, "regularizer", regularizer)
+        elif kept < 1 or groups > 1:
+            raise ValueError(
+                f"{caller}: penalty_fraction and ascent_groups need a regularizer, got None. Pass"
+                " regularizer=."
+            )
+        self._tx = optax.with_extra_args_support(regularizer or optax.identity())
 
-    init: Callable[[PyTree], optax.OptState]
-    run: Callable[[Call, PyTree, optax.OptState], Pass]
-    regularize: Callable[..., tuple[PyTree, optax.OptState]]
-
-
-def regularized_pass(
-    caller: str,
-    regularizer: optax.GradientTransformation | None,
-    penalty_fraction: Any = 1.0,
-    groups: int = 1,
-) -> RegularizedPass:
-    """Return the part that train steps and regularized losses share: gradient and regularizer."""
-    kept = fraction(caller, "penalty_fraction", penalty_fraction)
-    if regularizer is None and (kept < 1 or groups > 1):
-        raise ValueError(
-            f"{caller}: penalty_fraction and ascent_groups need a regularizer, got None. Pass"
-            " regularizer=."
-        )
-    if regularizer is not None:
-        check_transformation(caller, "regularizer", regularizer)
-    tx = optax.with_extra_args_support(optax.identity() if regularizer is None else regularizer)
-
-    def init(params: PyTree) -> optax.OptState:
-        state = tx.init(params)
-        if kept < 1 and not is_penalized(state):
+    def init(self, params: PyTree) -> optax.OptState:
+        """Return the state of the regularizer."""
+        state = self._tx.init(params)
+        if self._kept < 1 and not is_penalized(state):
             raise TypeError(
-                f"{caller}: penalty_fraction needs a transformation of this package, got another"
-                " one, which would discard the gradient of the whole batch. Use fd_gradreg,"
-                " dbp_gradreg, sam, ..., or penalty_fraction=1."
+                f"{self._caller}: penalty_fraction needs a transformation of this package, got"
+                " another one, which would discard the gradient of the whole batch. Use"
+                " fd_gradreg, dbp_gradreg, sam, ..., or penalty_fraction=1."
             )
         return state
 
-    def regularize(
-        call: Call, params: PyTree, state: optax.OptState, value: jax.Array, gradient: PyTree
-    ) -> tuple[PyTree, optax.OptState]:
-        extra = penalty_arguments(caller, call, kept)
-        updates, state = tx.update(gradient, state, params, value=value, **extra)
-        check_held_out(caller, extra)
-        return updates, state
-
-    def run(call: Call, params: PyTree, state: optax.OptState) -> Pass:
+    def run(self, call: Call, params: PyTree, state: optax.OptState) -> Pass:
+        """Evaluate the loss and its gradient, and regularize it."""
         clean = jax.value_and_grad(call.value_and_more, has_aux=True)
         (value, (weight, aux)), gradient = clean(params)
-        updates, state = regularize(call, params, state, value, gradient)
+        updates, state = self.regularize(call, params, state, value, gradient)
         return Pass(value, aux, gradient, updates, state, weight)
 
-    return RegularizedPass(init, run, regularize)
+    def regularize(
+        self, call: Call, params: PyTree, state: optax.OptState, value: jax.Array, gradient: PyTree
+    ) -> tuple[PyTree, optax.OptState]:
+        """Return the regularized gradient and the new state, the second part of ``run``."""
+        with penalty_arguments(self._caller, call, self._kept) as extra:
+            return self._tx.update(gradient, state, params, value=value, **extra)
 
 
-def penalty_arguments(caller: str, call: Call, kept: float) -> dict[str, Any]:
-    """Return the extra arguments of a regularizer: the loss on the samples that it penalises."""
-    penalised, flags = call, dict[str, Any]()
+@contextlib.contextmanager
+def penalty_arguments(caller: str, call: Call, kept: float) -> Iterator[dict[str, Any]]:
+    """Provide the extra arguments of a regularizer: the loss on the samples that it penalises.
+
+    Held-out samples that the regularizer has not evaluated are an error.
+    """
+    penalised, extra, evaluated = call, dict[str, Any](), False
     if kept < 1:
         penalised = call.on(first_fraction(caller, "penalty_fraction", call.args[0], kept))
-        flags = {"reuse_updates": False}
+        extra["reuse_updates"] = False
+
+    def held_out_fn(params: PyTree) -> jax.Array:
+        nonlocal evaluated
+        evaluated = True
+        try:
+            return call.on(call.held_out).value_fn(params)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"held_out=: {error}") from error
+
     if call.held_out is not None:
-        flags["held_out_fn"] = HeldOut(call.on(call.held_out))
-    return penalised.named() | {"value_fn": penalised.value_fn} | flags
+        extra["held_out_fn"] = held_out_fn
+    yield penalised.named() | {"value_fn": penalised.value_fn} | extra
+    if call.held_out is not None and not evaluated:
+        raise TypeError(
+            f"{caller}: held_out= needs a regularizer with a self-tuned strength, got none. Use"
+            " relative_gradreg(strength=None), or remove held_out=."
+        )
 
 
 def is_penalized(state: optax.OptState) -> bool:
     """Whether a chain with this state contains a transformation of this package."""
     leaves = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, _OURS))
     return any(isinstance(leaf, _OURS) for leaf in leaves)
-
-
-def _check_optimizer(caller: str, state: optax.OptState) -> None:
-    """Check by its state that the optimizer is not a regularizer."""
-    if isinstance(state, _OURS):
-        raise ValueError(
-            f"{caller}: optimizer must take steps, got a regularizer alone. Write"
-            f" {caller}(loss_fn, optimizer, regularizer)."
-        )
 
 
 def check_once(caller: str, loss_fn: LossFn, params: PyTree, *states: optax.OptState) -> None:
@@ -422,19 +393,19 @@ def _mean_over_groups(
 
     Numbers in a regularizer's state are averaged. Counters and keys must be the same in all groups.
     """
-    structures: list[Any] = []
+    evaluated = False
 
-    def separated(group: PyTree) -> tuple[Pass, list[Any]]:
-        outcome = on(group)
-        leaves, structure = jax.tree.flatten(outcome.state)
-        structures.append(structure)
-        numbers = [leaf if is_inexact(leaf) else None for leaf in leaves]
-        return outcome._replace(state=numbers), [None if is_inexact(x) else x for x in leaves]
+    def separated(group: PyTree) -> tuple[Pass, optax.OptState]:
+        nonlocal evaluated
+        outcome, evaluated = on(group), True
+        numbers = jax.tree.map(lambda x: x if validation.is_inexact(x) else None, outcome.state)
+        counters = jax.tree.map(lambda x: None if validation.is_inexact(x) else x, outcome.state)
+        return outcome._replace(state=numbers), counters
 
     try:
         outcome, counters = jax.vmap(separated, out_axes=(0, None), axis_name=ASCENT_GROUPS)(groups)
     except ValueError as error:
-        if not structures:  # raised by the loss or the regularizer
+        if not evaluated:  # raised by the loss or the regularizer
             raise
         raise ValueError(
             f"{caller}: with ascent_groups, counters and keys in the regularizer's state must be"
@@ -445,13 +416,13 @@ def _mean_over_groups(
     def mean(x: jax.Array) -> jax.Array:
         return cast(_average(widen(x), outcome.weight), x)
 
-    numbers = [None if x is None else mean(x) for x in outcome.state]
-    leaves = [c if n is None else n for n, c in zip(numbers, counters, strict=True)]
-    averaged = (outcome.value, outcome.gradient, outcome.updates)
-    value, gradient, updates = jax.tree.map(mean, averaged)
+    def combined(counter: Any, number: Any) -> Any:
+        return number if counter is None else counter
+
+    averaged = jax.tree.map(mean, outcome._replace(aux=None, weight=None))
+    state = jax.tree.map(combined, counters, averaged.state, is_leaf=lambda x: x is None)
     grad_norm = jnp.sqrt(mean(jax.vmap(global_norm)(outcome.gradient) ** 2))
-    state = jax.tree.unflatten(structures[-1], leaves)
-    return Pass(value, outcome.aux, gradient, updates, state), grad_norm
+    return averaged._replace(aux=outcome.aux, state=state), grad_norm
 
 
 def _average(x: jax.Array, weight: jax.Array | None) -> jax.Array:

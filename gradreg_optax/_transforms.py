@@ -18,14 +18,16 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from gradreg_optax import _validation as validation
 from gradreg_optax._ascent import adaptive, ascent_transformation, normalized
 from gradreg_optax._convolutions import canonical_convolutions
 from gradreg_optax._estimators import Climb, Estimate, add_penalty, difference, product, shift
 from gradreg_optax._guard import compare
-from gradreg_optax._loss import late_loss
+from gradreg_optax._loss import gradient_fn, late_loss
 from gradreg_optax._numerics import cast, keep_finite, owned, scale, widen
 from gradreg_optax._types import (
     Ascent,
+    AscentFn,
     AtStep,
     GradFn,
     LateLoss,
@@ -34,18 +36,6 @@ from gradreg_optax._types import (
     PyTree,
     ScalarOrSchedule,
     Scheme,
-)
-from gradreg_optax._validation import (
-    check_choice,
-    check_inexact,
-    check_like,
-    check_params,
-    check_same_state,
-    check_step,
-    flag,
-    hyperparameter,
-    scalar,
-    whole_number,
 )
 
 
@@ -145,9 +135,9 @@ def fd_gradreg(
       Karakida et al., *Understanding Gradient Regularization in Deep Learning*, ICML 2023.
     """
     caller = "fd_gradreg"
-    gamma_at = hyperparameter(caller, "gamma", gamma)
-    epsilon_at = hyperparameter(caller, "epsilon", epsilon)
-    check_choice(caller, "scheme", scheme, Scheme)
+    gamma_at = validation.hyperparameter(caller, "gamma", gamma)
+    epsilon_at = validation.hyperparameter(caller, "epsilon", epsilon)
+    validation.check_choice(caller, "scheme", scheme, Scheme)
     tx = ascent_transformation(caller, ascent)
     penalty = _difference_penalty(gamma_at, epsilon_at, scheme, tx)
     loss, schedule = late_loss(caller, loss_fn, has_aux), Schedule.of(caller, interval, start)
@@ -211,16 +201,16 @@ def dbp_gradreg(
       Karakida et al., ICML 2023.
     """
     caller = "dbp_gradreg"
-    gamma_at = hyperparameter(caller, "gamma", gamma)
-    check_choice(caller, "mode", mode, Mode)
+    gamma_at = validation.hyperparameter(caller, "gamma", gamma)
+    validation.check_choice(caller, "mode", mode, Mode)
     tx = ascent_transformation(caller, ascent)
 
     def penalize(at: Evaluation, updates: PyTree, state: GradregState) -> Penalised:
-        climb, gradient = at.climb(tx, state.ascent), at.gradient(updates)
+        climb, gradient = at.climb(tx, state.ascent), updates if at.reuse_updates else None
         estimate = product(caller, at.grad_fn, at.params, climb, mode=mode, gradient=gradient)
         return _add(updates, state, at.gamma, estimate)
 
-    penalty = Penalty(_init(tx), gamma_at, penalize)
+    penalty = Penalty(lambda params: _initial_state(tx.init(params)), gamma_at, penalize)
     loss, schedule = late_loss(caller, loss_fn, has_aux), Schedule.of(caller, interval, start)
     return penalized(caller, loss, penalty, schedule, reuse_updates)
 
@@ -267,11 +257,12 @@ def flooding(
       2020. Karakida et al., ICML 2023.
     """
     caller = "flooding"
-    level_at, bind = hyperparameter(caller, "level", level), late_loss(caller, loss_fn, has_aux)
+    level_at = validation.hyperparameter(caller, "level", level)
+    bind = late_loss(caller, loss_fn, has_aux)
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Penalised:
-        check_same_state(caller, state, _initial_state())
-        check_inexact(caller, "updates", updates)
+        validation.check_same_state(caller, state, _initial_state())
+        validation.check_inexact(caller, "updates", updates)
         value = extra.get("value")
         if value is None and loss_fn is None and extra.get("value_fn") is None:
             raise ValueError(
@@ -280,7 +271,7 @@ def flooding(
             )
         if value is None:
             value = bind(params, extra)(params)
-        loss = widen(scalar(caller, "value", value))
+        loss = widen(validation.scalar(caller, "value", value))
         sign = jnp.sign(loss - level_at(state.step).astype(loss.dtype))
         flooded = jax.tree.map(lambda u: cast(scale(sign, jnp.asarray(u)), u), updates)
         return flooded, state._replace(step=advanced(state.step))
@@ -338,9 +329,8 @@ def sam(
       2021.
     """
     caller = "sam"
-    rho_at, tx = hyperparameter(caller, "rho", rho), ascent_transformation(caller, normalized)
     loss, schedule = late_loss(caller, loss_fn, has_aux), Schedule.of(caller, interval, start)
-    penalty = _sharpness_penalty(rho_at, tx, schedule)
+    penalty = _sharpness_penalty(caller, rho, normalized, schedule)
     return penalized(caller, loss, penalty, schedule, reuse_updates)
 
 
@@ -390,9 +380,8 @@ def asam(
       Neural Networks*, ICML 2021.
     """
     caller = "asam"
-    rho_at, tx = hyperparameter(caller, "rho", rho), ascent_transformation(caller, adaptive)
     loss, schedule = late_loss(caller, loss_fn, has_aux), Schedule.of(caller, interval, start)
-    penalty = _sharpness_penalty(rho_at, tx, schedule)
+    penalty = _sharpness_penalty(caller, rho, adaptive, schedule)
     return penalized(caller, loss, penalty, schedule, reuse_updates)
 
 
@@ -449,9 +438,9 @@ def gradient_norm_penalty(
       Learning*, ICML 2022.
     """
     caller = "gradient_norm_penalty"
-    gamma_at = hyperparameter(caller, "gamma", gamma)
-    epsilon_at = hyperparameter(caller, "epsilon", epsilon)
-    check_choice(caller, "scheme", scheme, Scheme)
+    gamma_at = validation.hyperparameter(caller, "gamma", gamma)
+    epsilon_at = validation.hyperparameter(caller, "epsilon", epsilon)
+    validation.check_choice(caller, "scheme", scheme, Scheme)
     tx = ascent_transformation(caller, normalized)
     penalty = _difference_penalty(gamma_at, epsilon_at, scheme, tx)
     loss, schedule = late_loss(caller, loss_fn, has_aux), Schedule.of(caller, interval, start)
@@ -467,7 +456,8 @@ class Schedule(NamedTuple):
     @classmethod
     def of(cls, caller: str, interval: Any, start: Any) -> Schedule:
         """Validate both numbers."""
-        return cls(whole_number(caller, "interval", interval), whole_number(caller, "start", start))
+        interval = validation.whole_number(caller, "interval", interval)
+        return cls(interval, validation.whole_number(caller, "start", start))
 
     @property
     def always(self) -> bool:
@@ -514,10 +504,6 @@ class Evaluation(NamedTuple):
     reuse_updates: bool
     extra_args: Mapping[str, Any]
 
-    def gradient(self, updates: PyTree) -> PyTree:
-        """Return the updates if they are the gradient, and None if it must be evaluated."""
-        return updates if self.reuse_updates else None
-
     def climb(self, tx: optax.GradientTransformation, state: optax.OptState) -> Climb:
         """Return the ascent direction as a function of the gradient."""
         return lambda gradient: tx.update(gradient, state, self.params)
@@ -545,19 +531,19 @@ def penalized(
     caller: str, bind: LateLoss, penalty: Penalty, schedule: Schedule, reuse_updates: bool
 ) -> optax.GradientTransformationExtraArgs:
     """Return a transformation that applies ``penalty`` on the updates of ``schedule``."""
-    flag(caller, "reuse_updates", reuse_updates)
+    validation.flag(caller, "reuse_updates", reuse_updates)
 
     def init(params: PyTree) -> Any:
-        check_params(caller, params)
+        validation.check_params(caller, params)
         return owned(penalty.init(params))
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Penalised:
-        reuse = flag(caller, "reuse_updates", extra.pop("reuse_updates", reuse_updates))
-        grad_fn = _gradient_of(bind(params, extra))
-        check_like(caller, "updates", updates, params)
-        check_same_state(caller, state, jax.eval_shape(penalty.init, params))
+        reuse = validation.flag(caller, "reuse_updates", extra.pop("reuse_updates", reuse_updates))
+        grad_fn = gradient_fn(bind(params, extra))
+        validation.check_like(caller, "updates", updates, params)
+        validation.check_same_state(caller, state, jax.eval_shape(penalty.init, params))
         gamma = schedule.times_interval(penalty.gamma_at(state.step))
-        due = True if schedule.always else schedule.due(check_step(caller, state.step))
+        due = True if schedule.always else schedule.due(validation.check_step(caller, state.step))
         if reuse:
             compare(caller, grad_fn, params, updates, due)
         # Inside a branch, jit makes sure that the gradient is traced only once.
@@ -579,11 +565,6 @@ def advanced(step: jax.Array | None) -> jax.Array | None:
     return None if step is None else optax.safe_increment(step)
 
 
-def _gradient_of(loss: Callable[[PyTree], jax.Array]) -> GradFn:
-    grad = jax.grad(loss)
-    return lambda params: (grad(params), None)
-
-
 def _difference_penalty(
     gamma_at: AtStep, epsilon_at: AtStep, scheme: Scheme, tx: optax.GradientTransformation
 ) -> Penalty:
@@ -591,23 +572,25 @@ def _difference_penalty(
 
     def penalize(at: Evaluation, updates: PyTree, state: GradregState) -> Penalised:
         climb, epsilon = at.climb(tx, state.ascent), epsilon_at(state.step)
-        gradient = at.gradient(updates)
+        gradient = updates if at.reuse_updates else None
         estimate = difference(
             at.grad_fn, at.params, climb, epsilon=epsilon, scheme=scheme, gradient=gradient
         )
         return _add(updates, state, at.gamma, estimate)
 
-    return Penalty(_init(tx), gamma_at, penalize)
+    return Penalty(lambda params: _initial_state(tx.init(params)), gamma_at, penalize)
 
 
 def _sharpness_penalty(
-    rho_at: AtStep, tx: optax.GradientTransformation, schedule: Schedule
+    caller: str, rho: ScalarOrSchedule, ascent: AscentFn, schedule: Schedule
 ) -> Penalty:
     """The forward difference with gamma = epsilon = rho: the gradient at the perturbed parameters.
 
     The incoming gradient cancels. If every update applies the penalty, the incoming gradient is not
     stored while the other is evaluated, which saves the memory of one gradient.
     """
+    rho_at = validation.hyperparameter(caller, "rho", rho)
+    tx = ascent_transformation(caller, ascent)
     by_difference = _difference_penalty(rho_at, rho_at, "forward", tx)
 
     def penalize(at: Evaluation, updates: PyTree, state: GradregState) -> Penalised:
@@ -625,10 +608,6 @@ def _add(updates: PyTree, state: GradregState, gamma: jax.Array, estimate: Estim
     penalised = add_penalty(updates, gamma, estimate.product)
     ascent = keep_finite(estimate.ascent, state.ascent, penalised, estimate.product)
     return penalised, state._replace(ascent=ascent)
-
-
-def _init(tx: optax.GradientTransformation) -> Callable[[PyTree], GradregState]:
-    return lambda params: _initial_state(tx.init(params))
 
 
 def _initial_state(ascent: optax.OptState = ()) -> GradregState:

@@ -1,6 +1,6 @@
 """Shared type aliases, and ``Weighted``."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import jax
@@ -18,6 +18,8 @@ AscentFn: TypeAlias = Callable[[PyTree, PyTree], PyTree]
 Ascent: TypeAlias = AscentFn | optax.GradientTransformation
 AtStep: TypeAlias = Callable[[Any], jax.Array]  # a hyperparameter as a function of the step
 LateLoss: TypeAlias = Callable[[PyTree, Mapping[str, Any]], ValueFn]  # (params, extra_args) -> loss
+Transformation: TypeAlias = optax.GradientTransformation
+Argnums: TypeAlias = int | Sequence[int]
 Scheme: TypeAlias = Literal["forward", "backward", "central"]
 Mode: TypeAlias = Literal["forward_over_reverse", "reverse_over_reverse"]
 

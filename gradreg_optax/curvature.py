@@ -16,22 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from gradreg_optax import _validation as validation
 from gradreg_optax._ascent import ascent_transformation, normalized, stateless
 from gradreg_optax._batching import split_batch
 from gradreg_optax._convolutions import canonical_convolutions
 from gradreg_optax._estimators import difference, product, shift
-from gradreg_optax._loss import mean_of, with_aux, with_weight
+from gradreg_optax._loss import gradient_fn, mean_of, with_aux, with_weight
 from gradreg_optax._numerics import cast, conjugate, global_norm, widen
-from gradreg_optax._types import LossFn, PyTree, Scalar, Scheme, ValueFn
-from gradreg_optax._validation import (
-    check_choice,
-    check_inexact,
-    check_key,
-    check_like,
-    constant,
-    fraction,
-    whole_number,
-)
+from gradreg_optax._types import GradFn, LossFn, PyTree, Scalar, Scheme, ValueFn
 
 
 class Eigenvalue(NamedTuple):
@@ -102,9 +94,9 @@ def hessian_vector_product(value_fn: ValueFn, params: PyTree, vector: PyTree) ->
     """
     caller = "hessian_vector_product"
     grad_fn = _gradient(caller, value_fn, params)
-    check_like(caller, "vector", vector, params)
+    validation.check_like(caller, "vector", vector, params)
     tangent = jax.tree.map(lambda v, p: cast(jnp.asarray(v), p), vector, params)
-    return jax.jvp(grad_fn, (params,), (tangent,))[1]
+    return jax.jvp(grad_fn, (params,), (tangent,), has_aux=True)[1]
 
 
 def gradient_norm(value_fn: ValueFn, params: PyTree) -> jax.Array:
@@ -129,7 +121,7 @@ def gradient_norm(value_fn: ValueFn, params: PyTree) -> jax.Array:
       >>> print(gradient_norm(lambda p: jnp.sum(p**2) / 2, jnp.array([3.0, 4.0])))
       5.0
     """
-    return global_norm(_gradient("gradient_norm", value_fn, params)(params))
+    return global_norm(_gradient("gradient_norm", value_fn, params)(params)[0])
 
 
 def top_hessian_eigenvalue(
@@ -171,12 +163,10 @@ def top_hessian_eigenvalue(
       Lanczos, *An iteration method for the solution of the eigenvalue problem*, 1950.
     """
     caller = "top_hessian_eigenvalue"
-    num_matvecs = whole_number(caller, "num_matvecs", num_matvecs)
-    check_key(caller, key)
-    product, size, dtype = _flat_product(caller, value_fn, params)
-    basis, projection = _krylov(
-        product, jax.random.normal(key, (min(num_matvecs, size), size), dtype)
-    )
+    num_matvecs = validation.whole_number(caller, "num_matvecs", num_matvecs)
+    product, size, dtype = _flat_product(caller, value_fn, params, key)
+    noise = jax.random.normal(key, (min(num_matvecs, size), size), dtype)
+    basis, projection = _krylov(product, noise)
     _, vectors = jnp.linalg.eigh(projection, UPLO="U", symmetrize_input=False)
     vector = _unit(_dot(vectors[:, -1], basis))
     image = product(vector)
@@ -219,9 +209,8 @@ def hessian_trace(
       Hutchinson, *A stochastic estimator of the trace of the influence matrix*, 1990.
     """
     caller = "hessian_trace"
-    num_samples = whole_number(caller, "num_samples", num_samples)
-    check_key(caller, key)
-    product, size, dtype = _flat_product(caller, value_fn, params)
+    num_samples = validation.whole_number(caller, "num_samples", num_samples)
+    product, size, dtype = _flat_product(caller, value_fn, params, key)
 
     def sample(key: jax.Array) -> jax.Array:
         signs = jax.random.rademacher(key, (size,), dtype)
@@ -261,9 +250,9 @@ def perturbed_sharpness(value_fn: ValueFn, params: PyTree, rho: Scalar) -> jax.A
       Foret et al., *Sharpness-Aware Minimization*, ICLR 2021.
     """
     caller = "perturbed_sharpness"
-    radius = constant(caller, "rho", rho)(None)
+    radius = validation.constant(caller, "rho", rho)(None)
     loss = with_aux(caller, value_fn, has_aux=False)
-    check_inexact(caller, "the parameters", params)
+    validation.check_inexact(caller, "the parameters", params)
     (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(params)
     direction = normalized(jax.tree.map(conjugate, gradient), params)
     return loss(shift(params, direction, radius))[0] - value
@@ -305,25 +294,20 @@ def difference_error(
       1.0
     """
     caller = "difference_error"
-    grad, epsilon = _gradient(caller, value_fn, params), constant(caller, "epsilon", epsilon)(None)
-    check_choice(caller, "scheme", scheme, Scheme)
+    grad_fn = _gradient(caller, value_fn, params)
+    epsilon = validation.constant(caller, "epsilon", epsilon)(None)
+    validation.check_choice(caller, "scheme", scheme, Scheme)
     climb = stateless(caller, ascent_transformation(caller, None), params)
-
-    def grad_fn(params: PyTree) -> tuple[PyTree, None]:
-        return grad(params), None
-
     exact = product(caller, grad_fn, params, climb, mode="forward_over_reverse")
-    given = exact.gradient
-    estimate = difference(grad_fn, params, climb, epsilon=epsilon, scheme=scheme, gradient=given)
+    gradient = exact.gradient
+    estimate = difference(grad_fn, params, climb, epsilon=epsilon, scheme=scheme, gradient=gradient)
     errors = jax.tree.map(lambda a, b: a - b.astype(a.dtype), estimate.product, exact.product)
     error, size = global_norm(errors), global_norm(exact.product)
-    direction, _ = climb(exact.gradient)
+    direction, _ = climb(gradient)
     moved = shift(params, direction, -epsilon if scheme == "backward" else epsilon)
     wanted = sum(jnp.sum(d != 0) for d in jax.tree.leaves(direction))
-    lost = sum(
-        jnp.sum((d != 0) & (m == p))
-        for d, m, p in zip(*map(jax.tree.leaves, (direction, moved, params)), strict=True)
-    )
+    leaves = zip(*map(jax.tree.leaves, (direction, moved, params)), strict=True)
+    lost = sum(jnp.sum((d != 0) & (m == p)) for d, m, p in leaves)
     return DifferenceError(error / jnp.where(size > 0, size, 1), lost / jnp.maximum(wanted, 1))
 
 
@@ -387,7 +371,7 @@ def penalty_scale(
       dtype=float32))
     """
     caller = "penalty_scale"
-    kept = fraction(caller, "penalty_fraction", penalty_fraction)
+    kept = validation.fraction(caller, "penalty_fraction", penalty_fraction)
     parts = round(1 / kept)
     if abs(parts * kept - 1) > 1e-6:
         raise ValueError(
@@ -395,33 +379,31 @@ def penalty_scale(
             f" {penalty_fraction}. Use 0.5 or 0.25, for example."
         )
     loss = with_weight(caller, loss_fn, has_aux=False)
-    check_inexact(caller, "the parameters", params)
+    validation.check_inexact(caller, "the parameters", params)
 
-    def on_part(group: PyTree) -> tuple[PyTree, jax.Array | None]:
-        def value(params: PyTree) -> tuple[jax.Array, jax.Array | None]:
-            mean, _ = loss(params, group)
-            return mean_of(mean), mean.weight
-
-        return jax.grad(value, has_aux=True)(params)
+    def value(params: PyTree, group: PyTree) -> tuple[jax.Array, jax.Array | None]:
+        mean, _ = loss(params, group)
+        return mean_of(mean), mean.weight
 
     groups = split_batch(caller, "1 / penalty_fraction", batch, parts)
-    gradients, weights = jax.vmap(on_part)(groups)
+    gradients, weights = jax.vmap(jax.grad(value, has_aux=True), (None, 0))(params, groups)
     part = jnp.mean(jax.vmap(global_norm, axis_size=parts)(gradients) ** 2)
     whole = global_norm(jax.tree.map(lambda g: jnp.average(g, 0, weights), gradients)) ** 2
     return PenaltyScale(jnp.where(part > 0, whole / jnp.where(part > 0, part, 1), 1), whole, part)
 
 
-def _gradient(caller: str, value_fn: ValueFn, params: PyTree) -> Callable[[PyTree], PyTree]:
+def _gradient(caller: str, value_fn: ValueFn, params: PyTree) -> GradFn:
     loss = with_aux(caller, value_fn, has_aux=False)
-    check_inexact(caller, "the parameters", params)
-    return jax.grad(lambda params: loss(params)[0])
+    validation.check_inexact(caller, "the parameters", params)
+    return gradient_fn(lambda params: loss(params)[0])
 
 
 def _flat_product(
-    caller: str, value_fn: ValueFn, params: PyTree
+    caller: str, value_fn: ValueFn, params: PyTree, key: Any
 ) -> tuple[Callable[[jax.Array], jax.Array], int, Any]:
     """Return the Hessian-vector product for a flat real vector, the vector's size and dtype."""
-    check_inexact(caller, "the parameters", params)
+    validation.check_key(caller, key)
+    validation.check_inexact(caller, "the parameters", params)
     params = jax.tree.map(jnp.asarray, params)
     parts = jax.tree.map(lambda p: (p.real, p.imag) if jnp.iscomplexobj(p) else p, params)
     wide = [widen(p) for p in jax.tree.leaves(parts)]
@@ -439,7 +421,7 @@ def _flat_product(
         return jax.tree.map(leaf, params, unravel(vector))
 
     grad_fn = _gradient(caller, lambda vector: value_fn(point(vector)), flat)
-    multiply = jax.jit(lambda vector: jax.jvp(grad_fn, (flat,), (vector,))[1])
+    multiply = jax.jit(lambda vector: jax.jvp(grad_fn, (flat,), (vector,), has_aux=True)[1])
     return canonical_convolutions(multiply), flat.size, dtype
 
 
@@ -467,11 +449,7 @@ def _krylov(
         image = product(vector)
         return basis, projection.at[:, i].set(_dot(basis, image)), image
 
-    empty = (
-        jnp.zeros((count, size), noise.dtype),
-        jnp.zeros((count, count), noise.dtype),
-        jnp.zeros(size, noise.dtype),
-    )
+    empty = tuple(jnp.zeros(s, noise.dtype) for s in ((count, size), (count, count), size))
     basis, projection, _ = jax.lax.fori_loop(0, count, extend, empty)
     return basis, projection
 
