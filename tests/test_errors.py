@@ -123,7 +123,7 @@ def in_parts(batch, count=2):
 VALUE_ERRORS = {  # the error, with ... for what is left out -> a call
     "fd_gradreg: gamma must be finite ... got nan": lambda: fd(gamma=NAN),
     "fd_gradreg: gamma must be finite ... got inf": lambda: fd(gamma=INF),
-    # concrete values are refused under jit as well, and a schedule where it is concrete
+    # concrete values raise their error under jit as well, and a schedule where it is concrete
     "fd_value_and_grad: gamma must be finite and >= 0, got -1": lambda: jax.jit(traced_epsilon)(
         jnp.ones(2), 0.1
     ),

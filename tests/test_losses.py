@@ -101,7 +101,7 @@ def test_gradient_and_value_are_those_of_the_transformation_and_of_the_loss(coun
     np.testing.assert_array_equal(found[0], value)
     close(flat(found[1]), flat(updates))
     np.testing.assert_array_equal(jax.jit(loss)(params, *args, **kwargs), value)
-    assert counter.read() == (1, 0)  # nothing that nobody asked for
+    assert counter.read() == (1, 0)  # nothing else
 
 
 def test_without_jit_they_are_too():
