@@ -13,6 +13,7 @@ import optax
 
 from gradreg_optax import _validation as validation
 from gradreg_optax._batching import batch_size
+from gradreg_optax._leaves import identical
 from gradreg_optax._loss import TransformedLoss, signature_of, with_weight
 from gradreg_optax._microbatching import MicrobatchedLoss, pieces_of
 from gradreg_optax._numerics import global_norm
@@ -256,7 +257,7 @@ def _pure_loss(
                 " nnx.Intermediate)."
             )
         pairs = enumerate(zip(before, _arrays(nnx, objects), strict=True))
-        changes = {i: new for i, (old, new) in pairs if [*map(id, old)] != [*map(id, new)]}
+        changes = {i: new for i, (old, new) in pairs if not identical(old, new)}
         return mean, (aux, changes)
 
     def in_pieces(*split: Any) -> tuple[Weighted, Any]:

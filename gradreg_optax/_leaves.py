@@ -1,4 +1,4 @@
-"""Partition a list of leaves in two, and combine the two lists."""
+"""Lists of leaves: partition one in two, combine the two, compare by identity."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,3 +14,8 @@ def combine(some: Sequence[Any], others: Sequence[Any], chosen: Sequence[bool]) 
     """Invert :func:`partition`."""
     left, right = iter(some), iter(others)
     return [next(left) if c else next(right) for c in chosen]
+
+
+def identical(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether two lists hold the same objects."""
+    return list(map(id, some)) == list(map(id, others))

@@ -202,9 +202,10 @@ def pick_arguments(caller: str, loss_fn: LossFn, available: Mapping[str, Any]) -
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     named = [p for p in wanted if p.kind not in variadic and p.default is p.empty]
     missing = [p for p in named if p.kind is p.POSITIONAL_ONLY or p.name not in picked]
-    if missing := clash[:1] or missing:
-        names = ", ".join(repr(p.name) for p in missing)
-        raise TypeError(f"{caller}: the loss needs {names}, {_remedy(missing)}.")
+    refused = clash[:1] or missing
+    if refused:
+        names = ", ".join(repr(p.name) for p in refused)
+        raise TypeError(f"{caller}: the loss needs {names}, {_remedy(refused)}.")
     return picked
 
 

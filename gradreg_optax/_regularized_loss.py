@@ -121,7 +121,7 @@ class RegularizedLoss(TransformedLoss):
             with_gradient = arguments.call(arguments.replaced(leaves, gradients))[0]
             gradient, _ = arguments_at(_CALLER, self._argnums, with_gradient)
             state = counting(_CALLER, self._pass.init(params), step)
-            updates, _ = self._pass.regularize(call, params, state, value, gradient)
+            updates, _ = self._pass.regularize(call, params, state, gradient, value=value)
             return arguments.numbers_of((put(updates), kwargs))
 
         value, arrays = with_gradient(

@@ -158,11 +158,7 @@ def make_train_step(
         validation.check_inexact(caller, "the parameters", params)
         params = owned(params)
         opt_state = regularized.init(params), second.init(params)
-        if isinstance(opt_state[1], _OURS):
-            raise ValueError(
-                f"{caller}: optimizer must take steps, got a regularizer alone. Write"
-                f" {caller}(loss_fn, optimizer, regularizer)."
-            )
+        _check_optimizer(caller, opt_state[1])
         check_once(caller, loss_fn, params, *opt_state)
         return TrainState(*owned((params, opt_state, jnp.zeros([], jnp.int32))))
 
@@ -176,12 +172,7 @@ def make_train_step(
         def on(batch: PyTree) -> Pass:
             return regularized.run(call.on(batch), params, first_state)
 
-        if groups == 1:
-            outcome = on(batch)
-            grad_norm = global_norm(outcome.gradient)
-        else:
-            parts = split_batch(caller, "ascent_groups", batch, groups)
-            outcome, grad_norm = _mean_over_groups(caller, on, parts)
+        outcome, grad_norm = _mean_over_groups(caller, on, batch, groups)
         extra = {"value": outcome.value, "grad": outcome.gradient, "value_fn": call.value_fn}
         updates, second_state = second.update(outcome.updates, second_state, params, **extra)
         params = optax.apply_updates(params, updates)
@@ -303,11 +294,11 @@ class RegularizedPass:
         """Evaluate the loss and its gradient, and regularize it."""
         clean = jax.value_and_grad(call.value_and_more, has_aux=True)
         (value, (weight, aux)), gradient = clean(params)
-        updates, state = self.regularize(call, params, state, value, gradient)
+        updates, state = self.regularize(call, params, state, gradient, value=value)
         return Pass(value, aux, gradient, updates, state, weight)
 
     def regularize(
-        self, call: Call, params: PyTree, state: optax.OptState, value: jax.Array, gradient: PyTree
+        self, call: Call, params: PyTree, state: optax.OptState, gradient: PyTree, *, value: Any
     ) -> tuple[PyTree, optax.OptState]:
         """Return the regularized gradient and the new state, the second part of ``run``."""
         with penalty_arguments(self._caller, call, self._kept) as extra:
@@ -349,6 +340,15 @@ def is_penalized(state: optax.OptState) -> bool:
     return any(isinstance(leaf, _OURS) for leaf in leaves)
 
 
+def _check_optimizer(caller: str, state: optax.OptState) -> None:
+    """Check by its state that the optimizer is not a regularizer."""
+    if isinstance(state, _OURS):
+        raise ValueError(
+            f"{caller}: optimizer must take steps, got a regularizer alone. Write"
+            f" {caller}(loss_fn, optimizer, regularizer)."
+        )
+
+
 def check_once(caller: str, loss_fn: LossFn, params: PyTree, *states: optax.OptState) -> None:
     """Check that only one transformation, or the loss, contains a regularizer."""
     of_loss = regularizer_of(loss_fn)
@@ -387,13 +387,16 @@ def counting(caller: str, state: optax.OptState, step: Any) -> optax.OptState:
 
 
 def _mean_over_groups(
-    caller: str, on: Callable[[PyTree], Pass], groups: PyTree
+    caller: str, on: Callable[[PyTree], Pass], batch: PyTree, groups: int
 ) -> tuple[Pass, jax.Array]:
     """Average the passes of the groups by weight; also return the RMS of their gradient norms.
 
     Numbers in a regularizer's state are averaged. Counters and keys must be the same in all groups.
     """
-    evaluated = False
+    if groups == 1:
+        outcome = on(batch)
+        return outcome, global_norm(outcome.gradient)
+    parts, evaluated = split_batch(caller, "ascent_groups", batch, groups), False
 
     def separated(group: PyTree) -> tuple[Pass, optax.OptState]:
         nonlocal evaluated
@@ -403,7 +406,7 @@ def _mean_over_groups(
         return outcome._replace(state=numbers), counters
 
     try:
-        outcome, counters = jax.vmap(separated, out_axes=(0, None), axis_name=ASCENT_GROUPS)(groups)
+        outcome, counters = jax.vmap(separated, out_axes=(0, None), axis_name=ASCENT_GROUPS)(parts)
     except ValueError as error:
         if not evaluated:  # raised by the loss or the regularizer
             raise

@@ -164,7 +164,8 @@ def top_hessian_eigenvalue(
     """
     caller = "top_hessian_eigenvalue"
     num_matvecs = validation.whole_number(caller, "num_matvecs", num_matvecs)
-    product, size, dtype = _flat_product(caller, value_fn, params, key)
+    validation.check_key(caller, key)
+    product, size, dtype = _flat_product(caller, value_fn, params)
     noise = jax.random.normal(key, (min(num_matvecs, size), size), dtype)
     basis, projection = _krylov(product, noise)
     _, vectors = jnp.linalg.eigh(projection, UPLO="U", symmetrize_input=False)
@@ -210,7 +211,8 @@ def hessian_trace(
     """
     caller = "hessian_trace"
     num_samples = validation.whole_number(caller, "num_samples", num_samples)
-    product, size, dtype = _flat_product(caller, value_fn, params, key)
+    validation.check_key(caller, key)
+    product, size, dtype = _flat_product(caller, value_fn, params)
 
     def sample(key: jax.Array) -> jax.Array:
         signs = jax.random.rademacher(key, (size,), dtype)
@@ -399,10 +401,9 @@ def _gradient(caller: str, value_fn: ValueFn, params: PyTree) -> GradFn:
 
 
 def _flat_product(
-    caller: str, value_fn: ValueFn, params: PyTree, key: Any
+    caller: str, value_fn: ValueFn, params: PyTree
 ) -> tuple[Callable[[jax.Array], jax.Array], int, Any]:
     """Return the Hessian-vector product for a flat real vector, the vector's size and dtype."""
-    validation.check_key(caller, key)
     validation.check_inexact(caller, "the parameters", params)
     params = jax.tree.map(jnp.asarray, params)
     parts = jax.tree.map(lambda p: (p.real, p.imag) if jnp.iscomplexobj(p) else p, params)

@@ -69,7 +69,9 @@ def on_a_quadratic(params, curvature, strength, interval, scheme):
     tx = relative_gradreg(strength=strength, scheme=scheme, interval=interval)
 
     def step(state, _):
-        loss = lambda x: curvature * jnp.sum(x**2) / 2  # noqa: E731
+        def loss(x):
+            return curvature * jnp.sum(x**2) / 2
+
         updates, state = tx.update(curvature * params, state, params, value_fn=loss)
         return state, updates
 
@@ -133,8 +135,9 @@ def test_a_flat_batch_does_not_carry_the_scale_away():
 
     @jax.jit
     def update(state, curvature):
-        # a slope that stays, so that the ratio |g| / |R| of the flat batch is huge
-        loss = lambda p: curvature * jnp.sum(p**2) / 2 + jnp.sum(p)  # noqa: E731
+        def loss(p):  # a slope that stays, so that the ratio |g| / |R| of the flat batch is huge
+            return curvature * jnp.sum(p**2) / 2 + jnp.sum(p)
+
         gradient = jax.grad(loss)(TWO)
         return gradient, *tx.update(gradient, state, TWO, value_fn=loss)
 
@@ -149,7 +152,10 @@ def along_the_gradient(seed, strength):
     """The gradient's inner product with the updates and with itself, on a loss concave in places"""
     first = jax.tree.map(lambda x: x[0], batches(1))
     params, tx = network(seed), relative_gradreg(strength=strength, decay=0.0)
-    value_fn = lambda p: -network_loss(p, first)  # noqa: E731
+
+    def value_fn(p):
+        return -network_loss(p, first)
+
     gradient = jax.grad(value_fn)(params)
     updates, _ = tx.update(gradient, tx.init(params), params, value_fn=value_fn)
     return [optax.tree.vdot(gradient, other) for other in (updates, gradient)]
@@ -346,7 +352,10 @@ def test_one_trace_and_a_state_that_keeps_its_form(strength):
     @jax.jit
     def update(state, shift):
         traces.append(1)
-        loss = lambda p: network_loss(p, (x + shift, y))  # noqa: E731
+
+        def loss(p):
+            return network_loss(p, (x + shift, y))
+
         gradient = jax.grad(loss)(params)
         return tx.update(gradient, state, params, value_fn=loss, held_out_fn=loss)[1]
 
