@@ -306,6 +306,15 @@ def test_an_argument_that_update_keeps_for_itself_is_named(name):
         update(fd(loss), **({name: 1.0} if name in ("value", "grad") else {}))
 
 
+@pytest.mark.parametrize("name", ["value", "grad"])
+def test_an_argument_with_a_default_is_not_shared_with_update_either(name):
+    loss = eval(f"lambda params, {name}=2.0: {name} * 1.0")
+    with says(
+        TypeError, f"fd_gradreg: the loss needs '{name}', a name that Optax's update reserves"
+    ):
+        update(fd(loss), **{name: 1.0})
+
+
 @pytest.mark.parametrize("function", [name for name in FAMILIES if name != "flooding"])
 @pytest.mark.parametrize(
     "wrap",
