@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradreg_optax import Weighted
 from gradreg_optax._numerics import global_norm
 from gradreg_optax.curvature import penalty_scale
 
@@ -90,3 +91,14 @@ def test_a_batch_that_cannot_be_split_is_named():
     says = r"penalty_scale: 1 / penalty_fraction must .* divide the batch size 6, got 4"
     with pytest.raises(ValueError, match=says):
         penalty_scale(linear_loss, jnp.zeros(2), jnp.ones((6, 2)), penalty_fraction=0.25)
+
+
+def test_parts_of_a_weighted_loss_count_by_their_weight():
+    def weighted(params, batch):
+        x, mask = batch
+        return Weighted(jnp.sum(mask * (x @ params)), jnp.sum(mask))
+
+    x, mask = jnp.asarray([[1.0], [1.0], [7.0], [9.0]]), jnp.asarray([1.0, 1.0, 1.0, 0.0])
+    found = penalty_scale(weighted, jnp.zeros(1), (x, mask), penalty_fraction=0.5)
+    # the gradient is the mean of the unmasked samples: 1 and 7 in the parts, 9 / 3 in the whole
+    np.testing.assert_allclose([found.whole, found.part], [9.0, (1 + 49) / 2], rtol=1e-6)

@@ -262,3 +262,13 @@ def test_a_model_may_be_a_variable():
     curvature = 2 * np.mean(X**2, axis=0) / 3
     expected = (1 + cases.GAMMA * curvature) * curvature * np.asarray([1.0, 2.0, 3.0])
     np.testing.assert_allclose(gradient[...], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("evaluate", [lambda f: f, jax.grad, jax.jit], ids=["value", "grad", "jit"])
+def test_micro_batches_of_a_loss_that_changes_its_model_need_a_wrapper_for_modules(evaluate):
+    model, x = nnx.BatchNorm(3, rngs=nnx.Rngs(0)), jnp.ones((4, 3))
+    loss = gr.microbatched(lambda model, x: cases.square(model(x)), 2)
+    with pytest.raises(
+        ValueError, match=r"leave its first argument unchanged.*nnx_regularized_loss"
+    ):
+        evaluate(loss)(model, x)
