@@ -3,70 +3,23 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # names are imported on first use: gradreg --help needs no JAX
-    from gradreg_optax import curvature as curvature
-    from gradreg_optax._ascent import adaptive as adaptive
-    from gradreg_optax._ascent import masked as masked
-    from gradreg_optax._ascent import normalized as normalized
-    from gradreg_optax._flax import make_nnx_train_step as make_nnx_train_step
-    from gradreg_optax._flax import nnx_regularized_loss as nnx_regularized_loss
-    from gradreg_optax._gradients import dbp_value_and_grad as dbp_value_and_grad
-    from gradreg_optax._gradients import fd_value_and_grad as fd_value_and_grad
-    from gradreg_optax._guard import GradientMismatch as GradientMismatch
-    from gradreg_optax._guard import checking as checking
-    from gradreg_optax._microbatching import microbatched as microbatched
-    from gradreg_optax._regularized_loss import regularized_loss as regularized_loss
-    from gradreg_optax._relative import RelativeState as RelativeState
-    from gradreg_optax._relative import relative_gradreg as relative_gradreg
-    from gradreg_optax._train_step import StepInfo as StepInfo
-    from gradreg_optax._train_step import TrainState as TrainState
-    from gradreg_optax._train_step import TrainStep as TrainStep
-    from gradreg_optax._train_step import make_train_step as make_train_step
-    from gradreg_optax._transforms import GradregState as GradregState
-    from gradreg_optax._transforms import asam as asam
-    from gradreg_optax._transforms import dbp_gradreg as dbp_gradreg
-    from gradreg_optax._transforms import fd_gradreg as fd_gradreg
-    from gradreg_optax._transforms import flooding as flooding
-    from gradreg_optax._transforms import gradient_norm_penalty as gradient_norm_penalty
-    from gradreg_optax._transforms import sam as sam
-    from gradreg_optax._types import Weighted as Weighted
+if TYPE_CHECKING:
+    from gradreg_optax._public import *  # noqa: F403
 
 __version__ = "0.2.0"
 
-_MODULES = {
-    "_ascent": ("adaptive", "masked", "normalized"),
-    "_flax": ("make_nnx_train_step", "nnx_regularized_loss"),
-    "_gradients": ("dbp_value_and_grad", "fd_value_and_grad"),
-    "_guard": ("GradientMismatch", "checking"),
-    "_microbatching": ("microbatched",),
-    "_regularized_loss": ("regularized_loss",),
-    "_relative": ("RelativeState", "relative_gradreg"),
-    "_train_step": ("StepInfo", "TrainState", "TrainStep", "make_train_step"),
-    "_transforms": (
-        "GradregState",
-        "asam",
-        "dbp_gradreg",
-        "fd_gradreg",
-        "flooding",
-        "gradient_norm_penalty",
-        "sam",
-    ),
-    "_types": ("Weighted",),
-}
-_ORIGINS = {name: module for module, names in _MODULES.items() for name in names}
-__all__ = sorted(["curvature", *_ORIGINS])
-
 
 def __getattr__(name: str) -> Any:
-    """Import a public name on first use."""
-    if name == "curvature":
-        return importlib.import_module(f"{__name__}.curvature")
-    if name not in _ORIGINS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = getattr(importlib.import_module(f"{__name__}.{_ORIGINS[name]}"), name)
-    return globals()[name]
+    """Import the public names on first use, because ``gradreg --help`` needs no JAX."""
+    if name == "__all__" or not name.startswith("_"):
+        found = vars(importlib.import_module("gradreg_optax._public"))
+        public = {key: value for key, value in found.items() if not key.startswith("_")}
+        public["__all__"] = sorted(public)
+        if name in public:
+            return public[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     """List the public names."""
-    return [*__all__, "__version__"]
+    return [*__getattr__("__all__"), "__version__"]
