@@ -251,7 +251,7 @@ def test_without_a_convolution_a_lazy_update_is_what_cond_alone_gives(
         return re.sub(r"0x[0-9a-f]+", "", str(jax.make_jaxpr(update)(PARAMS, tx.init(PARAMS))))
 
     rewritten = jaxpr(convolved)
-    monkeypatch.setattr(_convolutions, "_rewritten", pytest.fail)  # nothing is to be rewritten
+    monkeypatch.setattr(_convolutions, "jaxpr_as_fun", pytest.fail)  # nothing is to be rewritten
     ours = jaxpr(dense)
     monkeypatch.setattr(_transforms, "canonical_convolutions", lambda fun: fun)
     assert ours == jaxpr(dense)
