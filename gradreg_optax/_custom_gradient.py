@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from gradreg_optax._leaves import combine, partition
-from gradreg_optax._loss import arguments_at
+from gradreg_optax._leaves import combine, partition, split
 from gradreg_optax._numerics import widen
 from gradreg_optax._sharding import axes_of_value, varying
-from gradreg_optax._types import Argnums, PyTree
-from gradreg_optax._validation import is_inexact, is_traced
+from gradreg_optax._types import PyTree
+from gradreg_optax._validation import is_inexact
 
 Leaves: TypeAlias = list[Any]
 Output: TypeAlias = tuple[jax.Array, Leaves]  # (value, further arrays)
@@ -21,11 +20,11 @@ Plain: TypeAlias = Callable[[Leaves], Output]
 
 
 class Rule(NamedTuple):
-    """The custom gradient with respect to the penalised leaves.
+    """The custom gradient with respect to the numbers of the parameters.
 
     Attributes:
-      function: with ``from_gradient``, ``(leaves, value, gradients) -> gradients``, a function of
-        the value and its gradient; otherwise ``leaves -> (output, gradients)``, which evaluates
+      function: with ``from_gradient``, ``(numbers, value, gradients) -> gradients``, a function of
+        the value and its gradient; otherwise ``numbers -> (output, gradients)``, which evaluates
         both.
       from_gradient: which of the two.
     """
@@ -35,79 +34,48 @@ class Rule(NamedTuple):
 
 
 def with_gradient(
-    plain: Plain, rule: Rule, leaves: Leaves, penalised: Sequence[bool]
+    plain: Plain, rule: Rule, numbers: Leaves, inputs: PyTree
 ) -> tuple[jax.Array, Leaves]:
-    """Evaluate ``plain``, with a custom gradient with respect to the penalised leaves.
+    """Evaluate ``plain``, with a custom gradient with respect to ``numbers``.
 
-    Derivatives with respect to other leaves, derivatives of the further arrays, and derivatives
-    with respect to values that ``plain`` closes over are those of ``plain``. Forward mode, reverse
-    mode and higher derivatives work. Each function is evaluated only if its result is needed.
+    Derivatives of the further arrays, and derivatives with respect to values that ``plain`` closes
+    over, are those of ``plain``. Forward mode, reverse mode and higher derivatives work. Each
+    function is evaluated only if its result is needed.
 
     In a call under ``jax.jit``, ``jax.lax.scan``, ... the derivative may be taken after tracing has
     ended, so no function may close over a traced value. The functions are then traced here, and the
     values that they close over become arguments.
+
+    Args:
+      plain: ``numbers -> (value, arrays)``.
+      rule: the custom gradient.
+      numbers: real or complex arrays.
+      inputs: the arguments of the call. If they vary over the axes of a mesh, the numbers are cast
+        to vary over those of the value, and their gradients sum over devices.
     """
-    leaves = _varying_like_the_value(plain, leaves)
+    numbers = varying(numbers, axes_of_value(plain, numbers, inputs))
+    penalised = [True for _ in numbers]
     if isinstance(jax.lax.add(0.0, 0.0), jax.core.Tracer):  # under jit, scan, ...
-        return _with_arguments(plain, rule, leaves, penalised)
+        return _with_arguments(plain, rule, numbers, penalised)
     try:
-        return _with_gradient(plain, rule, leaves, penalised)
+        return _with_gradient(plain, rule, numbers, penalised)
     except jax.errors.UnexpectedTracerError:  # a function closes over a differentiated value
-        return _with_arguments(plain, rule, leaves, penalised)
-
-
-class ArrayArguments:
-    """The arguments of a call, split into arrays and constants.
-
-    Attributes:
-      leaves: the traced leaves and the parameters; other leaves are constants.
-      penalised: for each of these, whether it is a number of the parameters.
-    """
-
-    def __init__(self, argnums: Argnums, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Split the arguments of a call whose parameters are at ``argnums``."""
-        leaves, self._structure = jax.tree.flatten((args, kwargs))
-        marks, others = jax.tree.unflatten(self._structure, [False] * len(leaves))
-        params, put = arguments_at("", argnums, marks)
-        marked = jax.tree.leaves((put(jax.tree.map(lambda _: True, params)), others))
-        self._numbers = [m and is_inexact(x) for m, x in zip(marked, leaves, strict=True)]
-        self._is_array = [n or is_traced(x) for n, x in zip(self._numbers, leaves, strict=True)]
-        self.leaves, self._constants = partition(leaves, self._is_array)
-        self.penalised = partition(self._numbers, self._is_array)[0]
-
-    def call(self, leaves: Leaves) -> Any:
-        """Return ``(args, kwargs)`` with these leaves."""
-        full = combine(leaves, self._constants, self._is_array)
-        return jax.tree.unflatten(self._structure, full)
-
-    def replaced(self, leaves: Leaves, numbers: Leaves) -> Leaves:
-        """Return the leaves with these numbers as the penalised ones."""
-        return combine(numbers, partition(leaves, self.penalised)[1], self.penalised)
-
-    def numbers_of(self, call: Any) -> Leaves:
-        """Return the penalised leaves of a call of the same structure."""
-        return partition(jax.tree.leaves(call), self._numbers)[0]
+        return _with_arguments(plain, rule, numbers, penalised)
 
 
 class StaticPart:
-    """The non-array part of the output of a function that may return arrays only."""
+    """The non-array part of the output of a function that may return arrays only.
 
-    def __init__(self) -> None:
-        """Start without a tree."""
-        self._split: Any = None
+    Attributes:
+      whole: a function from the arrays to the output.
+    """
+
+    whole: Callable[[Leaves], PyTree]
 
     def arrays(self, tree: PyTree) -> Leaves:
         """Return the arrays of a tree, and store the rest."""
-        leaves, structure = jax.tree.flatten(tree)
-        is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
-        arrays, others = partition(leaves, is_array)
-        self._split = structure, others, is_array
+        arrays, self.whole = split(tree, lambda leaf: isinstance(leaf, jax.Array))
         return arrays
-
-    def whole(self, arrays: Leaves) -> PyTree:
-        """Return the tree with these arrays."""
-        structure, others, is_array = self._split
-        return jax.tree.unflatten(structure, combine(arrays, others, is_array))
 
 
 def _with_arguments(plain: Plain, rule: Rule, leaves: Leaves, penalised: Sequence[bool]) -> Output:
@@ -146,13 +114,6 @@ def _with_gradient(plain: Plain, rule: Rule, leaves: Leaves, penalised: Sequence
 
     output: Output = evaluate(leaves)
     return output
-
-
-def _varying_like_the_value(plain: Plain, leaves: Leaves) -> Leaves:
-    """Cast numbers to vary over the mesh axes of the value; their gradients sum over devices."""
-    inexact = [is_inexact(leaf) for leaf in leaves]
-    numbers, others = partition(leaves, inexact)
-    return combine(varying(numbers, axes_of_value(plain, leaves)), others, inexact)
 
 
 # A pushforward: tangents of the leaves, including zeros -> tangents of the arrays

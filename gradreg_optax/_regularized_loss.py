@@ -1,5 +1,6 @@
 """A loss with the regularized gradient, for trainers that take a loss."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -9,12 +10,11 @@ import numpy as np
 import optax
 
 from gradreg_optax import _validation as validation
-from gradreg_optax._custom_gradient import ArrayArguments, Rule, StaticPart, with_gradient
+from gradreg_optax._custom_gradient import Rule, StaticPart, with_gradient
 from gradreg_optax._loss import (
     TransformedLoss,
     accepts,
     arguments_at,
-    mean_of,
     named_arguments,
     signature_of,
     with_weight,
@@ -102,31 +102,25 @@ class RegularizedLoss(TransformedLoss):
     def evaluate(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array | None, Any]:
         """Return the mean with the regularized gradient, its weight and aux."""
         args, kwargs, step = bind_step(_CALLER, self.loss_fn, args, kwargs)
-        params, _ = arguments_at(_CALLER, self._argnums, args)
+        params, put = arguments_at(_CALLER, self._argnums, args)
         validation.check_params(_CALLER, params)
         check_once(_CALLER, self.loss_fn, params, jax.eval_shape(self._pass.init, params))
-        arguments = ArrayArguments(self._argnums, args, kwargs)
-        static = StaticPart()
+        named = named_arguments(self.loss_fn, args, kwargs, self._argnums)
+        call = Call(lambda params, **_: self._loss(*put(params), **kwargs), (), named)
+        numbers, structure = jax.tree.flatten(params)
+        whole, static = functools.partial(jax.tree.unflatten, structure), StaticPart()
 
-        def plain(leaves: list[Any]) -> tuple[jax.Array, list[jax.Array]]:
-            args, kwargs = arguments.call(leaves)
-            mean, aux = self._loss(*args, **kwargs)
-            return mean_of(mean), static.arrays((mean.weight, aux))
+        def plain(numbers: list[Any]) -> tuple[jax.Array, list[jax.Array]]:
+            value, further = call.value_and_more(whole(numbers))
+            return value, static.arrays(further)
 
-        def regularized(leaves: list[Any], value: jax.Array, gradients: list[Any]) -> list[Any]:
-            args, kwargs = arguments.call(leaves)
-            params, put = arguments_at(_CALLER, self._argnums, args)
-            named = named_arguments(self.loss_fn, args, kwargs, self._argnums)
-            call = Call(lambda p, **_: self._loss(*put(p), **kwargs), (), named)
-            with_gradient = arguments.call(arguments.replaced(leaves, gradients))[0]
-            gradient, _ = arguments_at(_CALLER, self._argnums, with_gradient)
+        def regularized(numbers: list[Any], value: jax.Array, gradients: list[Any]) -> list[Any]:
+            params, gradient = whole(numbers), whole(gradients)
             state = counting(_CALLER, self._pass.init(params), step)
             updates, _ = self._pass.regularize(call, params, state, gradient, value=value)
-            return arguments.numbers_of((put(updates), kwargs))
+            return jax.tree.leaves(updates)
 
-        value, arrays = with_gradient(
-            plain, Rule(regularized, True), arguments.leaves, arguments.penalised
-        )
+        value, arrays = with_gradient(plain, Rule(regularized, True), numbers, (args, kwargs))
         weight, aux = static.whole(arrays)
         return value, weight, aux
 
