@@ -5,37 +5,45 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import gradreg_optax as gr
 from gradreg_optax import GradientMismatch, checking, fd_gradreg, relative_gradreg, sam
 
-PARAMS = {"w": jnp.linspace(-1.0, 1.0, 3), "b": jnp.ones(2)}
-BATCH = jnp.sin(jnp.arange(12.0)).reshape(4, 3)
+PARAMS = {"w": np.linspace(-1.0, 1.0, 3, dtype=np.float32), "b": np.ones(2, np.float32)}
+BATCH = np.sin(np.arange(12, dtype=np.float32)).reshape(4, 3)
 
 
 def loss_fn(params, batch):
     return jnp.mean(jnp.tanh(batch @ params["w"]) ** 2) + jnp.sum(params["b"] ** 4)
 
 
-def run(tx, batches=(BATCH, BATCH)):
+gradient_of = jax.jit(jax.grad(loss_fn))
+
+
+def run(*several, batches=(BATCH, BATCH)):
     """Updates with the gradient on the first kind of batch and the loss on the second."""
 
     @jax.jit
-    def step(params, state, batch, other):
-        gradient = jax.grad(loss_fn)(params, batch)
-        return tx.update(gradient, state, params, value_fn=lambda p: loss_fn(p, other))
+    def step(states, batch, other):
+        gradient, extra = (
+            jax.grad(loss_fn)(PARAMS, batch),
+            {"value_fn": lambda p: loss_fn(p, other)},
+        )
+        pairs = zip(several, states, strict=True)
+        return [tx.update(gradient, state, PARAMS, **extra)[1] for tx, state in pairs]
 
-    state = tx.init(PARAMS)
+    states = [tx.init(PARAMS) for tx in several]
     for _ in range(3):
-        _, state = step(PARAMS, state, *batches)
+        states = step(states, *batches)
 
 
-def findings_of(run, *args):
+def findings_of(run, *args, **kwargs):
     with checking() as findings, warnings.catch_warnings():
         warnings.simplefilter("ignore", GradientMismatch)
-        run(*args)
+        run(*args, **kwargs)
     return findings
 
 
@@ -64,9 +72,8 @@ RIGHT = {
 }
 
 
-@pytest.mark.parametrize("name", RIGHT)
-def test_what_is_right_is_not_reported(name):
-    assert findings_of(run, RIGHT[name]) == []
+def test_what_is_right_is_not_reported():
+    assert findings_of(run, *RIGHT.values()) == []
 
 
 WRONG = {
@@ -95,49 +102,41 @@ def test_what_is_wrong_is_reported_once_with_its_cause(name):
 
 
 def test_another_batch_is_seen():
-    (finding,) = findings_of(run, fd_gradreg(**FD), (BATCH, -2 * BATCH[::-1] + 1))
+    (finding,) = findings_of(run, fd_gradreg(**FD), batches=(BATCH, -2 * BATCH[::-1] + 1))
     assert finding.startswith("fd_gradreg: ")
     assert "another batch" in finding
 
 
 def test_accumulation_around_a_regularizer_is_seen():
-    tx = optax.MultiSteps(optax.chain(fd_gradreg(**FD), optax.sgd(0.1)), 2)
+    tx = optax.MultiSteps(optax.chain(fd_gradreg(loss_fn, **FD), optax.sgd(0.1)), 2)
+
+    @jax.jit
+    def update(state, batch):
+        return tx.update(jax.grad(loss_fn)(PARAMS, batch), state, PARAMS, batch=batch)[1]
 
     def two_micro_batches():
-        state = tx.init(PARAMS)
-        for batch in (BATCH, 3 * BATCH + 1):
-            gradient = jax.grad(loss_fn)(PARAMS, batch)
-            _, state = tx.update(gradient, state, PARAMS, value_fn=loss_fn, batch=batch)
+        update(update(tx.init(PARAMS), BATCH), 3 * BATCH + 1)
 
     assert any("optax.MultiSteps" in finding for finding in findings_of(two_micro_batches))
 
 
-def test_a_regularizer_with_another_loss_in_a_train_step_is_seen():
+def test_a_step_with_another_loss_is_seen_and_micro_batches_are_the_same_loss():
     def other(params, batch):
         return jnp.sum(params["b"] ** 2) * jnp.mean(batch**2)
 
-    def train(regularizer):
-        init, step = gr.make_train_step(loss_fn, optax.sgd(0.1), regularizer)
+    def train(regularizer, loss=loss_fn):
+        init, step = gr.make_train_step(loss, optax.sgd(0.1), regularizer)
         step(init(PARAMS), BATCH)
 
     assert len(findings_of(train, fd_gradreg(other, **FD))) == 1
     assert findings_of(train, fd_gradreg(other, **FD, reuse_updates=False)) == []
-
-
-def test_micro_batches_are_the_same_loss():
-    def train():
-        init, step = gr.make_train_step(
-            gr.microbatched(loss_fn, 2), optax.sgd(0.1), fd_gradreg(**FD)
-        )
-        step(init(PARAMS), BATCH)
-
     # two means of halves: the same gradient up to rounding
-    assert findings_of(train) == []
+    assert findings_of(train, fd_gradreg(**FD), gr.microbatched(loss_fn, 2)) == []
 
 
 def test_it_warns_and_off_it_costs_nothing(counter):
     wrong = optax.chain(optax.scale(2.0), fd_gradreg(counter.wrap(loss_fn), **FD))
-    gradient = jax.grad(loss_fn)(PARAMS, BATCH)
+    gradient = gradient_of(PARAMS, BATCH)
     with pytest.warns(GradientMismatch, match="2 times as long"), checking():
         wrong.update(gradient, wrong.init(PARAMS), PARAMS, batch=BATCH)
     assert counter.read()[1] == 2
@@ -147,30 +146,34 @@ def test_it_warns_and_off_it_costs_nothing(counter):
 
 @pytest.mark.parametrize(("size", "off"), [(1e-6, 0.0), (1e-6, 0.01), (1e6, 0.0), (1e6, 0.01)])
 def test_what_is_found_does_not_depend_on_the_size_of_the_loss(size, off):
+    tx = fd_gradreg(**FD)
+
     def scaled(params):
         return size * loss_fn(params, BATCH)
 
-    tx = fd_gradreg(**FD)
-    gradient = jax.tree.map(lambda g: g * (1 + off), jax.jit(jax.grad(scaled))(PARAMS))
-    found = findings_of(lambda: tx.update(gradient, tx.init(PARAMS), PARAMS, value_fn=scaled))
-    assert bool(found) == bool(off)
+    @jax.jit
+    def update():
+        gradient = jax.tree.map(lambda g: g * (1 + off), jax.grad(scaled)(PARAMS))
+        return tx.update(gradient, tx.init(PARAMS), PARAMS, value_fn=scaled)
+
+    assert bool(findings_of(update)) == bool(off)
 
 
-@pytest.mark.parametrize("averaged", [False, True])
-def test_replicas_that_average_their_gradients_but_not_their_losses_drift_apart(averaged):
+def test_replicas_that_average_their_gradients_but_not_their_losses_drift_apart():
     tx = fd_gradreg(loss_fn, **FD)
 
     @jax.jit
-    @functools.partial(jax.vmap, axis_name="data")  # as in pmap
-    def on_replica(batch):
-        gradient = jax.grad(loss_fn)(PARAMS, batch)
-        if averaged:
-            gradient = jax.lax.pmean(gradient, "data")
+    @functools.partial(jax.vmap, axis_name="data", in_axes=(0, None))  # as in pmap
+    def on_replica(batch, averaged):
+        own = jax.grad(loss_fn)(PARAMS, batch)
+        mean = jax.lax.pmean(own, "data")
+        gradient = jax.tree.map(lambda g, m: jnp.where(averaged, m, g), own, mean)
         return tx.update(gradient, tx.init(PARAMS), PARAMS, batch=batch)[0]["w"]
 
-    found = findings_of(on_replica, BATCH.reshape(2, 2, 3))
-    assert len(found) == averaged
-    assert not averaged or "averaged over replicas" in found[0]
+    replicas = BATCH.reshape(2, 2, 3)
+    assert findings_of(on_replica, replicas, False) == []
+    (finding,) = findings_of(on_replica, replicas, True)
+    assert "averaged over replicas" in finding
 
 
 @pytest.mark.slow
@@ -189,7 +192,7 @@ def test_an_update_without_a_penalty_is_not_compared_under_vmap_either():
 
 def test_a_skipped_update_costs_no_gradient_under_the_guard(counter):
     tx = fd_gradreg(counter.wrap(loss_fn), **FD, interval=2)
-    gradient = jax.grad(loss_fn)(PARAMS, BATCH)
+    gradient = gradient_of(PARAMS, BATCH)
     with checking():
         state = tx.init(PARAMS)
         for expected in (2, 0, 2):
