@@ -16,9 +16,10 @@ import numpy as np
 import optax
 
 from gradreg_optax.experiments import compare, data, plots, runs, statistics
+from gradreg_optax.experiments.data import Array
 from gradreg_optax.experiments.models import PyTree
 from gradreg_optax.experiments.report import Report, Table
-from gradreg_optax.experiments.trainer import Array, Pool, Problem
+from gradreg_optax.experiments.trainer import Pool, Problem
 
 LABELS = ("SGD", "DB", "F-GR", "lazy F-GR", "SAM", "relative")
 BITS, NOISES = (8, 4), (0.25, 0.5, 1.0)

@@ -37,9 +37,10 @@ import optax
 from gradreg_optax import curvature, fd_value_and_grad, flooding, make_train_step
 from gradreg_optax.experiments import common, data, models, plots, runs
 from gradreg_optax.experiments.common import CommandError
+from gradreg_optax.experiments.data import Array
 from gradreg_optax.experiments.models import PyTree
 from gradreg_optax.experiments.report import Number, Report, Table, mean
-from gradreg_optax.experiments.trainer import Array, cross_entropy
+from gradreg_optax.experiments.trainer import cross_entropy
 
 Order: TypeAlias = Literal["ascent, descent", "descent, ascent"]
 
