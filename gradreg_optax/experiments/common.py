@@ -95,6 +95,18 @@ def at_least(config: Any, least: float, *names: str) -> None:
                 raise CommandError(f"{name} must be at least {least:g}, got {value:g}.")
 
 
+def at_most(config: Any, most: float, *names: str) -> None:
+    """Check that fields are at most ``most``.
+
+    Raises:
+      CommandError: a value is larger.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value > most:
+            raise CommandError(f"{name} must be at most {most:g}, got {value:g}.")
+
+
 def above_zero(config: Any, *names: str) -> None:
     """Check that all values of fields are positive.
 

@@ -151,12 +151,8 @@ class Recipe:
     def __post_init__(self) -> None:
         """Check all settings that do not depend on the data."""
         common.at_least(self, 1, "width", "depth", "batch_size", "steps", "measured")
-        common.at_least(self, 0, "learning_rate", "held_out")
-        if not 0 <= self.warmup_steps < self.steps:
-            raise CommandError(
-                f"warmup_steps must be at least 0 and below the {self.steps} steps, got"
-                f" {self.warmup_steps}."
-            )
+        common.at_least(self, 0, "learning_rate", "held_out", "warmup_steps")
+        common.at_most(self, self.steps - 1, "warmup_steps")
         if not callable(self.optimizer) and self.optimizer not in OPTIMIZERS:
             raise CommandError(
                 f"unknown optimizer {self.optimizer!r}: choose one of"
@@ -341,7 +337,7 @@ class Trainer:
         self._uses_held_out = bool(recipe.held_out and method.evaluations)
         self._begin = jax.jit(jax.vmap(self._start))
         self._advance = jax.jit(self._steps, donate_argnums=0)
-        self._lowered = functools.cache(self._lower)
+        self._text = functools.cache(self._program)
 
     def __call__(
         self,
@@ -402,7 +398,9 @@ class Trainer:
 
     def flops(self) -> float:
         """Return XLA's count of floating-point operations of one step of one run."""
-        return float(self._lowered(self.method.settings).compile().cost_analysis()["flops"])
+        lane = dict.fromkeys(self.method.settings, 1.0)
+        step: Any = jax.jit(functools.partial(self._step, lane))
+        return float(step.lower(*self._example(lane)).compile().cost_analysis()["flops"])
 
     def digest(self, settings: tuple[str, ...], metrics: Metrics | None = None) -> str:
         """Return a digest of initialization, step and metrics, including the user's own functions.
@@ -412,13 +410,13 @@ class Trainer:
           metrics: as for a call.
         """
         text = jax.jit(self._problem.model.init).lower(jax.random.key(0)).as_text()
-        text += self._lowered(settings).as_text()
+        text += self._text(settings)
         text += "" if metrics is None else self._problem.program(metrics)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _lower(self, settings: tuple[str, ...]) -> Any:
+    def _program(self, settings: tuple[str, ...]) -> str:
         lane = {name: _setting(name, 1) for name in settings}
-        return jax.jit(self._step).lower(lane, *self._example(lane))
+        return jax.jit(self._step).lower(lane, *self._example(lane)).as_text()
 
     def _step(self, lane: Settings, state: gr.TrainState, batch: Any, held_out: Any) -> Any:
         return self._train_step(lane).step(state, batch, held_out=held_out)
