@@ -117,7 +117,7 @@ def above_zero(config: Any, *names: str) -> None:
     for name in names:
         values = getattr(config, name)
         if 0 in (values if isinstance(values, tuple) else (values,)):
-            raise CommandError(f"{name} must be above 0, got 0. DB is the limit of 0.")
+            raise CommandError(f"{name} must be above 0, got 0.")
 
 
 def some_of(name: str, values: Iterable[str], known: Iterable[str], remedy: str = "") -> None:

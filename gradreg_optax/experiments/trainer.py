@@ -75,15 +75,6 @@ class Method:
         penalty = extra if fraction == 1 or not extra else self.gradients * fraction
         return 1 + (penalty + self.evaluations / 3) / interval
 
-    def call(self, settings: Settings) -> str:
-        """Return the call of the transformation, as code."""
-        if self.make is None:
-            return "no penalty"
-        fixed = getattr(self.make, "keywords", {})
-        given = [f"{name}={value!r}" for name, value in fixed.items()]
-        given += [f"{name}={value:g}" for name, value in settings.items()]
-        return f"{name_of(self.make)}({', '.join(given)})"
-
 
 _BACKWARD = functools.partial(gr.fd_gradreg, scheme="backward")
 _CENTRAL = functools.partial(gr.fd_gradreg, scheme="central")
@@ -318,7 +309,6 @@ class Trainer:
 
     Attributes:
       method: the method.
-      traces: number of traces of the training loop; it stays 1 after the first call.
     """
 
     def __init__(self, dataset: data.Dataset, method: Method, recipe: Recipe) -> None:
@@ -332,7 +322,7 @@ class Trainer:
         Raises:
           CommandError: a batch larger than the training set, or more samples than there are.
         """
-        self.method, self.traces = method, 0
+        self.method = method
         self._problem, self._recipe = problem(dataset, recipe), recipe
         self._uses_held_out = bool(recipe.held_out and method.evaluations)
         self._begin = jax.jit(jax.vmap(self._start))
@@ -455,7 +445,6 @@ class Trainer:
         self, states: gr.TrainState, lanes: Settings, samples: Any, first: jax.Array
     ) -> gr.TrainState:
         """Take up to ``_CHUNK`` steps of all lanes, starting with step ``first``."""
-        self.traces += 1
         splits, pool = samples
         task, size, batches = self._problem, self._recipe.batch_size, self._problem.batches
         epochs = first // batches + jnp.arange(_CHUNK // batches + 2)

@@ -264,10 +264,8 @@ def test_flops_are_those_of_the_plain_step_times_the_gradients(tmp_path):
 
 
 @pytest.mark.parametrize("label", sorted(METHODS))
-def test_every_method_says_how_it_is_made(label):
+def test_every_method_makes_a_transformation_from_its_settings_and_has_a_cost(label):
     method = METHODS[label]
-    given = dict.fromkeys(method.settings, 0.5)
-    assert all(f"{name}=0.5" in method.call(given) for name in method.settings)
-    made = None if method.make is None else method.make(**given)
+    made = method.make and method.make(**dict.fromkeys(method.settings, 0.5))
     assert made is None or callable(made.update)
     assert jnp.isfinite(method.cost(0.25, 4))
