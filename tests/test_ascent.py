@@ -101,28 +101,6 @@ def test_every_ascent_is_the_one_written_by_hand_and_advances_with_the_penalty(x
     assert int(state.step) == STEPS
 
 
-def test_a_clipped_ascent_is_sam_where_the_gradient_is_long_and_the_penalty_where_it_is_short(x64):
-    @jax.jit
-    def updates(params):
-        g = jax.grad(loss_fn)(params)
-        norm = optax.tree.norm(g)
-        ascents = {
-            "clipped": optax.clip_by_global_norm(norm / 2),
-            "unclipped": optax.clip_by_global_norm(2 * norm),
-            "sam": lambda g, params: optax.tree.scale(norm / 2, gr.normalized(g, params)),
-            "penalty": None,
-        }
-        transformations = {name: fd(ascent) for name, ascent in ascents.items()}
-        return {
-            name: tx.update(g, tx.init(params), params, value_fn=loss_fn)[0]
-            for name, tx in transformations.items()
-        }
-
-    found = {name: flat(tree) for name, tree in updates(initial()).items()}
-    np.testing.assert_allclose(found["clipped"], found["sam"], rtol=1e-9)
-    np.testing.assert_allclose(found["unclipped"], found["penalty"], rtol=1e-12)
-
-
 @pytest.mark.parametrize("name", ["noisy", "Adam's moments"])
 def test_the_state_keeps_its_structure_and_dtypes(name):
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), initial())
@@ -165,33 +143,6 @@ def test_before_its_start_a_penalty_evaluates_nothing(counter, make, extra, star
     assert int(state.step) == 4
 
 
-def test_a_start_that_is_traced_or_late_is_the_same(x64):
-    @jax.jit
-    def both(start):
-        momentum = optax.trace(0.9)
-        return train(fd(momentum, start=start))[0], by_hand(momentum, start=start)
-
-    for start in (2, STEPS):  # the last one never starts
-        found, expected = both(start)
-        np.testing.assert_allclose(flat(found), flat(expected), rtol=1e-12)
-
-
-def test_complex_parameters_are_climbed_along_the_conjugate(x64):
-    def loss(z):
-        return jnp.sum(jnp.abs(z) ** 4) / 4
-
-    @jax.jit
-    def update(z):
-        gradient, tx = jax.grad(loss)(z), fd(optax.trace(0.9))
-        ahead = jax.grad(loss)(z + EPSILON * jnp.conj(gradient))
-        expected = gradient + GAMMA / EPSILON * (ahead - gradient)
-        return tx.update(gradient, tx.init(z), z, value_fn=loss), expected, jnp.conj(gradient)
-
-    (found, state), expected, direction = update(jnp.array([1.0 + 0.5j, -0.3j]))
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
-    np.testing.assert_allclose(state.ascent.trace, direction, rtol=1e-12)
-
-
 def test_the_groups_of_a_train_step_share_their_mean_and_a_bad_one_keeps_all_from_contributing():
     def loss(params, batch):
         return jnp.mean((jnp.tanh(batch @ params) - 1) ** 2)
@@ -220,21 +171,6 @@ def test_memory_is_refused_where_it_has_no_place():
     ):
         with pytest.raises(TypeError, match=r"_value_and_grad: ascent must not keep state"):
             function(initial())
-
-
-def test_without_memory_it_is_welcome_everywhere(x64):
-    ascent = optax.scale_by_trust_ratio()
-    by_function = gr.fd_value_and_grad(loss_fn, gamma=GAMMA, epsilon=EPSILON, ascent=ascent)
-    tx = fd(ascent)
-
-    @jax.jit
-    def ways(params):
-        update, _ = tx.update(jax.grad(loss_fn)(params), tx.init(params), params, value_fn=loss_fn)
-        return update, by_function(params)[1], jax.grad(gr.regularized_loss(loss_fn, tx))(params)
-
-    expected, *others = map(flat, ways(initial()))
-    for found in others:
-        np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("ascent", [0.9, "momentum", (optax.trace(0.9).init,), {"w": True}])

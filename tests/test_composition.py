@@ -73,13 +73,10 @@ WRAPPERS = {
         for name, behind in {
             "conditionally_mask": optax.conditionally_mask(sgd, lambda step: step >= 0),
             "apply_if_finite": optax.apply_if_finite(sgd, 3),
-            "clip": optax.chain(optax.clip_by_global_norm(1e3), sgd),
             "masked": optax.masked(sgd, True),
             "partition": optax.partition({"x": sgd, "y": sgd}, {"kernel": "x", "out": "y"}),
-            "flatten": optax.flatten(sgd),
             "MultiSteps of one": optax.MultiSteps(sgd, 1).gradient_transformation(),
             "reduce_on_plateau": optax.chain(sgd, optax.contrib.reduce_on_plateau()),
-            "split_real_and_imaginary": optax.contrib.split_real_and_imaginary(sgd),
         }.items()
     },
 }
@@ -230,12 +227,6 @@ def test_freezing_behind_a_mask_leaves_the_frozen_parameters_alone(x64):
     alone = update_alone({"kernel": params["kernel"]})
     expected = params["kernel"] - 0.1 * alone["kernel"]
     np.testing.assert_allclose(after["kernel"], expected, **ROUNDING)
-
-
-@pytest.mark.slow  # a train step with a backtracking search is in test_training
-def test_line_searches_share_our_arguments(x64):
-    trace, _ = run(optax.chain(fd, optax.lbfgs()), steps=4)
-    assert loss_fn(trace[-1], batch_of()) < loss_fn(trace[0], batch_of()) / 2
 
 
 def test_schedule_free_may_stand_on_either_side(x64):

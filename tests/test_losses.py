@@ -18,7 +18,9 @@ from problems import flat
 FD = gr.fd_gradreg(gamma=0.3, epsilon=0.2)
 FAMILIES = {
     "forward": FD,
-    "central": gr.fd_gradreg(gamma=0.3, epsilon=0.2, scheme="central"),
+    "central": gr.fd_gradreg(
+        gamma=0.3, epsilon=0.2, scheme="central", ascent=optax.scale_by_trust_ratio()
+    ),
     "product": gr.dbp_gradreg(gamma=0.3),
     "product, reverse": gr.dbp_gradreg(gamma=0.3, mode="reverse_over_reverse"),
     "flooding": gr.flooding(level=10.0),
@@ -106,30 +108,6 @@ def test_without_jit_they_are_too():
     close(gradient, penalised_quartic(np.asarray(two.P)))
 
 
-def test_it_trains_inside_vmap_and_scan():
-    several = [problem(seed) for seed in range(3)]
-    several = [(params, batch, key) for params, (batch, key, _), _ in several]
-    params, *batches = jax.tree.map(lambda *x: jnp.stack(x), *several)
-    tx = FAMILIES["chain"]
-    loss = regularized_loss(loss_fn, tx)
-
-    def by_hand(params, batch, key):
-        return by_transformation(tx, lambda p: loss_fn(p, batch, key, None), params)
-
-    def train(gradient_of, params):
-        def step(params, batch):
-            return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient_of(params, *batch)), None
-
-        return jax.lax.scan(step, params, tuple(batches))[0]
-
-    @jax.jit
-    @jax.vmap
-    def both(params):
-        return train(lambda *args: jax.grad(loss)(*args, None), params), train(by_hand, params)
-
-    close(*map(flat, both(params)))
-
-
 def test_aux_is_that_of_the_clean_pass_whatever_it_holds():
     params, args, kwargs = problem()
     loss = regularized_loss(loss_and_aux, FAMILIES["chain"], has_aux=True)
@@ -201,19 +179,15 @@ def test_argnums_names_the_parameters(argnums):
     assert value == alone
 
 
-def test_a_keyword_reaches_its_argument_and_other_arguments_have_the_gradient_of_the_loss():
-    loss = regularized_loss(split_loss, FD, argnums=(1, 3))
+def test_a_keyword_reaches_the_argument_that_argnums_counts_in_the_signature():
+    loss = regularized_loss(split_loss, FD, argnums=1)
 
     @jax.jit
-    def gradients(*args):
-        x, w, y, v = args
-        everything = jax.grad(loss, argnums=(0, 1, 2, 3))(*args)
+    def gradients(x, w, y, v):
         by_name = jax.grad(lambda w: loss(x, v=v, y=y, w=w))(w)
-        plain = jax.grad(split_loss, argnums=(0, 2))(*args)
-        others, own = jax.grad(loss, (0, 2))(*args), jax.grad(loss, (1, 3))(*args)
-        return (everything[::2], others, everything[1::2], by_name), (plain, plain, own, own[0])
+        return by_name, jax.grad(loss, argnums=1)(x, w, y, v)
 
-    close(*map(flat, gradients(*split_problem())))
+    np.testing.assert_array_equal(*gradients(*split_problem()))
 
 
 # the difference: see test_transformations; flooding: the counts above
@@ -337,18 +311,10 @@ def test_gradients_have_the_dtypes_of_the_parameters():
         assert jax.eval_shape(gradient, *arguments).dtype == dtype
 
 
-def test_complex_parameters_and_a_zero_gradient(x64):
-    @jax.jit
-    def gradients(z, zero):
-        square = regularized_loss(lambda z: jnp.sum(jnp.abs(z) ** 2) / 2, FD)
-        several = gr.asam(rho=0.3), FAMILIES["central"], FAMILIES["chain"]
-        losses = [regularized_loss(lambda p: two.quartic(p["w"]), tx) for tx in several]
-        return jax.grad(square)(z), [jax.grad(loss)(zero) for loss in losses]
-
+def test_complex_parameters_have_the_gradient_in_the_convention_of_jax(x64):
     z = np.array([1.0 + 2.0j, 0.0, -1.0j])
-    found, zeros = gradients(z, {"w": np.zeros(2)})
-    np.testing.assert_allclose(found, 1.3 * np.conj(z), rtol=1e-12)
-    np.testing.assert_array_equal(flat(zeros), 0.0)
+    loss = regularized_loss(lambda z: jnp.sum(jnp.abs(z) ** 2) / 2, FD)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(z), 1.3 * np.conj(z), rtol=1e-12)
 
 
 ADDS_STATE = {
@@ -389,7 +355,7 @@ def test_what_is_wrong_is_said_in_a_sentence(make, call, error, sentence):
 @pytest.mark.parametrize("step", [-1, 0.5])
 def test_a_step_that_is_no_whole_number_is_refused(step):
     loss = regularized_loss(two.quartic, gr.fd_gradreg(gamma=SCHEDULE, epsilon=0.1))
-    with pytest.raises((TypeError, ValueError), match=r"regularized_loss: step"):
+    with two.says((TypeError, ValueError), "regularized_loss: step"):
         loss(two.P, step=step)
 
 

@@ -354,27 +354,6 @@ def test_what_a_step_evaluates_is_what_the_docstring_counts(counter):
     assert counts == [idle, due, idle, idle, idle, due]
 
 
-def test_one_trace_and_a_state_that_keeps_its_form():
-    tx, params, traces = relative_gradreg(strength=None, interval=2), network(), []
-    (x,), (y,) = batches(1)
-
-    @jax.jit
-    def update(state, shift):
-        traces.append(1)
-
-        def loss(p):
-            return network_loss(p, (x + shift, y))
-
-        gradient = jax.grad(loss)(params)
-        return tx.update(gradient, state, params, value_fn=loss, held_out_fn=loss)[1]
-
-    state = first = tx.init(params)
-    for i in range(4):
-        state = update(state, i / 10)
-    assert (len(traces), int(state.step)) == (1, 4)
-    assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, first)
-
-
 def test_the_state_reads_the_strength_of_a_schedule():
     tx = relative_gradreg(lambda p: jnp.sum(p**2) / 2, strength=lambda step: 0.1 * step)
     state = tx.init(TWO)
