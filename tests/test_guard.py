@@ -47,68 +47,55 @@ def findings_of(run, *args, **kwargs):
     return findings
 
 
-FD = {"gamma": 0.1, "epsilon": 0.1}
-TURNS = [fd_gradreg(**FD), sam(rho=0.1)]
-RIGHT = {
-    "fd": fd_gradreg(**FD),
-    "dbp, lazy": gr.dbp_gradreg(gamma=0.1, interval=2),
-    "sam": sam(rho=0.1),
-    "relative": relative_gradreg(),
-    "chain": optax.chain(fd_gradreg(**FD), optax.clip_by_global_norm(0.1), optax.adam(0.1)),
-    "own gradient": optax.chain(
-        optax.clip_by_global_norm(0.1), fd_gradreg(**FD, reuse_updates=False)
-    ),
+fd, clip = functools.partial(fd_gradreg, gamma=0.1, epsilon=0.1), optax.clip_by_global_norm(0.1)
+chain = optax.chain
+
+
+def turn(tx, number):
+    return optax.conditionally_transform(tx, lambda step: step % 2 == number)
+
+
+RIGHT = [
+    fd(),
+    gr.dbp_gradreg(gamma=0.1, interval=2),
+    sam(rho=0.1),
+    relative_gradreg(),
+    chain(fd(), clip, optax.adam(0.1)),
+    chain(clip, fd(reuse_updates=False)),
     # regularizers that take turns
-    "interval": optax.chain(fd_gradreg(**FD, interval=2), sam(rho=0.1, interval=2, start=1)),
-    "conditionally_transform": optax.chain(
-        *(
-            optax.conditionally_transform(tx, lambda step, turn=turn: step % 2 == turn)
-            for turn, tx in enumerate(TURNS)
-        )
-    ),
-    "late": optax.chain(
-        fd_gradreg(gamma=lambda step: 0.1 * (step < 2), epsilon=0.1), relative_gradreg(start=2)
-    ),
-}
+    chain(fd(interval=2), sam(rho=0.1, interval=2, start=1)),
+    chain(turn(fd(), 0), turn(sam(rho=0.1), 1)),
+    chain(fd(gamma=lambda step: 0.1 * (step < 2)), relative_gradreg(start=2)),
+]
 
 
 def test_what_is_right_is_not_reported():
-    assert findings_of(run, *RIGHT.values()) == []
+    assert findings_of(run, *RIGHT) == []
 
 
 WRONG = {
-    "clipped before": (
-        optax.chain(optax.clip_by_global_norm(0.1), fd_gradreg(**FD)),
-        "point the same way: clipping",
-    ),
-    "weight decay before": (
-        optax.chain(optax.add_decayed_weights(0.5), fd_gradreg(**FD)),
-        "a transformation or a regularizer before it",
-    ),
-    "twice": (optax.chain(fd_gradreg(**FD), sam(rho=0.1)), "before it in the chain"),
-    "relative, not first": (
-        optax.chain(optax.scale(3.0), relative_gradreg()),
-        "3 times as long and point the same way",
-    ),
+    "point the same way: clipping": chain(clip, fd()),
+    "a transformation or a regularizer before it": chain(optax.add_decayed_weights(0.5), fd()),
+    "before it in the chain": chain(fd(), sam(rho=0.1)),
+    "3 times as long and point the same way": chain(optax.scale(3.0), relative_gradreg()),
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_reported_once_with_its_cause(name):
-    tx, cause = WRONG[name]
-    (finding,) = findings_of(run, tx)
+@pytest.mark.parametrize("cause", WRONG)
+def test_what_is_wrong_is_reported_once_with_its_cause(cause):
+    (finding,) = findings_of(run, WRONG[cause])
     assert "the incoming updates are not the gradient of the loss: they differ by" in finding
     assert cause in finding
 
 
 def test_another_batch_is_seen():
-    (finding,) = findings_of(run, fd_gradreg(**FD), batches=(BATCH, -2 * BATCH[::-1] + 1))
+    (finding,) = findings_of(run, fd(), batches=(BATCH, -2 * BATCH[::-1] + 1))
     assert finding.startswith("fd_gradreg: ")
     assert "another batch" in finding
 
 
 def test_accumulation_around_a_regularizer_is_seen():
-    tx = optax.MultiSteps(optax.chain(fd_gradreg(loss_fn, **FD), optax.sgd(0.1)), 2)
+    tx = optax.MultiSteps(chain(fd(loss_fn), optax.sgd(0.1)), 2)
 
     @jax.jit
     def update(state, batch):
@@ -128,14 +115,14 @@ def test_a_step_with_another_loss_is_seen_and_micro_batches_are_the_same_loss():
         init, step = gr.make_train_step(loss, optax.sgd(0.1), regularizer)
         step(init(PARAMS), BATCH)
 
-    assert len(findings_of(train, fd_gradreg(other, **FD))) == 1
-    assert findings_of(train, fd_gradreg(other, **FD, reuse_updates=False)) == []
+    assert len(findings_of(train, fd(other))) == 1
+    assert findings_of(train, fd(other, reuse_updates=False)) == []
     # two means of halves: the same gradient up to rounding
-    assert findings_of(train, fd_gradreg(**FD), gr.microbatched(loss_fn, 2)) == []
+    assert findings_of(train, fd(), gr.microbatched(loss_fn, 2)) == []
 
 
 def test_it_warns_and_off_it_costs_nothing(counter):
-    wrong = optax.chain(optax.scale(2.0), fd_gradreg(counter.wrap(loss_fn), **FD))
+    wrong = chain(optax.scale(2.0), fd(counter.wrap(loss_fn)))
     gradient = gradient_of(PARAMS, BATCH)
     with pytest.warns(GradientMismatch, match="2 times as long"), checking():
         wrong.update(gradient, wrong.init(PARAMS), PARAMS, batch=BATCH)
@@ -146,7 +133,7 @@ def test_it_warns_and_off_it_costs_nothing(counter):
 
 @pytest.mark.parametrize(("size", "off"), [(1e-6, 0.0), (1e-6, 0.01), (1e6, 0.0), (1e6, 0.01)])
 def test_what_is_found_does_not_depend_on_the_size_of_the_loss(size, off):
-    tx = fd_gradreg(**FD)
+    tx = fd()
 
     def scaled(params):
         return size * loss_fn(params, BATCH)
@@ -160,7 +147,7 @@ def test_what_is_found_does_not_depend_on_the_size_of_the_loss(size, off):
 
 
 def test_replicas_that_average_their_gradients_but_not_their_losses_drift_apart():
-    tx = fd_gradreg(loss_fn, **FD)
+    tx = fd(loss_fn)
 
     @jax.jit
     @functools.partial(jax.vmap, axis_name="data", in_axes=(0, None))  # as in pmap
@@ -178,7 +165,7 @@ def test_replicas_that_average_their_gradients_but_not_their_losses_drift_apart(
 
 @pytest.mark.slow
 def test_an_update_without_a_penalty_is_not_compared_under_vmap_either():
-    tx = fd_gradreg(**FD, interval=2)
+    tx = fd(interval=2)
 
     @jax.vmap  # turns the branch into a select that computes both sides
     def lane(step):
@@ -191,7 +178,7 @@ def test_an_update_without_a_penalty_is_not_compared_under_vmap_either():
 
 
 def test_a_skipped_update_costs_no_gradient_under_the_guard(counter):
-    tx = fd_gradreg(counter.wrap(loss_fn), **FD, interval=2)
+    tx = fd(counter.wrap(loss_fn), interval=2)
     gradient = gradient_of(PARAMS, BATCH)
     with checking():
         state = tx.init(PARAMS)
@@ -202,7 +189,7 @@ def test_a_skipped_update_costs_no_gradient_under_the_guard(counter):
 
 def test_findings_go_to_the_innermost_guard_that_is_open():
     def wrong():
-        run(optax.chain(optax.scale(2.0), fd_gradreg(**FD)))
+        run(chain(optax.scale(2.0), fd()))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GradientMismatch)

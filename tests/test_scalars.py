@@ -60,32 +60,23 @@ def test_integers_are_numbers():
 
 
 def test_gamma_and_epsilon_can_be_vmapped_jitted_and_differentiated(x64):
-    def update(make, *args):
-        return two.updated(make(*args), two.P.astype(float))
+    p, gammas, epsilons = (
+        np.asarray([1.0, 2.0]),
+        np.asarray([0.0, 0.5, 1.0]),
+        np.asarray([0.1, 0.3]),
+    )
 
     def fd(gamma, epsilon):
-        return update(lambda *_: fd_gradreg(gamma=gamma, epsilon=epsilon))
-
-    def product(gamma):
-        return update(lambda s: dbp_gradreg(gamma=s), gamma)
-
-    def climbed(rho):
-        return update(lambda s: sam(rho=s), rho)
-
-    gammas, epsilons = np.asarray([0.0, 0.5, 1.0]), np.asarray([0.1, 0.3])
+        return two.updated(fd_gradreg(gamma=gamma, epsilon=epsilon), p)
 
     @jax.jit
     def found():
         table = jax.vmap(lambda g: jax.vmap(lambda e: fd(g, e))(epsilons))(gammas)
-        return (
-            table,
-            jax.jacobian(fd)(0.5, 0.3),
-            jax.vmap(product)(gammas),
-            jax.vmap(climbed)(epsilons),
-        )
+        products = jax.vmap(lambda g: two.updated(dbp_gradreg(gamma=g), p))(gammas)
+        climbed = jax.vmap(lambda r: two.updated(sam(rho=r), p))(epsilons)
+        return table, jax.jacobian(fd)(0.5, 0.3), products, climbed
 
-    p = np.asarray(two.P, float)
-    gradient, (table, slope, products, ascents) = 4 * p**3, found()
+    gradient, (table, slope, products, climbed) = 4 * p**3, found()
     changes = [(4 * (p + e * gradient) ** 3 - gradient) / e for e in epsilons]
     for j, change in enumerate(changes):
         close(table[:, j], gradient + np.outer(gammas, change))
@@ -93,7 +84,7 @@ def test_gamma_and_epsilon_can_be_vmapped_jitted_and_differentiated(x64):
     close(slope, changes[1])
     close(products, gradient + np.outer(gammas, 12 * p**2 * gradient))
     unit = gradient / np.linalg.norm(gradient)
-    close(ascents, 4 * (p + np.outer(epsilons, unit)) ** 3)
+    close(climbed, 4 * (p + np.outer(epsilons, unit)) ** 3)
 
 
 def test_a_traced_or_scheduled_negative_epsilon_is_the_backward_difference(x64):
