@@ -345,16 +345,13 @@ def blocks(columns: Mapping[str, Any], *axes: str) -> dict[str, Array]:
 
     The values along each axis, in order of appearance, are returned under its name.
     """
-    found, places = dict[str, Array](), []
-    for axis in axes:
-        values = np.asarray(columns[axis]).tolist()
-        order = {value: place for place, value in enumerate(dict.fromkeys(values))}
-        places.append([order[value] for value in values])
-        found[axis] = np.array(list(order))
-    shape = [len(values) for values in found.values()]
-    for name in set(columns) - set(axes):
-        found[name] = np.empty(shape, np.asarray(columns[name]).dtype)
-        found[name][tuple(places)] = columns[name]
+    table = {name: np.asarray(values) for name, values in columns.items()}
+    along = {axis: list(dict.fromkeys(table[axis].tolist())) for axis in axes}
+    places = tuple([along[axis].index(value) for value in table[axis].tolist()] for axis in axes)
+    found = {axis: np.array(values) for axis, values in along.items()}
+    for name in set(table) - set(axes):
+        found[name] = np.empty([len(values) for values in along.values()], table[name].dtype)
+        found[name][places] = table[name]
     return found
 
 
