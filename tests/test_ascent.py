@@ -163,33 +163,6 @@ def test_the_groups_of_a_train_step_share_their_mean_and_a_bad_one_keeps_all_fro
     assert int(after.opt_state[0].step) == 3
 
 
-def test_memory_is_refused_where_it_has_no_place():
-    options = {"gamma": GAMMA, "ascent": optax.trace(0.9)}
-    for function in (
-        gr.fd_value_and_grad(loss_fn, epsilon=EPSILON, **options),
-        gr.dbp_value_and_grad(loss_fn, **options),
-    ):
-        with pytest.raises(TypeError, match=r"_value_and_grad: ascent must not keep state"):
-            function(initial())
-
-
-@pytest.mark.parametrize("ascent", [0.9, "momentum", (optax.trace(0.9).init,), {"w": True}])
-def test_an_ascent_that_is_no_function_is_refused(ascent):
-    for name, make in {
-        "fd_gradreg": fd,
-        "fd_value_and_grad": lambda a: gr.fd_value_and_grad(loss_fn, **two.PENALTY, ascent=a),
-        "dbp_value_and_grad": lambda a: gr.dbp_value_and_grad(loss_fn, gamma=0.1, ascent=a),
-    }.items():
-        with two.says(TypeError, f"{name}: ascent must be a function (gradient, params)"):
-            make(ascent)
-
-
-def test_a_start_that_is_no_whole_number_is_refused():
-    for start in (-1, 1.5, "3"):
-        with two.says((TypeError, ValueError), "fd_gradreg: start"):
-            fd(None, start=start)
-
-
 def test_a_memory_keeps_the_dtype_in_which_it_began():
     summed = optax.GradientTransformation(
         lambda params: jnp.zeros([], jnp.bfloat16),
@@ -318,17 +291,3 @@ def test_an_ascent_is_handed_the_steepest_direction_in_float32_or_wider(dtype):
     jax.eval_shape(lambda params: two.updated(tx, params, loss), jnp.ones(2, dtype))
     wide = jnp.dtype(jnp.promote_types(dtype, jnp.float32))
     assert set(seen) == {(wide, jnp.dtype(dtype))}
-
-
-def test_directions_of_integers_are_refused():
-    whole = jnp.asarray([3, 4])
-    for call in (
-        lambda: gr.normalized(whole, two.P),
-        lambda: gr.normalized([3, 4], two.P),
-        lambda: gr.adaptive(whole, two.P),
-        lambda: gr.adaptive(two.P, whole),
-    ):
-        with two.says(TypeError, "dtype int", "have a gradient"):
-            call()
-    with two.says(ValueError, "adaptive: the gradient must have the structure of the parameters"):
-        gr.adaptive(two.P, None)

@@ -50,7 +50,7 @@ fd = functools.partial(make, "fd_gradreg")
 dbp = functools.partial(make, "dbp_gradreg")
 by_difference = functools.partial(make, "fd_value_and_grad")
 by_product = functools.partial(make, "dbp_value_and_grad")
-flooding = functools.partial(make, "flooding")
+flooding, relative = functools.partial(make, "flooding"), gr.relative_gradreg
 train_step = functools.partial(gr.make_train_step, loss_fn, optax.sgd(0.1))
 
 
@@ -126,6 +126,7 @@ def directed(make, ascent):
     return update(make(linear, ascent=ascent))
 
 
+WHOLE, MOMENTUM = np.asarray([3, 4]), optax.trace(0.9)
 MASK = gr.masked({"a": np.ones((3, 1), bool), "b": True})
 THREE = {"a": np.ones(3), "b": np.ones(3)}
 VALUE_ERRORS = {  # the error, with ... for what is left out -> a call
@@ -138,6 +139,11 @@ VALUE_ERRORS = {  # the error, with ... for what is left out -> a call
     "fd_gradreg: epsilon must be a scalar, got shape (2,) ... vmap": lambda: fd(epsilon=[0.1, 0.2]),
     "flooding: level must be a number, got nan": lambda: flooding(level=NAN),
     "flooding: value must be a scalar, got ... (3,)": lambda: update(flooding(), value=np.ones(3)),
+    "fd_gradreg: start must": lambda: fd(start=-1),
+    "relative_gradreg: strength must be finite and >= 0": lambda: relative(strength=-0.1),
+    "relative_gradreg: reach must be finite and > 0": lambda: relative(reach=0.0),
+    "relative_gradreg: decay must lie in [0, 1)": lambda: relative(decay=1.0),
+    "relative_gradreg: interval must be a whole number >= 1": lambda: relative(interval=0),
     f"fd_gradreg: {SCHEME}": lambda: fd(scheme="centered"),
     f"fd_value_and_grad: {SCHEME}": lambda: by_difference(loss_fn, scheme="centered"),
     f"difference_error: {SCHEME}": lambda: at_one(0.1, "centered"),
@@ -160,6 +166,7 @@ VALUE_ERRORS = {  # the error, with ... for what is left out -> a call
         dbp, lambda gradient, _: gradient | {"b": np.float32(1.0)}
     ),
     "fd_gradreg: the direction returned by ascent['a'] ... got (3, 2)": lambda: directed(fd, MASK),
+    "adaptive: the gradient must have the structure": lambda: gr.adaptive(two.P, None),
     # parts of a batch
     "penalty_fraction must lie in (0, 1], got 0": lambda: train_step(fd(), penalty_fraction=0),
     "penalty_fraction must lie in ... 1.5": lambda: train_step(fd(), penalty_fraction=1.5),
@@ -186,6 +193,23 @@ TYPE_ERRORS = {
     ),
     "epsilon must be a number, got a schedule ... epsilon=schedule(step)": lambda: by_difference(
         loss_fn, epsilon=lambda step: 0.1
+    ),
+    "relative_gradreg: ... held_out_fn= ... held_out=": lambda: two.updated(
+        relative(strength=None)
+    ),
+    "fd_gradreg: start must": lambda: fd(start="3"),
+    "fd_gradreg: ascent must be a function ... dict": lambda: fd(ascent={"a": True, "b": False}),
+    "fd_value_and_grad: ascent must be a ... tuple": lambda: by_difference(linear, ascent=(MASK,)),
+    "dbp_value_and_grad: ascent must be a function": lambda: by_product(linear, ascent="momentum"),
+    "fd_value_and_grad: ascent must not keep state": lambda: by_difference(linear, ascent=MOMENTUM)(
+        PARAMS
+    ),
+    "dbp_value_and_grad: ascent must not keep": lambda: by_product(linear, ascent=MOMENTUM)(PARAMS),
+    "dtype int ... have a gradient": lambda: gr.normalized(WHOLE, two.P),
+    "adaptive: ... dtype int ... have a gradient": lambda: gr.adaptive(WHOLE, two.P),
+    "adaptive: the parameters ... dtype int ... have a gradient": lambda: gr.adaptive(two.P, WHOLE),
+    "updates['a'] must be real, like its parameter": lambda: update(
+        fd(linear), updates=PARAMS | {"a": BATCH + 1j}
     ),
     "interval must be a whole number, got a schedule": lambda: fd(interval=lambda step: 2),
     "fd_gradreg: the loss needs 'batch', which is positional-only ... value_fn=": lambda: update(

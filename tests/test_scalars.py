@@ -169,13 +169,6 @@ def test_help_prints_a_signature_that_can_be_read_and_its_types_resolve(function
     assert "return" in typing.get_type_hints(function)
 
 
-def test_an_update_may_not_be_complex_where_its_parameter_is_real():
-    params = {"x": jnp.ones(2)}
-    tx = fd_gradreg(lambda p: jnp.sum(p["x"] ** 2), gamma=0.1, epsilon=0.1)
-    with says(TypeError, "updates['x'] must be real, like its parameter"):
-        tx.update({"x": jnp.ones(2) + 1j}, tx.init(params), params)
-
-
 @pytest.mark.parametrize("function", ["fd_gradreg", "gradient_norm_penalty"])
 def test_epsilon_and_gamma_at_the_ends_of_float32_are_refused(function):
     make = getattr(gr, function)
