@@ -261,8 +261,7 @@ def from_arrays(
                 f"{name}: {part} inputs of shape {x.shape} and labels of shape {y.shape} do not"
                 " match, or are empty."
             )
-        _check_inputs(f"{name}: {part} inputs", x)
-        _check_labels(f"{name}: {part} labels", y, classes or len(y_train) + len(y_test))
+        _check(f"{name}: {part}", x, y, classes or len(y_train) + len(y_test))
     if (x_train.shape[1:], x_train.dtype) != (x_test.shape[1:], x_test.dtype):
         raise CommandError(
             f"{name}: training inputs have shape {x_train.shape[1:]} and type {x_train.dtype}, test"
@@ -272,22 +271,21 @@ def from_arrays(
         x_train, x_test = x_train[..., None], x_test[..., None]
     scale = 255.0 if x_train.dtype == np.uint8 else 1.0
     classes = classes or int(max(y_train.max(), y_test.max())) + 1
-    labels = (y_train.astype(np.int32), y_test.astype(np.int32))
-    return Dataset(name, x_train, labels[0], x_test, labels[1], classes, scale)
+    y_train, y_test = y_train.astype(np.int32), y_test.astype(np.int32)
+    return Dataset(name, x_train, y_train, x_test, y_test, classes, scale)
 
 
-def _check_inputs(what: str, x: Array) -> None:
-    if x.dtype != np.uint8 and x.dtype.kind != "f":
-        raise CommandError(f"{what} must be uint8, from 0 to 255, or floats, got {x.dtype}.")
-    if x.dtype.kind == "f" and not np.max(np.abs(x)) <= np.finfo(np.float32).max:
-        raise CommandError(f"{what} must be finite in float32. Remove the other samples.")
-
-
-def _check_labels(what: str, y: Array, classes: int) -> None:
+def _check(part: str, x: Array, y: Array, classes: int) -> None:
+    finite = x.dtype.kind == "f" and np.max(np.abs(x)) <= np.finfo(np.float32).max
+    if x.dtype != np.uint8 and not finite:
+        raise CommandError(
+            f"{part} inputs must be uint8 from 0 to 255, or floats that are finite in float32, got"
+            f" {x.dtype}."
+        )
     if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= classes:
         raise CommandError(
-            f"{what} must be integers from 0 and below {classes}, the number of classes or of all"
-            " samples."
+            f"{part} labels must be integers from 0 and below {classes}, the number of classes or"
+            " of all samples."
         )
 
 

@@ -369,12 +369,10 @@ def best(
       Its values, the first of equals; None if every setting diverged.
     """
     score = score or (lambda rows: float(np.mean(rows["accuracy"])))
-    converged = [
-        (score(rows), dict(zip(names, values, strict=True)))
-        for values, rows in groups(columns, *names)
-        if not np.any(rows["diverged"])
-    ]
-    return max(converged, key=lambda one: one[0])[1] if converged else None
+    settings = groups(columns, *names)
+    scores = {values: score(rows) for values, rows in settings if not np.any(rows["diverged"])}
+    best = max(scores, key=lambda values: scores[values], default=None)
+    return None if best is None else dict(zip(names, best, strict=True))
 
 
 def _parts(runs: Sequence[Run], lanes: int) -> Iterator[list[int]]:

@@ -144,18 +144,10 @@ class Recipe:
         common.at_least(self, 1, "width", "depth", "batch_size", "steps", "measured")
         common.at_least(self, 0, "learning_rate", "held_out", "warmup_steps")
         common.at_most(self, self.steps - 1, "warmup_steps")
-        if not callable(self.optimizer) and self.optimizer not in OPTIMIZERS:
-            raise CommandError(
-                f"unknown optimizer {self.optimizer!r}: choose one of"
-                f" {', '.join(map(repr, OPTIMIZERS))}, or pass a function of a schedule."
-            )
+        if not callable(self.optimizer):
+            common.some_of("optimizer", [self.optimizer], OPTIMIZERS)
         if not isinstance(self.model, str):
-            pair: Any = tuple(self.model)
-            if len(pair) != 2 or not all(map(callable, pair)):
-                raise CommandError(
-                    f"model must be a name or a pair of functions (init, apply), got {self.model}."
-                )
-            object.__setattr__(self, "model", Model(*pair))  # hashable, even if it was a list
+            object.__setattr__(self, "model", Model(*self.model))  # hashable, even if it was a list
 
     def describe(self) -> dict[str, Any]:
         """Return the fields, with functions replaced by their names."""

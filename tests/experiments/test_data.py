@@ -65,21 +65,16 @@ def small(samples=40, classes=10):
 
 
 @given(share=st.floats(0, 1), seed=st.integers(0, 2**31), classes=st.integers(2, 10))
-def test_exactly_the_given_fraction_of_labels_is_noisy(share, seed, classes):
+def test_a_seed_draws_one_split_with_exactly_the_given_fraction_of_noisy_labels(
+    share, seed, classes
+):
     dataset = small(classes=classes)
-    split = data.draw(dataset, seed, 20, 5, share)
-    wrong = split.train_labels != dataset.labels[split.train]
-    assert wrong.sum() == round(20 * share)
-    assert ((split.train_labels >= 0) & (split.train_labels < classes)).all()
-
-
-@given(seed=st.integers(0, 2**31))
-def test_a_seed_draws_the_same_split_and_the_next_seed_another(seed):
-    dataset = small()
-    first, again, other = (data.draw(dataset, s, 20, 5, 0.3) for s in (seed, seed, seed + 1))
+    first, again, other = (data.draw(dataset, s, 20, 5, share) for s in (seed, seed, seed + 1))
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a, b)
     assert (first.train != other.train).any()
+    assert (first.train_labels != dataset.labels[first.train]).sum() == round(20 * share)
+    assert ((first.train_labels >= 0) & (first.train_labels < classes)).all()
 
 
 @pytest.mark.parametrize("resplit", [False, True])
@@ -98,32 +93,27 @@ def test_the_digits_are_those_of_scikit_learn():
     assert len(data.draw(dataset, 0, 300, 1000).test) == 1000
 
 
-@pytest.mark.parametrize(
-    ("way", "folder", "packed"),
-    [
-        ("root", "", True),
-        ("environment", "fashion-mnist", False),
-        ("root", "FashionMNIST/raw", False),
-    ],
-)
-def test_idx_files_are_read_as_they_were_written(tmp_path, monkeypatch, way, folder, packed):
-    arrays = idx_arrays()
-    write_idx(tmp_path / "files" / folder, arrays, packed)
-    if way == "environment":
-        monkeypatch.setenv("GRADREG_DATA", str(tmp_path / "files"))
-    found = data.load("fashion-mnist", tmp_path / "files" if way == "root" else None)
+@pytest.mark.parametrize("folder", ["", "fashion-mnist", "FashionMNIST/raw"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_idx_files_are_read_as_they_were_written(tmp_path, monkeypatch, folder, packed):
+    arrays, root = idx_arrays(), tmp_path / "files"
+    write_idx(root / folder, arrays, packed)
+    if packed:
+        monkeypatch.setenv("GRADREG_DATA", str(root))
+    found = data.load("fashion-mnist", None if packed else root)
     np.testing.assert_array_equal(found.train_x[..., 0], arrays["train-images-idx3"])
     np.testing.assert_array_equal(found.test_y, arrays["t10k-labels-idx1"])
     assert (found.shape, found.classes, found.scale) == ((4, 5, 1), 10, 255)
     assert found.mean == pytest.approx(arrays["train-images-idx3"].mean() / 255)
 
 
-def test_the_debian_folder_comes_before_the_cache(tmp_path):
+def test_the_debian_folder_comes_before_the_cache_and_a_given_folder_is_the_only_one(tmp_path):
     write_idx(tmp_path / "debian" / "fashion-mnist", idx_arrays())
     write_idx(data.cache() / "fashion-mnist", idx_arrays(seed=2))  # with other checksums
-    np.testing.assert_array_equal(
-        data.load("fashion-mnist").train_x[..., 0], idx_arrays()["train-images-idx3"]
-    )
+    found = data.load("fashion-mnist").train_x[..., 0]
+    np.testing.assert_array_equal(found, idx_arrays()["train-images-idx3"])
+    with pytest.raises(FileNotFoundError, match=r"no train-images-idx3-ubyte\.gz in"):
+        data.load("fashion-mnist", tmp_path / "empty")
 
 
 PACKED = bytearray(gzip.compress(idx(np.arange(6) % 10), mtime=0))
@@ -135,7 +125,6 @@ PACKED[12] ^= 0xFF  # within the deflated data
     [
         (b"", "is not the published file"),
         (idx(np.arange(6)), "is not the published file"),  # as MNIST's file of the same name
-        (gzip.compress(idx(np.arange(6)), mtime=0), "is not the published file"),
         (bytes(PACKED), "cannot unpack"),
         (b"\x1f\x8b", "cannot unpack"),
     ],
@@ -145,10 +134,8 @@ def test_a_damaged_idx_file_is_refused_by_its_name(tmp_path, content, message):
     write_idx(tmp_path, idx_arrays(), packed)
     name = f"t10k-labels-idx1-ubyte{'.gz' if packed else ''}"
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CommandError) as error:
+    with pytest.raises(CommandError, match=f"{name} {message}|{message} .*{name}"):
         data.load("fashion-mnist", tmp_path)
-    assert message in str(error.value)
-    assert name in str(error.value)
 
 
 @pytest.mark.slow
@@ -194,10 +181,10 @@ OWN |= {"x_test": np.ones((2, 3)), "y_test": np.arange(2)}
         ({"y_train": np.array([0, 1, 2, 3, 2**63], np.uint64)}, "training labels must be integers"),
         ({"y_train": np.array([0, 1, 2, 3, 7])}, "and below 7, the number of classes or of all"),
         ({"x_train": np.ones((5, 3), np.uint8)}, "type uint8, test inputs .* float64"),
-        ({"x_train": np.ones((5, 3), np.uint16)}, "must be uint8, from 0 to 255, or floats"),
-        ({"x_train": np.ones((5, 3), complex)}, "must be uint8, from 0 to 255, or floats"),
-        ({"x_train": np.full((5, 3), np.nan)}, "must be finite in float32"),
-        ({"x_test": np.full((2, 3), 1e300)}, "must be finite in float32"),
+        ({"x_train": np.ones((5, 3), np.uint16)}, "must be uint8 from 0 to 255, or floats"),
+        ({"x_train": np.ones((5, 3), complex)}, "must be uint8 from 0 to 255, or floats"),
+        ({"x_train": np.full((5, 3), np.nan)}, "that are finite in float32"),
+        ({"x_test": np.full((2, 3), 1e300)}, "that are finite in float32"),
         ({"x_test": np.ones((2, 4))}, r"training inputs have shape \(3,\) .* inputs \(4,\)"),
         ({"y_train": None}, "has no y_train"),
         ({"y_train": np.array([0, "a", 1, 2, 3], object)}, "not an .npz file of plain arrays"),
@@ -231,13 +218,7 @@ def test_without_a_network_the_error_names_the_remedies():
         data.load("fashion-mnist")
 
 
-def test_a_folder_without_the_files_is_not_replaced_by_another_source(tmp_path):
-    write_idx(tmp_path / "debian" / "fashion-mnist", idx_arrays())
-    with pytest.raises(FileNotFoundError, match=r"no train-images-idx3-ubyte\.gz in"):
-        data.load("fashion-mnist", tmp_path / "empty")
-
-
-@pytest.mark.parametrize("name", ["imagenet", "Digits", "missing.npz", "mnist", "cifar10"])
+@pytest.mark.parametrize("name", ["imagenet", "Digits", "missing.npz"])
 def test_an_unknown_data_set_is_named(name):
     with pytest.raises(CommandError, match=name):
         data.load(name)
