@@ -143,7 +143,8 @@ def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",
 
 def _grids(config: Config) -> dict[str, Any]:
     """Return the values of each hyperparameter, from the option with its name in the plural."""
-    names = {name for method in METHODS.values() for name in method.settings}
+    # in one order, because the names of the stored parts depend on the order of the runs
+    names = dict.fromkeys(name for method in METHODS.values() for name in method.settings)
     values = {name: getattr(config, f"{name}s") for name in names}
     return values | ({"interval": config.interval} if config.interval > 1 else {})
 

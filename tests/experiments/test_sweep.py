@@ -116,6 +116,10 @@ def test_finished_parts_are_not_computed_again_and_missing_ones_are(tmp_path, pr
     assert pretended.calls == units + 1
 
 
+def test_another_process_has_the_same_runs_in_the_same_order():
+    assert list(sweep._grids(TINY)) == ["gamma", "epsilon", "rho", "strength", "level"]
+
+
 def test_a_changed_file_uses_no_stale_part(tmp_path, pretended):
     x, y, path = np.ones((50, 3)), np.arange(50) % 2, str(tmp_path / "mine.npz")
     calls = []
