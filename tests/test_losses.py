@@ -304,13 +304,6 @@ def test_a_weighted_mean_and_a_loss_in_micro_batches_are_losses_like_others():
         close(one, plain)
 
 
-def test_gradients_have_the_dtypes_of_the_parameters():
-    for name, dtype in (("product", jnp.float16), ("chain", jnp.bfloat16)):
-        gradient = jax.grad(regularized_loss(two.mean_square, FAMILIES[name]))
-        arguments = two.P.astype(dtype), two.BATCH.astype(dtype)
-        assert jax.eval_shape(gradient, *arguments).dtype == dtype
-
-
 def test_complex_parameters_have_the_gradient_in_the_convention_of_jax(x64):
     z = np.array([1.0 + 2.0j, 0.0, -1.0j])
     loss = regularized_loss(lambda z: jnp.sum(jnp.abs(z) ** 2) / 2, FD)
