@@ -423,9 +423,12 @@ class Trainer:
         return lanes | {"seed": jnp.asarray(seeds, jnp.uint32)}
 
     def _train_step(self, lane: Settings) -> gr.TrainStep:
-        chosen = {name: lane[name] for name in (*self.method.settings, "interval") if name in lane}
+        chosen = {name: value for name, value in lane.items() if name != "seed"}
+        fraction = self._recipe.penalty_fraction
+        if self.method.gradients == 1:  # no penalty that could be lazy
+            chosen.pop("interval", None)
+            fraction = 1.0
         regularizer = None if self.method.make is None else self.method.make(**chosen)
-        fraction = 1.0 if regularizer is None else self._recipe.penalty_fraction
         loss, optimizer = self._problem.loss, _optimizer(self._recipe)
         options: Any = {"penalty_fraction": fraction, "donate": False}
         return gr.make_train_step(loss, optimizer, regularizer, **options)

@@ -250,8 +250,8 @@ def test_flops_are_those_of_the_plain_step_times_the_gradients(tmp_path):
 
 
 @pytest.mark.parametrize("label", sorted(METHODS))
-def test_every_method_makes_a_transformation_from_its_settings_and_has_a_cost(label):
+def test_every_method_has_a_step_with_its_settings_and_an_interval_and_a_cost(label):
     method = METHODS[label]
-    made = method.make and method.make(**dict.fromkeys(method.settings, 0.5))
-    assert made is None or callable(made.update)
+    lazy = dataclasses.replace(LINEAR, penalty_fraction=0.25)
+    assert trainer.Trainer(DIGITS, method, lazy).digest((*method.settings, "interval"))
     assert jnp.isfinite(method.cost(0.25, 4))

@@ -36,6 +36,8 @@ def test_hyperparameters_are_traced_and_lanes_are_independent(forward):
     assert progress == [200, 60]
     second = trainer(GIVEN | {"gamma": 1.0, "epsilon": np.array([0.5, 3.0])}, [0, 1])
     assert (second["train_loss"] != first["train_loss"]).all()
+    lazy = trainer(GIVEN | {"gamma": 2.0}, [0, 0])["train_loss"]
+    assert lazy[0] != lazy[1]
     swapped = {name: value if name == "epsilon" else value[::-1] for name, value in GIVEN.items()}
     swapped = trainer(swapped, [1, 0])
     assert trainer._advance._cache_size() == 1
