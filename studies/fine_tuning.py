@@ -20,10 +20,11 @@ import optax
 
 from gradreg_optax import make_train_step
 from gradreg_optax.experiments import common, data, models, plots, report, runs, statistics
+from gradreg_optax.experiments.data import Array
 from gradreg_optax.experiments.models import PyTree
 from gradreg_optax.experiments.report import Report, Table
 from gradreg_optax.experiments.runs import Columns, select
-from gradreg_optax.experiments.trainer import METHODS, SELF_TUNED, Array, Method, cross_entropy
+from gradreg_optax.experiments.trainer import METHODS, SELF_TUNED, Method, cross_entropy
 from studies import flatness, networks
 from studies.comparison import F_GR, Way, best
 

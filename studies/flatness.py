@@ -16,9 +16,10 @@ import numpy as np
 import optax
 
 from gradreg_optax.experiments import compare, data, plots, runs, statistics
+from gradreg_optax.experiments.data import Array
 from gradreg_optax.experiments.models import PyTree
 from gradreg_optax.experiments.report import Report, Table
-from gradreg_optax.experiments.trainer import Array, Pool, Problem
+from gradreg_optax.experiments.trainer import Pool, Problem
 
 LABELS = ("SGD", "DB", "F-GR", "lazy F-GR", "SAM", "relative")
 BITS, NOISES = (8, 4), (0.25, 0.5, 1.0)
@@ -168,7 +169,7 @@ def table(results: dict[str, Any]) -> Report:
     """Return the quantities of SGD, and paired differences with p-values."""
     lines: list[Table | str] = []
     for (name,), found in runs.groups(results["runs"], "dataset"):
-        of_methods = {label: quantities(rows) for label, rows in compare.methods(found)}
+        of_methods = {label: quantities(rows) for label, rows in runs.by(found, "method").items()}
         recipe = results["recipes"][name]
         lines.append(f"{compare.described(name, recipe)}, {len(set(found['seed']))} seeds")
         for names in _TABLES:
@@ -207,7 +208,7 @@ def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",
     tasks = list(runs.groups(results["runs"], "dataset"))
     made, axes = plots.figure(4, rows=len(tasks), width=3.8, height=3.4)
     for line, ((name,), found) in zip(np.atleast_2d(axes), tasks, strict=True):
-        for place, (label, rows) in enumerate(compare.methods(found)):
+        for place, (label, rows) in enumerate(runs.by(found, "method").items()):
             _draw(line, label, rows, place)
         line[0].set_xticks(range(len(LABELS)), LABELS, rotation=35)
         line[0].set(ylabel="calibration error (points)\n(hollow: on noisy labels)", ylim=(0, None))

@@ -20,12 +20,12 @@ import numpy as np
 from gradreg_optax import curvature, fd_gradreg
 from gradreg_optax.experiments import common, data, plots, report, runs, statistics
 from gradreg_optax.experiments.common import CommandError
+from gradreg_optax.experiments.data import Array
 from gradreg_optax.experiments.models import PyTree
 from gradreg_optax.experiments.report import Report, Table
 from gradreg_optax.experiments.runs import Columns, select
 from gradreg_optax.experiments.trainer import (
     METHODS,
-    Array,
     Method,
     OptimizerName,
     Problem,

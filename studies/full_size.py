@@ -18,9 +18,10 @@ import optax
 
 from gradreg_optax import TrainState, TrainStep, make_train_step
 from gradreg_optax.experiments import common, data, plots, report, runs, statistics
+from gradreg_optax.experiments.data import Array
 from gradreg_optax.experiments.report import Number, Report
 from gradreg_optax.experiments.runs import Columns, select
-from gradreg_optax.experiments.trainer import METHODS, Array, cross_entropy
+from gradreg_optax.experiments.trainer import METHODS, cross_entropy
 from studies import networks
 from studies.comparison import F_GR, Way, best
 

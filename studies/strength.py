@@ -16,12 +16,12 @@ import numpy as np
 import optax
 
 from gradreg_optax.experiments import common, data, plots, runs, statistics
+from gradreg_optax.experiments.data import Array
 from gradreg_optax.experiments.report import Report, Table
 from gradreg_optax.experiments.runs import Columns, select
 from gradreg_optax.experiments.trainer import (
     METHODS,
     SELF_TUNED,
-    Array,
     Method,
     Recipe,
     Trainer,

@@ -1,30 +1,24 @@
 """Stacks of transformations of a loss with arguments of every kind, and their references.
 
-The reference of a regularized loss needs no rule of its own: with R the penalty's gradient by hand,
-the function ``loss(p) + sum(stop_gradient(R) * (p - stop_gradient(p)))`` has the value of the loss,
-its gradient plus R for the parameters, and its gradient for everything else.
+The reference of a stack is the same stack in Python: loops, conditions and no transformation at
+all. The reference of a regularized loss needs no rule of its own: with R the penalty's gradient by
+hand, the function ``loss(p) + sum(stop_gradient(R) * (p - stop_gradient(p)))`` has the value of the
+loss, its gradient plus R for the parameters, and its gradient for everything else.
 """
 
 import functools
 
 import equinox as eqx
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 
-from gradreg_optax import (
-    dbp_gradreg,
-    fd_gradreg,
-    microbatched,
-    nnx_regularized_loss,
-    regularized_loss,
-)
+import gradreg_optax as gr
 
 GAMMA, EPSILON = 0.1, 0.2
-FD = fd_gradreg(gamma=GAMMA, epsilon=EPSILON)
+FD = gr.fd_gradreg(gamma=GAMMA, epsilon=EPSILON)
 ROUNDING = {"rtol": 1e-10, "atol": 1e-12}  # gradients of some ten operations, of size one
 
 # --- the loss, with further arguments of every kind
@@ -39,8 +33,11 @@ LEAVES = {
     "None": lambda: None,
     "NumPy": lambda: np.arange(3),
     "Python": lambda: (2, 0.5, True),
-    "all": lambda: {name: LEAVES[name]() for name in ("float", "integer", "bool", "key", "None")},
 }
+
+
+def leaves_of(kinds):
+    return {kind: LEAVES[kind]() for kind in sorted(kinds)}
 
 
 def factor(leaf):
@@ -50,7 +47,7 @@ def factor(leaf):
     return (leaf * (1 + 0.5j)).real + 0.5
 
 
-def loss_fn(params, batch, leaf=None, *, activation="tanh"):
+def loss_fn(params, batch, leaf=None, activation="tanh"):
     w = params["w"]
     for each in jax.tree.leaves(leaf):
         w = w * factor(each)
@@ -64,7 +61,7 @@ def params_of():
 
 def batch_of():
     x = jnp.sin(jnp.arange(12.0)).reshape(4, 3)
-    return {"x": x, "y": jnp.arange(4) % 2, "seen": jnp.asarray([True, False, True, True])}
+    return {"x": x, "y": np.arange(4) % 2, "seen": np.asarray([True, False, True, True])}
 
 
 def penalised(loss, hessian_product=False):
@@ -107,7 +104,7 @@ def of_nnx_module(loss):
     def of_module(model, *args, **kwargs):
         return loss({"w": model.w[...]}, *args, **kwargs)
 
-    ours = nnx_regularized_loss(of_module, FD)
+    ours = gr.nnx_regularized_loss(of_module, FD)
     return lambda params, *args, **kwargs: ours(Module(params["w"]), *args, **kwargs)
 
 
@@ -126,7 +123,7 @@ def of_equinox_module(loss):
         assert (model.word, model.function) == ("word", jnp.tanh)
         return loss({"w": model.w * model.count}, *args, **kwargs)
 
-    ours = regularized_loss(of_parts, FD)
+    ours = gr.regularized_loss(of_parts, FD)
 
     def of_params(params, *args, **kwargs):
         model = Tree(params["w"], "word", jnp.asarray(1), jnp.tanh)
@@ -137,37 +134,94 @@ def of_equinox_module(loss):
 
 # entry point -> (ours, the reference)
 WAYS = {
-    "regularized_loss": (lambda f: regularized_loss(f, FD), penalised),
+    "regularized_loss": (lambda f: gr.regularized_loss(f, FD), penalised),
     "nnx_regularized_loss": (of_nnx_module, penalised),
     "Equinox": (of_equinox_module, penalised),
-    "microbatched": (lambda f: microbatched(f, 2), in_two_parts),
+    "microbatched": (lambda f: gr.microbatched(f, 2), in_two_parts),
     "micro-batches regularized": (
-        lambda f: regularized_loss(microbatched(f, 2), FD),
+        lambda f: gr.regularized_loss(gr.microbatched(f, 2), FD),
         lambda f: penalised(in_two_parts(f)),
     ),
     "regularized micro-batches": (
-        lambda f: microbatched(regularized_loss(f, FD), 2),
+        lambda f: gr.microbatched(gr.regularized_loss(f, FD), 2),
         lambda f: in_two_parts(penalised(f)),
     ),
     "product": (
-        lambda f: regularized_loss(f, dbp_gradreg(gamma=GAMMA)),
+        lambda f: gr.regularized_loss(f, gr.dbp_gradreg(gamma=GAMMA)),
         functools.partial(penalised, hessian_product=True),
     ),
 }
 
-# --- transformations of f(params, batch, leaf), whose result may be any tree of numbers
+
+def chained(tx):
+    """One update of a chain."""
+
+    def way(loss):
+        def update(params, *args):
+            optimizer = optax.chain(tx, optax.sgd(0.5))
+            value, grads = jax.value_and_grad(loss)(params, *args)
+            extra = {"value": value, "value_fn": lambda p: loss(p, *args)}
+            return optimizer.update(grads, optimizer.init(params), params, **extra)[0]
+
+        return update
+
+    return way
+
+
+def train_step(loss):
+    """One step of ``make_train_step``."""
+    init, step = gr.make_train_step(loss, optax.sgd(0.5), FD)
+
+    def parameters_after(params, *args):
+        state, info = step(init(params), *args)
+        return info.loss, state.params
+
+    return parameters_after
+
+
+def step_by_hand(loss):
+    """What a step is made of."""
+
+    def parameters_after(params, *args):
+        updates = chained(FD)(loss)(params, *args)
+        return loss(params, *args), optax.apply_updates(params, updates)
+
+    return parameters_after
+
+
+FAMILIES = {
+    "fd_gradreg": FD,
+    "central": gr.fd_gradreg(gamma=GAMMA, epsilon=EPSILON, scheme="central"),
+    "dbp_gradreg": gr.dbp_gradreg(gamma=GAMMA),
+    "sam": gr.sam(rho=EPSILON),
+    "asam": gr.asam(rho=EPSILON),
+    "gradient_norm_penalty": gr.gradient_norm_penalty(gamma=GAMMA, epsilon=EPSILON),
+    "relative_gradreg": gr.relative_gradreg(),
+    "flooding": gr.flooding(level=10.0),
+}
+# what is no loss -> (ours, the reference): a formula, or itself
+OTHERS = {
+    "fd_value_and_grad": (
+        lambda loss: gr.fd_value_and_grad(loss, gamma=GAMMA, epsilon=EPSILON),
+        lambda loss: jax.value_and_grad(penalised(loss)),
+    ),
+    "make_train_step": (train_step, step_by_hand),
+    **{name: (chained(tx), chained(tx)) for name, tx in FAMILIES.items()},
+}
+
+# --- transformations of f(params, batch, ...), whose result may be any tree of numbers
 
 SCALES = (1.0, 0.5)
 
 
 def each(apply):
-    """The sum over two scales of the parameters; batch and leaf vary with the scale."""
+    """The sum over two scales of the parameters; all other arguments vary with the scale."""
 
     def transform(f):
         def transformed(*args):
             def at(inputs):
-                scale, batch, leaf = inputs
-                return f(jax.tree.map(lambda p: p * scale, args[0]), batch, leaf)
+                scale, *others = inputs
+                return f(jax.tree.map(lambda p: p * scale, args[0]), *others)
 
             stacked = jax.tree.map(lambda x: jnp.stack([x, x]), args[1:])
             results = apply(at, (jnp.asarray(SCALES), *stacked))
@@ -187,11 +241,27 @@ def scaled(f):
 
 
 def switch(f):
-    def transformed(params, batch, leaf):
-        index = jnp.sum(batch["y"]) % 3
-        return jax.lax.switch(index, [f, twice(f), scaled(f)], params, batch, leaf)
+    def transformed(*args):
+        index = jnp.sum(args[1]["y"]) % 3
+        return jax.lax.switch(index, [f, twice(f), scaled(f)], *args)
 
     return transformed
+
+
+def each_in_python(f):
+    def transformed(params, *args):
+        results = [f(jax.tree.map(lambda p, s=s: p * s, params), *args) for s in SCALES]
+        return jax.tree.map(lambda *x: sum(x), *results)
+
+    return transformed
+
+
+def cond_in_python(f):
+    return lambda *args: (f if np.any(args[1]["seen"]) else twice(f))(*args)
+
+
+def switch_in_python(f):
+    return lambda *args: [f, twice(f), scaled(f)][np.sum(args[1]["y"]) % 3](*args)
 
 
 TRANSFORMATIONS = {
@@ -205,9 +275,17 @@ TRANSFORMATIONS = {
 }
 
 
-def stacked(names, f):
+IN_PYTHON = {
+    **dict.fromkeys(("jit", "checkpoint"), lambda f: f),
+    **dict.fromkeys(("scan", "map", "vmap"), each_in_python),
+    "cond": cond_in_python,
+    "switch": switch_in_python,
+}
+
+
+def stacked(transformations, names, f):
     """The transformations around f, the first outermost."""
-    return functools.reduce(lambda g, name: TRANSFORMATIONS[name](g), reversed(names), f)
+    return functools.reduce(lambda g, name: transformations[name](g), reversed(names), f)
 
 
 def gradient(f):
@@ -228,72 +306,39 @@ def gradient(f):
     return value_and_grad
 
 
-def close(found, expected, **message):
+def close(found, expected):
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(one, other, **ROUNDING, **message)
+        np.testing.assert_allclose(one, other, **ROUNDING)
 
 
-def with_word(way):
-    """A word among the arguments."""
-    return lambda loss: functools.partial(way(loss), activation="sin")
+def assert_same(way, stack, leaf=None, closed=None, compiled=True):
+    """Compare a stack with that in Python.
 
+    Args:
+      way: one of ``WAYS``, which is differentiated, or of ``OTHERS``.
+      stack: names of the transformations around the gradient, between the gradient and the way,
+        and inside of the way.
+      leaf: an argument of the loss.
+      closed: what the loss closes over, inside of the transformations.
+      compiled: whether in one program, or operation by operation.
+    """
+    around, between, inside = stack
+    ours, reference = (WAYS | OTHERS)[way]
+    args = params_of(), batch_of(), leaf, closed
 
-def closing_inside(way):
-    """The leaf is closed over by the loss, inside of the transformations."""
-    return lambda loss: (
-        lambda params, batch, leaf: way(lambda p, b: loss(p, b, leaf))(params, batch)
-    )
+    def applied(make, transformations):
+        def of_all(params, batch, leaf, closed):
+            def loss(params, batch, leaf):
+                return loss_fn(params, batch, (leaf, closed))
 
+            return make(stacked(transformations, inside, loss))(params, batch, leaf)
 
-def leaf_of(kind):
-    return LEAVES.get(kind.removeprefix("closed-over "), lambda: None)()
+        function = stacked(transformations, between, of_all)
+        function = gradient(function) if way in WAYS else function
+        return stacked(transformations, around, function)(*args)
 
+    def both():
+        return applied(ours, TRANSFORMATIONS), applied(reference, IN_PYTHON)
 
-# kind of leaf -> what becomes of a entry point
-FORMS = {kind: lambda way: way for kind in LEAVES} | {"static": with_word}
-FORMS |= {f"closed-over {kind}": closing_inside for kind in LEAVES}
-
-
-def interpreted(f):
-    """``f()`` by its jaxpr, operation by operation: a program that runs once is not compiled."""
-    closed, shape = jax.make_jaxpr(f, return_shape=True)()
-    return jax.tree.unflatten(jax.tree.structure(shape), evaluated(closed.jaxpr, closed.consts))
-
-
-def evaluated(jaxpr, constants, *args):
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *args], strict=True))
-
-    def read(variable):
-        return variable.val if isinstance(variable, jax.extend.core.Literal) else values[variable]
-
-    for equation in jaxpr.eqns:
-        outputs = applied(equation, [read(v) for v in equation.invars])
-        values |= zip(equation.outvars, outputs, strict=True)
-    return [read(v) for v in jaxpr.outvars]
-
-
-def applied(equation, inputs):
-    """The results of an operation, of a loop or of a call."""
-    name, params = equation.primitive.name, equation.params
-    if name == "scan":
-        return scanned(inputs, **params)
-    if name == "cond":
-        inner, inputs = params["branches"][int(inputs[0])], inputs[1:]
-    else:
-        kinds = jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr
-        inner = next((p for p in params.values() if isinstance(p, kinds)), None)
-    if inner is None:
-        outputs = equation.primitive.bind(*inputs, **params)
-        return outputs if equation.primitive.multiple_results else [outputs]
-    return evaluated(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), *inputs)
-
-
-def scanned(inputs, *, jaxpr, length, reverse, num_consts, num_carry, **_):
-    fixed, carry = inputs[:num_consts], inputs[num_consts : num_consts + num_carry]
-    rows, outputs = inputs[num_consts + num_carry :], []
-    for i in reversed(range(length)) if reverse else range(length):
-        results = evaluated(jaxpr.jaxpr, jaxpr.consts, *fixed, *carry, *(x[i] for x in rows))
-        carry, outputs = results[:num_carry], [*outputs, results[num_carry:]]
-    ordered = outputs[::-1] if reverse else outputs
-    return [*carry, *(jnp.stack(column) for column in zip(*ordered, strict=True))]
+    close(*(jax.jit(both)() if compiled else both()))

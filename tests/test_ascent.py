@@ -35,6 +35,13 @@ ASCENTS = {
     "trust ratio": optax.scale_by_trust_ratio(),
     "unit momentum": optax.chain(optax.trace(0.9), optax.stateless(gr.normalized)),
 }
+OPTIONS = {
+    "momentum": {"scheme": "product"},
+    "Adam's moments": {"start": 1, "interval": 3},
+    "clipped": {"scheme": "backward"},
+    "trust ratio": {"scheme": "central"},
+    "unit momentum": {"interval": 2},
+}
 
 
 def fd(ascent, **options):
@@ -82,14 +89,9 @@ def by_hand(ascent, scheme="forward", interval=1, start=0):
     return jax.lax.scan(step, start_of_all, jnp.arange(STEPS))[0][0]
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [(name, {}) for name in ASCENTS]
-    + [("momentum", {"scheme": scheme}) for scheme in ("backward", "central", "product")]
-    + [("momentum", {"interval": 2}), ("Adam's moments", {"start": 1, "interval": 3})],
-    ids=str,
-)
-def test_every_ascent_is_the_one_written_by_hand_and_advances_with_the_penalty(x64, name, options):
+@pytest.mark.parametrize("name", ASCENTS)
+def test_every_ascent_is_the_one_written_by_hand_and_advances_with_the_penalty(x64, name):
+    options = OPTIONS.get(name, {})
     if options.get("scheme") == "product":
         tx = gr.dbp_gradreg(gamma=GAMMA, ascent=ASCENTS[name])
     else:
@@ -99,97 +101,46 @@ def test_every_ascent_is_the_one_written_by_hand_and_advances_with_the_penalty(x
     assert int(state.step) == STEPS
 
 
-def test_a_clipped_ascent_is_sam_where_the_gradient_is_long_and_the_penalty_where_it_is_short(x64):
-    @jax.jit
-    def updates(params):
-        g = jax.grad(loss_fn)(params)
-        norm = optax.tree.norm(g)
-        ascents = {
-            "clipped": optax.clip_by_global_norm(norm / 2),
-            "unclipped": optax.clip_by_global_norm(2 * norm),
-            "sam": lambda g, params: optax.tree.scale(norm / 2, gr.normalized(g, params)),
-            "penalty": None,
-        }
-        transformations = {name: fd(ascent) for name, ascent in ascents.items()}
-        return {
-            name: tx.update(g, tx.init(params), params, value_fn=loss_fn)[0]
-            for name, tx in transformations.items()
-        }
-
-    found = {name: flat(tree) for name, tree in updates(initial()).items()}
-    np.testing.assert_allclose(found["clipped"], found["sam"], rtol=1e-9)
-    np.testing.assert_allclose(found["unclipped"], found["penalty"], rtol=1e-12)
-
-
-@pytest.mark.parametrize("name", ASCENTS)
+@pytest.mark.parametrize("name", ["noisy", "Adam's moments"])
 def test_the_state_keeps_its_structure_and_dtypes(name):
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), initial())
-    for options in ({}, {"interval": 2, "start": 1}):
-        tx = fd(ASCENTS[name], **options)
-        update = functools.partial(tx.update, value_fn=loss_fn)
-        state = jax.eval_shape(tx.init, params)
-        updates, after = jax.eval_shape(update, params, state, params)
-        assert jax.tree.map(lambda x: (x.shape, x.dtype), (updates, after)) == jax.tree.map(
-            lambda x: (x.shape, x.dtype), (params, state)
-        )
-        numbers = [x for x in jax.tree.leaves(after.ascent) if jnp.issubdtype(x.dtype, jnp.inexact)]
-        # what is summed is summed wide
-        assert {x.dtype for x in numbers} <= {jnp.dtype(jnp.float32)}
+    tx = fd(ASCENTS[name], interval=2, start=1)
+    state = jax.eval_shape(tx.init, params)
+    updates, after = jax.eval_shape(
+        functools.partial(tx.update, value_fn=loss_fn), params, state, params
+    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), (updates, after)) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), (params, state)
+    )
+    numbers = [x for x in jax.tree.leaves(after.ascent) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    # what is summed is summed wide
+    assert {x.dtype for x in numbers} <= {jnp.dtype(jnp.float32)}
 
 
 @pytest.mark.parametrize(
     ("make", "extra", "start", "interval"),
     [
         (lambda **o: fd(optax.scale_by_adam(), scheme="central", **o), 2, 1, 2),
-        (lambda **o: gr.dbp_gradreg(gamma=GAMMA, **o), 1, 2, 1),
-        (lambda **o: gr.sam(rho=0.2, **o), 1, 2, 1),
-        (lambda **o: gr.relative_gradreg(strength=0.5, **o), 1, 1, 2),
+        (lambda **o: gr.relative_gradreg(strength=0.5, **o), 1, 2, 1),
     ],
-    ids=["central", "dbp", "sam", "relative"],
+    ids=["central", "relative"],
 )
 def test_before_its_start_a_penalty_evaluates_nothing(counter, make, extra, start, interval):
     tx, loss = make(start=start, interval=interval), counter.wrap(loss_fn)
     params = initial()
-    gradient = jax.grad(loss_fn)(params)
+    gradient = jax.jit(jax.grad(loss_fn))(params)
     update = jax.jit(lambda state: tx.update(gradient, state, params, value_fn=loss))
     state, evaluated = tx.init(params), []
-    for step in range(5):
+    for step in range(4):
         updates, state = update(state)
         values, gradients = counter.read()
         assert values == gradients
         evaluated.append(gradients)
         if step < start:
             np.testing.assert_array_equal(flat(updates), flat(gradient))
-    due = [n >= start and (n - start) % interval == 0 for n in range(5)]
+    due = [n >= start and (n - start) % interval == 0 for n in range(4)]
     assert evaluated == [extra if d else 0 for d in due]
-    assert int(state.step) == 5
-
-
-def test_a_start_that_is_traced_or_late_is_the_same(x64):
-    @jax.jit
-    def both(start):
-        momentum = optax.trace(0.9)
-        return train(fd(momentum, start=start))[0], by_hand(momentum, start=start)
-
-    for start in (2, STEPS):  # the last one never starts
-        found, expected = both(start)
-        np.testing.assert_allclose(flat(found), flat(expected), rtol=1e-12)
-
-
-def test_complex_parameters_are_climbed_along_the_conjugate(x64):
-    def loss(z):
-        return jnp.sum(jnp.abs(z) ** 4) / 4
-
-    @jax.jit
-    def update(z):
-        gradient, tx = jax.grad(loss)(z), fd(optax.trace(0.9))
-        ahead = jax.grad(loss)(z + EPSILON * jnp.conj(gradient))
-        expected = gradient + GAMMA / EPSILON * (ahead - gradient)
-        return tx.update(gradient, tx.init(z), z, value_fn=loss), expected, jnp.conj(gradient)
-
-    (found, state), expected, direction = update(jnp.array([1.0 + 0.5j, -0.3j]))
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
-    np.testing.assert_allclose(state.ascent.trace, direction, rtol=1e-12)
+    assert int(state.step) == 4
 
 
 def test_the_groups_of_a_train_step_share_their_mean_and_a_bad_one_keeps_all_from_contributing():
@@ -212,54 +163,6 @@ def test_the_groups_of_a_train_step_share_their_mean_and_a_bad_one_keeps_all_fro
     assert int(after.opt_state[0].step) == 3
 
 
-def test_memory_is_refused_where_it_has_no_place():
-    params, options = initial(), {"gamma": GAMMA, "ascent": optax.trace(0.9)}
-    for function in (
-        gr.fd_value_and_grad(loss_fn, epsilon=EPSILON, **options),
-        gr.dbp_value_and_grad(loss_fn, **options),
-    ):
-        with pytest.raises(TypeError, match=r"_value_and_grad: ascent must not keep state"):
-            function(params)
-    with pytest.raises(ValueError, match=r"regularized_loss: the regularizer keeps more state"):
-        jax.grad(gr.regularized_loss(loss_fn, fd(optax.trace(0.9))))(params)
-
-
-def test_without_memory_it_is_welcome_everywhere(x64):
-    ascent = optax.scale_by_trust_ratio()
-    by_function = gr.fd_value_and_grad(loss_fn, gamma=GAMMA, epsilon=EPSILON, ascent=ascent)
-    tx = fd(ascent)
-
-    @jax.jit
-    def ways(params):
-        update, _ = tx.update(jax.grad(loss_fn)(params), tx.init(params), params, value_fn=loss_fn)
-        return update, by_function(params)[1], jax.grad(gr.regularized_loss(loss_fn, tx))(params)
-
-    expected, *others = map(flat, ways(initial()))
-    for found in others:
-        np.testing.assert_allclose(found, expected, rtol=1e-12)
-
-
-@pytest.mark.parametrize(
-    "ascent",
-    [0.9, "momentum", (optax.trace(0.9).init,), {"w": True}],
-    ids=["number", "text", "tuple", "mask"],
-)
-def test_an_ascent_that_is_no_function_is_refused(ascent):
-    for name, make in {
-        "fd_gradreg": fd,
-        "fd_value_and_grad": lambda a: gr.fd_value_and_grad(loss_fn, **two.PENALTY, ascent=a),
-        "dbp_value_and_grad": lambda a: gr.dbp_value_and_grad(loss_fn, gamma=0.1, ascent=a),
-    }.items():
-        with two.says(TypeError, f"{name}: ascent must be a function (gradient, params)"):
-            make(ascent)
-
-
-def test_a_start_that_is_no_whole_number_is_refused():
-    for start in (-1, 1.5, "3"):
-        with pytest.raises((TypeError, ValueError), match="fd_gradreg: start"):
-            fd(None, start=start)
-
-
 def test_a_memory_keeps_the_dtype_in_which_it_began():
     summed = optax.GradientTransformation(
         lambda params: jnp.zeros([], jnp.bfloat16),
@@ -272,29 +175,25 @@ def test_a_memory_keeps_the_dtype_in_which_it_began():
     assert state.ascent.dtype == jnp.bfloat16
 
 
+def as_numbers(leaf):
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
 def poisoned(params, bad):
     """The loss, and NaN on a bad batch."""
     return loss_fn(params) * jnp.where(bad, jnp.nan, 1.0)
 
 
 FAMILIES = {
-    "fd": fd,
     "fd lazy": lambda ascent: fd(ascent, interval=2),
+    "fd": fd,
     "dbp": lambda ascent: gr.dbp_gradreg(gamma=GAMMA, ascent=ascent),
     "relative": lambda ascent: gr.relative_gradreg(ascent=ascent),
     "self-tuned": lambda ascent: gr.relative_gradreg(strength=None, ascent=ascent),
 }
 
 
-@pytest.mark.parametrize(
-    ("family", "name"),
-    [
-        ("fd", "Adam's moments"),
-        ("fd lazy", "noisy"),
-        ("dbp", "momentum"),
-        ("self-tuned", "momentum"),
-    ],
-)
+@pytest.mark.parametrize(("family", "name"), [("fd lazy", "noisy"), ("self-tuned", "momentum")])
 def test_a_bad_batch_leaves_no_trace_but_in_the_counter(x64, name, family):
     """With NaN at a step that takes the penalty the update is NaN, so that a guard behind it skips
     the step, and state and parameters continue as if that batch had not been.
@@ -320,13 +219,12 @@ def test_a_bad_batch_leaves_no_trace_but_in_the_counter(x64, name, family):
                 params, state = step(params, state, bad)
         return params, state
 
-    params, (state, guard) = along([False] * 4 + [True] + [False] * 5)
-    expected, (state_without, _) = along([False] * 4 + [None] + [False] * 5)
+    params, (state, guard) = along([False] * 2 + [True] + [False] * 3)
+    expected, (state_without, _) = along([False] * 2 + [None] + [False] * 3)
     assert int(guard.total_notfinite) == 1
-    for a, b in zip(
-        *map(jax.tree.leaves, ((params, state), (expected, state_without))), strict=True
-    ):
-        assert bool(jnp.all(a == b))
+    ends = (params, state), (expected, state_without)
+    for a, b in zip(*map(jax.tree.leaves, ends), strict=True):
+        np.testing.assert_array_equal(*map(as_numbers, (a, b)))
         if jnp.issubdtype(a.dtype, jnp.inexact):
             assert np.isfinite(a).all()
     assert step._cache_size() == 1
@@ -393,17 +291,3 @@ def test_an_ascent_is_handed_the_steepest_direction_in_float32_or_wider(dtype):
     jax.eval_shape(lambda params: two.updated(tx, params, loss), jnp.ones(2, dtype))
     wide = jnp.dtype(jnp.promote_types(dtype, jnp.float32))
     assert set(seen) == {(wide, jnp.dtype(dtype))}
-
-
-def test_directions_of_integers_are_refused():
-    whole = jnp.asarray([3, 4])
-    for call in (
-        lambda: gr.normalized(whole, two.P),
-        lambda: gr.normalized([3, 4], two.P),
-        lambda: gr.adaptive(whole, two.P),
-        lambda: gr.adaptive(two.P, whole),
-    ):
-        with two.says(TypeError, "dtype int", "have a gradient"):
-            call()
-    with two.says(ValueError, "adaptive: the gradient must have the structure of the parameters"):
-        gr.adaptive(two.P, None)

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import gradreg_optax
-from gradreg_optax import GradregState, dbp_gradreg, fd_gradreg, flooding, masked, sam
+from gradreg_optax import fd_gradreg, masked, sam
 from problems import add, batch_of, flat, loss_fn, params_of, regularized, relative_error
 
 fd = fd_gradreg(gamma=0.3, epsilon=0.2)
@@ -73,13 +73,10 @@ WRAPPERS = {
         for name, behind in {
             "conditionally_mask": optax.conditionally_mask(sgd, lambda step: step >= 0),
             "apply_if_finite": optax.apply_if_finite(sgd, 3),
-            "clip": optax.chain(optax.clip_by_global_norm(1e3), sgd),
             "masked": optax.masked(sgd, True),
             "partition": optax.partition({"x": sgd, "y": sgd}, {"kernel": "x", "out": "y"}),
-            "flatten": optax.flatten(sgd),
             "MultiSteps of one": optax.MultiSteps(sgd, 1).gradient_transformation(),
             "reduce_on_plateau": optax.chain(sgd, optax.contrib.reduce_on_plateau()),
-            "split_real_and_imaginary": optax.contrib.split_real_and_imaginary(sgd),
         }.items()
     },
 }
@@ -92,9 +89,7 @@ def _forwarding(multi_steps):
 FAMILIES = {
     "fd_gradreg": {"gamma": 0.3, "epsilon": 0.2},
     "dbp_gradreg": {"gamma": 0.3},
-    "gradient_norm_penalty": {"gamma": 0.3, "epsilon": 0.2},
     "sam": {"rho": 0.2},
-    "asam": {"rho": 0.2},
     "flooding": {"level": 100.0},
 }
 
@@ -132,14 +127,6 @@ def test_lookahead_passes_nothing_on_and_takes_a_loss_of_the_parameters_alone():
     np.testing.assert_allclose(flat(updates.fast), -0.1 * flat(expected), rtol=1e-5)
 
 
-def test_regularizers_can_be_chained_with_flooding_behind(x64):
-    batch, params = batch_of(), params_of()
-    level = 2 * float(loss_fn(params, batch))
-    (_, after), _ = run(optax.chain(fd, flooding(level=level), sgd), steps=1)
-    expected = descend(params, regularized(params, batch), -0.1)
-    np.testing.assert_allclose(flat(after), flat(expected), **ROUNDING)
-
-
 def test_injected_hyperparameters_can_be_changed_between_steps(x64):
     params, batch = params_of(), batch_of()
     gradient = gradient_of(params, batch)
@@ -168,15 +155,10 @@ def test_injected_hyperparameters_can_be_changed_between_steps(x64):
         tx.update(gradient, state, params, batch=batch)
 
 
-@pytest.mark.parametrize(
-    ("make", "name"), [(sam, "rho"), (dbp_gradreg, "gamma")], ids=["sam", "dbp"]
-)
-def test_injected_schedules_and_other_families_work(x64, make, name):
+def test_an_injected_schedule_is_that_of_the_transformation(x64):
     ramp = optax.linear_schedule(0.0, 0.2, 2)
-    trace, state = run(optax.chain(optax.inject_hyperparams(make)(**{name: ramp}), sgd))
-    expected, _ = run(optax.chain(make(**{name: ramp}), sgd))
-    plain = descend(trace[0], gradient_of(trace[0], batch_of()))
-    np.testing.assert_allclose(flat(trace[1]), flat(plain), **ROUNDING)
+    trace, state = run(optax.chain(optax.inject_hyperparams(sam)(rho=ramp), sgd))
+    expected, _ = run(optax.chain(sam(rho=ramp), sgd))
     np.testing.assert_allclose(flat(trace[-1]), flat(expected[-1]), rtol=1e-6)
     assert int(state[0].count) == 3
 
@@ -247,19 +229,6 @@ def test_freezing_behind_a_mask_leaves_the_frozen_parameters_alone(x64):
     np.testing.assert_allclose(after["kernel"], expected, **ROUNDING)
 
 
-@pytest.mark.parametrize(
-    "search",
-    [
-        pytest.param(optax.lbfgs(), marks=pytest.mark.slow),
-        optax.chain(sgd, optax.scale_by_backtracking_linesearch(5)),
-    ],
-    ids=["lbfgs", "backtracking"],
-)
-def test_line_searches_share_our_arguments(x64, search):
-    trace, _ = run(optax.chain(fd, search), steps=4)
-    assert loss_fn(trace[-1], batch_of()) < loss_fn(trace[0], batch_of()) / 2
-
-
 def test_schedule_free_may_stand_on_either_side(x64):
     inside, _ = run(optax.contrib.schedule_free(optax.chain(fd, sgd), learning_rate=0.1))
     behind, state = run(optax.chain(fd, optax.contrib.schedule_free(sgd, learning_rate=0.1)))
@@ -273,27 +242,3 @@ def test_snapshot_and_tree_get_read_our_surroundings(x64):
     expected = np.linalg.norm(flat(regularized(params_of(), batch_of())))
     np.testing.assert_allclose(optax.tree.get(state, "after"), expected, rtol=1e-12)
     assert int(optax.tree.get(state, "step")) == 1
-
-
-def test_updates_scan_and_their_state_has_a_fixed_type(x64):
-    trace, state = run(optax.chain(fd_gradreg(gamma=0.3, epsilon=0.2, interval=2), sgd), steps=4)
-    for i in range(4):
-        penalised = regularized(trace[i], batch_of(), gamma=0.6)
-        gradient = gradient_of(trace[i], batch_of()) if i % 2 else penalised
-        np.testing.assert_allclose(
-            flat(trace[i + 1]), flat(descend(trace[i], gradient)), **ROUNDING
-        )
-    assert state[0] == GradregState(step=4)
-
-
-def test_members_of_a_vmapped_ensemble_do_not_see_each_other(x64):
-    tx, batch, members = sam(loss_fn, rho=0.2, interval=2), batch_of(), [params_of(1), params_of(2)]
-
-    def update(params):
-        return tx.update(jax.grad(loss_fn)(params, batch), tx.init(params), params, batch=batch)[0]
-
-    together = jax.jit(jax.vmap(update))(jax.tree.map(lambda *x: jnp.stack(x), *members))
-    alone = jax.jit(update)
-    for i, params in enumerate(members):
-        member = jax.tree.map(lambda x, i=i: x[i], together)
-        np.testing.assert_allclose(flat(member), flat(alone(params)), **ROUNDING)

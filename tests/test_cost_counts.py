@@ -68,8 +68,6 @@ FORWARD = fd_gradreg(gamma=GAMMA, epsilon=EPSILON)
 # less than 3
 COSTS = {
     "forward": (FORWARD, 1.98, TWO),
-    "backward": (fd_gradreg(gamma=GAMMA, epsilon=EPSILON, scheme="backward"), 1.98, TWO),
-    "sam": (sam(rho=EPSILON), 1.98, TWO),
     "central": (fd_gradreg(gamma=GAMMA, epsilon=EPSILON, scheme="central"), 2.94, THREE),
     "dbp forward_over_reverse": (dbp_gradreg(gamma=GAMMA), 2.7, 3.05),
     "dbp reverse_over_reverse": (dbp_gradreg(gamma=GAMMA, mode="reverse_over_reverse"), 2.7, 3.05),

@@ -104,7 +104,7 @@ def test_the_derivative_through_a_training_in_the_initial_parameters_and_in_gamm
         assert_close(found, numerical)
 
 
-@pytest.mark.parametrize("name", ["forward", "product"])
+@pytest.mark.parametrize("name", [pytest.param("forward", marks=pytest.mark.slow), "product"])
 def test_it_may_be_done_twice(name):
     """The Hessian of the adapted loss times a vector, forward over reverse."""
     params, vector = problem()[0], random_like(problem()[0], seed=2)
@@ -144,7 +144,9 @@ def test_jacfwd_and_jacrev_of_a_gradient_function_agree_with_numbers(name):
         assert_close(derivative, numerical)
 
 
-@pytest.mark.parametrize("name", ["central", "product", "sam"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("central", marks=pytest.mark.slow), "product", "sam"]
+)
 def test_the_gradient_of_a_regularized_loss_may_be_differentiated_in_reverse(name):
     """Its own derivative, once more: of a training on it, in the initial parameters."""
     params, x, test = problem()

@@ -5,139 +5,125 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import gradreg_optax as gr
 from gradreg_optax import GradientMismatch, checking, fd_gradreg, relative_gradreg, sam
 
-PARAMS = {"w": jnp.linspace(-1.0, 1.0, 3), "b": jnp.ones(2)}
-BATCH = jnp.sin(jnp.arange(12.0)).reshape(4, 3)
+PARAMS = {"w": np.linspace(-1.0, 1.0, 3, dtype=np.float32), "b": np.ones(2, np.float32)}
+BATCH = np.sin(np.arange(12, dtype=np.float32)).reshape(4, 3)
 
 
 def loss_fn(params, batch):
     return jnp.mean(jnp.tanh(batch @ params["w"]) ** 2) + jnp.sum(params["b"] ** 4)
 
 
-def run(tx, batches=(BATCH, BATCH)):
+gradient_of = jax.jit(jax.grad(loss_fn))
+
+
+def run(*several, batches=(BATCH, BATCH)):
     """Updates with the gradient on the first kind of batch and the loss on the second."""
 
     @jax.jit
-    def step(params, state, batch, other):
-        gradient = jax.grad(loss_fn)(params, batch)
-        return tx.update(gradient, state, params, value_fn=lambda p: loss_fn(p, other))
+    def step(states, batch, other):
+        gradient, extra = (
+            jax.grad(loss_fn)(PARAMS, batch),
+            {"value_fn": lambda p: loss_fn(p, other)},
+        )
+        pairs = zip(several, states, strict=True)
+        return [tx.update(gradient, state, PARAMS, **extra)[1] for tx, state in pairs]
 
-    state = tx.init(PARAMS)
+    states = [tx.init(PARAMS) for tx in several]
     for _ in range(3):
-        _, state = step(PARAMS, state, *batches)
+        states = step(states, *batches)
 
 
-def findings_of(run, *args):
+def findings_of(run, *args, **kwargs):
     with checking() as findings, warnings.catch_warnings():
         warnings.simplefilter("ignore", GradientMismatch)
-        run(*args)
+        run(*args, **kwargs)
     return findings
 
 
-FD = {"gamma": 0.1, "epsilon": 0.1}
-TURNS = [fd_gradreg(**FD), sam(rho=0.1)]
-RIGHT = {
-    "fd": fd_gradreg(**FD),
-    "dbp, lazy": gr.dbp_gradreg(gamma=0.1, interval=2),
-    "sam": sam(rho=0.1),
-    "relative": relative_gradreg(),
-    "chain": optax.chain(fd_gradreg(**FD), optax.clip_by_global_norm(0.1), optax.adam(0.1)),
-    "own gradient": optax.chain(
-        optax.clip_by_global_norm(0.1), fd_gradreg(**FD, reuse_updates=False)
-    ),
+fd, clip = functools.partial(fd_gradreg, gamma=0.1, epsilon=0.1), optax.clip_by_global_norm(0.1)
+chain = optax.chain
+
+
+def turn(tx, number):
+    return optax.conditionally_transform(tx, lambda step: step % 2 == number)
+
+
+RIGHT = [
+    fd(),
+    gr.dbp_gradreg(gamma=0.1, interval=2),
+    sam(rho=0.1),
+    relative_gradreg(),
+    chain(fd(), clip, optax.adam(0.1)),
+    chain(clip, fd(reuse_updates=False)),
     # regularizers that take turns
-    "interval": optax.chain(fd_gradreg(**FD, interval=2), sam(rho=0.1, interval=2, start=1)),
-    "conditionally_transform": optax.chain(
-        *(
-            optax.conditionally_transform(tx, lambda step, turn=turn: step % 2 == turn)
-            for turn, tx in enumerate(TURNS)
-        )
-    ),
-    "late": optax.chain(
-        fd_gradreg(gamma=lambda step: 0.1 * (step < 2), epsilon=0.1), relative_gradreg(start=2)
-    ),
-}
+    chain(fd(interval=2), sam(rho=0.1, interval=2, start=1)),
+    chain(turn(fd(), 0), turn(sam(rho=0.1), 1)),
+    chain(fd(gamma=lambda step: 0.1 * (step < 2)), relative_gradreg(start=2)),
+]
 
 
-@pytest.mark.parametrize("name", RIGHT)
-def test_what_is_right_is_not_reported(name):
-    assert findings_of(run, RIGHT[name]) == []
+def test_what_is_right_is_not_reported():
+    assert findings_of(run, *RIGHT) == []
 
 
 WRONG = {
-    "clipped before": (
-        optax.chain(optax.clip_by_global_norm(0.1), fd_gradreg(**FD)),
-        "point the same way: clipping",
-    ),
-    "weight decay before": (
-        optax.chain(optax.add_decayed_weights(0.5), fd_gradreg(**FD)),
-        "a transformation or a regularizer before it",
-    ),
-    "twice": (optax.chain(fd_gradreg(**FD), sam(rho=0.1)), "before it in the chain"),
-    "relative, not first": (
-        optax.chain(optax.scale(3.0), relative_gradreg()),
-        "3 times as long and point the same way",
-    ),
+    "point the same way: clipping": chain(clip, fd()),
+    "a transformation or a regularizer before it": chain(optax.add_decayed_weights(0.5), fd()),
+    "before it in the chain": chain(fd(), sam(rho=0.1)),
+    "3 times as long and point the same way": chain(optax.scale(3.0), relative_gradreg()),
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_reported_once_with_its_cause(name):
-    tx, cause = WRONG[name]
-    (finding,) = findings_of(run, tx)
+@pytest.mark.parametrize("cause", WRONG)
+def test_what_is_wrong_is_reported_once_with_its_cause(cause):
+    (finding,) = findings_of(run, WRONG[cause])
     assert "the incoming updates are not the gradient of the loss: they differ by" in finding
     assert cause in finding
 
 
 def test_another_batch_is_seen():
-    (finding,) = findings_of(run, fd_gradreg(**FD), (BATCH, -2 * BATCH[::-1] + 1))
+    (finding,) = findings_of(run, fd(), batches=(BATCH, -2 * BATCH[::-1] + 1))
     assert finding.startswith("fd_gradreg: ")
     assert "another batch" in finding
 
 
 def test_accumulation_around_a_regularizer_is_seen():
-    tx = optax.MultiSteps(optax.chain(fd_gradreg(**FD), optax.sgd(0.1)), 2)
+    tx = optax.MultiSteps(chain(fd(loss_fn), optax.sgd(0.1)), 2)
+
+    @jax.jit
+    def update(state, batch):
+        return tx.update(jax.grad(loss_fn)(PARAMS, batch), state, PARAMS, batch=batch)[1]
 
     def two_micro_batches():
-        state = tx.init(PARAMS)
-        for batch in (BATCH, 3 * BATCH + 1):
-            gradient = jax.grad(loss_fn)(PARAMS, batch)
-            _, state = tx.update(gradient, state, PARAMS, value_fn=loss_fn, batch=batch)
+        update(update(tx.init(PARAMS), BATCH), 3 * BATCH + 1)
 
     assert any("optax.MultiSteps" in finding for finding in findings_of(two_micro_batches))
 
 
-def test_a_regularizer_with_another_loss_in_a_train_step_is_seen():
+def test_a_step_with_another_loss_is_seen_and_micro_batches_are_the_same_loss():
     def other(params, batch):
         return jnp.sum(params["b"] ** 2) * jnp.mean(batch**2)
 
-    def train(regularizer):
-        init, step = gr.make_train_step(loss_fn, optax.sgd(0.1), regularizer)
+    def train(regularizer, loss=loss_fn):
+        init, step = gr.make_train_step(loss, optax.sgd(0.1), regularizer)
         step(init(PARAMS), BATCH)
 
-    assert len(findings_of(train, fd_gradreg(other, **FD))) == 1
-    assert findings_of(train, fd_gradreg(other, **FD, reuse_updates=False)) == []
-
-
-def test_micro_batches_are_the_same_loss():
-    def train():
-        init, step = gr.make_train_step(
-            gr.microbatched(loss_fn, 2), optax.sgd(0.1), fd_gradreg(**FD)
-        )
-        step(init(PARAMS), BATCH)
-
+    assert len(findings_of(train, fd(other))) == 1
+    assert findings_of(train, fd(other, reuse_updates=False)) == []
     # two means of halves: the same gradient up to rounding
-    assert findings_of(train) == []
+    assert findings_of(train, fd(), gr.microbatched(loss_fn, 2)) == []
 
 
 def test_it_warns_and_off_it_costs_nothing(counter):
-    wrong = optax.chain(optax.scale(2.0), fd_gradreg(counter.wrap(loss_fn), **FD))
-    gradient = jax.grad(loss_fn)(PARAMS, BATCH)
+    wrong = chain(optax.scale(2.0), fd(counter.wrap(loss_fn)))
+    gradient = gradient_of(PARAMS, BATCH)
     with pytest.warns(GradientMismatch, match="2 times as long"), checking():
         wrong.update(gradient, wrong.init(PARAMS), PARAMS, batch=BATCH)
     assert counter.read()[1] == 2
@@ -147,35 +133,39 @@ def test_it_warns_and_off_it_costs_nothing(counter):
 
 @pytest.mark.parametrize(("size", "off"), [(1e-6, 0.0), (1e-6, 0.01), (1e6, 0.0), (1e6, 0.01)])
 def test_what_is_found_does_not_depend_on_the_size_of_the_loss(size, off):
+    tx = fd()
+
     def scaled(params):
         return size * loss_fn(params, BATCH)
 
-    tx = fd_gradreg(**FD)
-    gradient = jax.tree.map(lambda g: g * (1 + off), jax.jit(jax.grad(scaled))(PARAMS))
-    found = findings_of(lambda: tx.update(gradient, tx.init(PARAMS), PARAMS, value_fn=scaled))
-    assert bool(found) == bool(off)
+    @jax.jit
+    def update():
+        gradient = jax.tree.map(lambda g: g * (1 + off), jax.grad(scaled)(PARAMS))
+        return tx.update(gradient, tx.init(PARAMS), PARAMS, value_fn=scaled)
+
+    assert bool(findings_of(update)) == bool(off)
 
 
-@pytest.mark.parametrize("averaged", [False, True])
-def test_replicas_that_average_their_gradients_but_not_their_losses_drift_apart(averaged):
-    tx = fd_gradreg(loss_fn, **FD)
+def test_replicas_that_average_their_gradients_but_not_their_losses_drift_apart():
+    tx = fd(loss_fn)
 
     @jax.jit
-    @functools.partial(jax.vmap, axis_name="data")  # as in pmap
-    def on_replica(batch):
-        gradient = jax.grad(loss_fn)(PARAMS, batch)
-        if averaged:
-            gradient = jax.lax.pmean(gradient, "data")
+    @functools.partial(jax.vmap, axis_name="data", in_axes=(0, None))  # as in pmap
+    def on_replica(batch, averaged):
+        own = jax.grad(loss_fn)(PARAMS, batch)
+        mean = jax.lax.pmean(own, "data")
+        gradient = jax.tree.map(lambda g, m: jnp.where(averaged, m, g), own, mean)
         return tx.update(gradient, tx.init(PARAMS), PARAMS, batch=batch)[0]["w"]
 
-    found = findings_of(on_replica, BATCH.reshape(2, 2, 3))
-    assert len(found) == averaged
-    assert not averaged or "averaged over replicas" in found[0]
+    replicas = BATCH.reshape(2, 2, 3)
+    assert findings_of(on_replica, replicas, False) == []
+    (finding,) = findings_of(on_replica, replicas, True)
+    assert "averaged over replicas" in finding
 
 
 @pytest.mark.slow
 def test_an_update_without_a_penalty_is_not_compared_under_vmap_either():
-    tx = fd_gradreg(**FD, interval=2)
+    tx = fd(interval=2)
 
     @jax.vmap  # turns the branch into a select that computes both sides
     def lane(step):
@@ -188,8 +178,8 @@ def test_an_update_without_a_penalty_is_not_compared_under_vmap_either():
 
 
 def test_a_skipped_update_costs_no_gradient_under_the_guard(counter):
-    tx = fd_gradreg(counter.wrap(loss_fn), **FD, interval=2)
-    gradient = jax.grad(loss_fn)(PARAMS, BATCH)
+    tx = fd(counter.wrap(loss_fn), interval=2)
+    gradient = gradient_of(PARAMS, BATCH)
     with checking():
         state = tx.init(PARAMS)
         for expected in (2, 0, 2):
@@ -199,7 +189,7 @@ def test_a_skipped_update_costs_no_gradient_under_the_guard(counter):
 
 def test_findings_go_to_the_innermost_guard_that_is_open():
     def wrong():
-        run(optax.chain(optax.scale(2.0), fd_gradreg(**FD)))
+        run(chain(optax.scale(2.0), fd()))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GradientMismatch)

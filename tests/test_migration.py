@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import gradreg_optax as gr
+from problems import flat
 
 RHO, RATE, STEPS = 0.1, 0.05, 4
 close = {"rtol": 1e-6, "atol": 1e-9}
@@ -31,12 +32,8 @@ def loss_fn(params, x):
 def problem():
     rng = np.random.default_rng(0)
     shapes = {"kernel": (3, 4), "embed": (8, 4), "head": (4, 2)}
-    params = {name: jnp.asarray(rng.normal(size=s)) / 2 for name, s in shapes.items()}
-    return params, jnp.asarray(rng.normal(size=(8, 3)))
-
-
-def flat(tree):
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+    params = {name: rng.normal(size=s) / 2 for name, s in shapes.items()}
+    return params, rng.normal(size=(8, 3))
 
 
 def shift(params, length, direction):
@@ -55,21 +52,41 @@ def unit_leaves(gradient, params):
     return jax.tree.map(lambda g: g / jnp.linalg.norm(g), gradient)
 
 
-def train(tx, steps=STEPS, extra=None):
+def of_updates(updates, gradient):
+    return updates
+
+
+def train(tx, steps=STEPS, extra=None, finish=of_updates):
     """The parameters after a few steps with a transformation of Optax or of ours."""
     params, x = problem()
     extra = {"value_fn": lambda p: loss_fn(p, x)} if extra is None else extra
     tx = optax.with_extra_args_support(tx)
 
-    state = tx.init(params)
-
     @jax.jit
     def step(params, state):
-        updates, state = tx.update(jax.grad(loss_fn)(params, x), state, params, **extra)
-        return optax.apply_updates(params, updates), state
+        gradient = jax.grad(loss_fn)(params, x)
+        updates, state = tx.update(gradient, state, params, **extra)
+        return optax.apply_updates(params, finish(updates, gradient)), state
 
+    state = tx.init(params)
     for _ in range(steps):
         params, state = step(params, state)
+    return flat(params)
+
+
+def descend(direction):
+    """The same by hand, along ``direction(step, params, gradient, gradient function)``."""
+    params, x = problem()
+
+    def grad(params):
+        return jax.grad(loss_fn)(params, x)
+
+    @jax.jit
+    def step(i, params):
+        return shift(params, -RATE, direction(i, params, grad(params), grad))
+
+    for i in range(STEPS):
+        params = step(i, params)
     return flat(params)
 
 
@@ -121,28 +138,27 @@ def test_optax_sam_in_transparent_mode_on_the_same_batch_twice():
 @pytest.mark.parametrize("adaptive", [False, True], ids=["SAM", "adaptive=True"])
 def test_two_steps_in_pytorch(adaptive):
     """first_step climbs, second_step comes back and descends with the gradient from there."""
-    params, x = problem()
-    for _ in range(STEPS):
-        g = jax.grad(loss_fn)(params, x)
+
+    def direction(i, params, g, grad):
         scaled = jax.tree.map(lambda p, d: jnp.abs(p) * d, params, g) if adaptive else g
         e_w = jax.tree.map(lambda p, d: p**2 * d, params, g) if adaptive else g
-        e_w = optax.tree.scale(RHO / (optax.tree.norm(scaled) + 1e-12), e_w)
-        there = jax.grad(loss_fn)(optax.tree.add(params, e_w), x)
-        params = shift(params, -RATE, there)
+        return grad(shift(params, RHO / (optax.tree.norm(scaled) + 1e-12), e_w))
+
     ours = (gr.asam if adaptive else gr.sam)(rho=RHO)
-    np.testing.assert_allclose(train(optax.chain(ours, sgd(RATE))), flat(params), **close)
+    np.testing.assert_allclose(train(optax.chain(ours, sgd(RATE))), descend(direction), **close)
 
 
-@pytest.mark.parametrize("splits", [1, 4])
-def test_sharpness_aware_minimization_of_keras_2_adds_up_its_splits(splits):
+def test_sharpness_aware_minimization_of_keras_2_adds_up_its_splits():
     params, x = problem()
-    params = {**params, "embed": params["embed"][:1]}  # shared by the samples, to be split
+    splits, params = 4, {**params, "embed": params["embed"][:1]}  # shared by the samples
 
-    def ahead(part):
+    @jax.jit
+    def ahead(params, part):
         g = jax.grad(loss_fn)(params, part)
         return jax.grad(loss_fn)(shift(params, RHO, unit(g)), part)
 
-    total = jax.tree.map(lambda *g: sum(g), *map(ahead, jnp.split(x, splits)))
+    several = [ahead(params, part) for part in np.split(x, splits)]
+    total = jax.tree.map(lambda *g: sum(g), *several)
     theirs = shift(params, -RATE, total)
     init, step = gr.make_train_step(
         loss_fn, sgd(splits * RATE), gr.sam(rho=RHO), ascent_groups=splits
@@ -153,14 +169,13 @@ def test_sharpness_aware_minimization_of_keras_2_adds_up_its_splits(splits):
 
 def test_gnp_with_its_r_and_alpha():
     r, alpha = 0.2, 0.8
-    params, x = problem()
-    for _ in range(STEPS):
-        g = jax.grad(loss_fn)(params, x)
-        there = jax.grad(loss_fn)(shift(params, r, unit(g)), x)
-        mixed = jax.tree.map(lambda a, b: (1 - alpha) * a + alpha * b, g, there)
-        params = shift(params, -RATE, mixed)
+
+    def direction(i, params, g, grad):
+        there = grad(shift(params, r, unit(g)))
+        return jax.tree.map(lambda a, b: (1 - alpha) * a + alpha * b, g, there)
+
     ours = gr.gradient_norm_penalty(gamma=alpha * r, epsilon=r)
-    np.testing.assert_allclose(train(optax.chain(ours, sgd(RATE))), flat(params), **close)
+    np.testing.assert_allclose(train(optax.chain(ours, sgd(RATE))), descend(direction), **close)
 
 
 # TRL with the gradient regularization of Ackermann et al.: strength, eps, warm-up, both clips, and
@@ -172,23 +187,6 @@ def clip(gradient, largest):
     return optax.tree.scale(jnp.minimum(1, largest / (optax.tree.norm(gradient) + 1e-6)), gradient)
 
 
-def train_with_trl(first_clip, second_clip, warmup=0):
-    """SGD with their regularized gradient; the names left out keep the second gradient."""
-    params, x = problem()
-    for step in range(STEPS):
-        g = jax.grad(loss_fn)(params, x)
-        combined = g
-        if step >= warmup:
-            g = clip(g, first_clip)
-            climb = jax.tree.map(lambda d, kept: kept * d, g, INCLUDED)
-            there = clip(jax.grad(loss_fn)(shift(params, EPS, climb), x), second_clip)
-            combined = jax.tree.map(
-                lambda a, b, kept: a + STRENGTH / EPS * (b - a) if kept else b, g, there, INCLUDED
-            )
-        params = shift(params, -RATE, combined)
-    return params
-
-
 def trl(first_clip=None, warmup=0):
     """Our counterpart: the correction reaches the names left out as well, so they are given back
     their share."""
@@ -197,39 +195,51 @@ def trl(first_clip=None, warmup=0):
     return optax.chain(clipped, inner)
 
 
-def train_parts(tx):
-    """As ``train``, with the names left out descending along the second gradient, as TRL's do."""
-    params, x = problem()
-    state = tx.init(params)
-    for _ in range(STEPS):
-        g = jax.grad(loss_fn)(params, x)
-        updates, state = tx.update(g, state, params, value_fn=lambda p: loss_fn(p, x))
-        updates = jax.tree.map(
-            lambda u, d, kept: u if kept else d + EPS / STRENGTH * (u - d), updates, g, INCLUDED
+def test_trl_as_long_as_nothing_is_clipped():
+    """Two steps of warm-up, then each name that is included, and the others once they are given
+    their second gradient, which the names left out keep."""
+    warmup, largest = 2, 1e3
+
+    def direction(i, params, g, grad):
+        first = clip(g, largest)
+        climb = jax.tree.map(lambda d, kept: kept * d, first, INCLUDED)
+        there = clip(grad(shift(params, EPS, climb)), largest)
+
+        def combined(a, b, kept):
+            after = a + STRENGTH / EPS * (b - a) if kept else b
+            return jnp.where(i < warmup, a, after)
+
+        return jax.tree.map(combined, first, there, INCLUDED)
+
+    def finish(updates, gradient):
+        second = jax.tree.map(
+            lambda u, d, kept: u if kept else d + EPS / STRENGTH * (u - d),
+            updates,
+            gradient,
+            INCLUDED,
         )
-        params = shift(params, -RATE, updates)
-    return params
+        return optax.tree.scale(-RATE, second)
 
-
-@pytest.mark.parametrize("warmup", [0, 2])
-def test_trl_as_long_as_nothing_is_clipped(warmup):
-    """Each name that is included, and the others once they are given their second gradient."""
-    theirs = train_with_trl(1e3, 1e3, warmup)
-    np.testing.assert_allclose(flat(train_parts(trl(warmup=warmup))), flat(theirs), **close)
+    found = train(trl(warmup=warmup), finish=finish)
+    np.testing.assert_allclose(found, descend(direction), **close)
 
 
 def test_trl_with_its_first_clip_at_work_takes_the_difference_from_the_clipped_gradient():
     """One step, of the names that take part. A clip before the regularizer is what they do, and the
     guard says what it is; ``ascent=`` clips the climb alone."""
     params, x = problem()
-    g = jax.grad(loss_fn)(params, x)
+    grad = jax.jit(jax.grad(loss_fn))
+    g = grad(params, x)
     half = float(optax.tree.norm(g)) / 2
     halved = optax.tree.scale(0.5, g)
-    there = jax.grad(loss_fn)(shift(params, EPS, gr.masked(INCLUDED)(halved, params)), x)
+    there = grad(shift(params, EPS, gr.masked(INCLUDED)(halved, params)), x)
 
     def kernel(tx):
-        updates, _ = tx.update(g, tx.init(params), params, value_fn=lambda p: loss_fn(p, x))
-        return updates["kernel"]
+        update = jax.jit(lambda: tx.update(g, tx.init(params), params, value_fn=value_fn))
+        return update()[0]["kernel"]
+
+    def value_fn(params):
+        return loss_fn(params, x)
 
     theirs = halved["kernel"] + STRENGTH / EPS * (there["kernel"] - halved["kernel"])
     with gr.checking() as findings, warnings.catch_warnings():

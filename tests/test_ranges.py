@@ -87,7 +87,7 @@ def test_the_derivative_in_gamma_is_there_at_zero_too():
     np.testing.assert_allclose(jax.grad(update)(0.0), 24.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["central", "product", "asam", "relative"])
 def test_float8_parameters_train_with_differences_in_float32(name):
     def loss(params):
         return jnp.sum(params.astype(jnp.float32) ** 2) / 2

@@ -14,7 +14,6 @@ import gradreg_optax as gr
 from gradreg_optax import _self_tuning, relative_gradreg
 
 TWO = jnp.array([1.0, 2.0])
-SCHEMES = st.sampled_from(["forward", "backward", "central"])
 close = np.testing.assert_allclose
 
 
@@ -24,14 +23,16 @@ def network_loss(params, batch):
 
 
 def network(seed=0):
-    first, second = jax.random.split(jax.random.key(seed))
-    return {"in": jax.random.normal(first, (4, 8)) / 2, "out": jax.random.normal(second, (8,)) / 3}
+    rng = np.random.default_rng(seed)
+    first, second = rng.normal(size=(4, 8)) / 2, rng.normal(size=8) / 3
+    return {"in": first.astype(np.float32), "out": second.astype(np.float32)}
 
 
 def batches(count, size=16):
-    x = jax.random.normal(jax.random.key(0), (count, size, 4))
-    noise = 0.3 * jax.random.normal(jax.random.key(1), (count, size))
-    return x, jnp.sin(jnp.sum(x, axis=-1)) + noise
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(count, size, 4)).astype(np.float32)
+    noise = 0.3 * rng.normal(size=(count, size)).astype(np.float32)
+    return x, np.sin(np.sum(x, axis=-1)) + noise
 
 
 def close_trees(a, b, **tolerances):
@@ -64,47 +65,50 @@ def train(tx, rate, data, scale=1.0, size=1.0):
     return jax.tree.map(lambda p: p / size, path), strength
 
 
-@functools.partial(jax.jit, static_argnames="scheme")
-def on_a_quadratic(params, curvature, strength, interval, scheme):
-    tx = relative_gradreg(strength=strength, scheme=scheme, interval=interval)
+@jax.jit
+def on_a_quadratic(params, curvature, strength, interval):
+    """The updates of five steps at the same parameters, by each scheme."""
 
-    def step(state, _):
-        def loss(x):
-            return curvature * jnp.sum(x**2) / 2
+    def updates(scheme):
+        tx = relative_gradreg(strength=strength, scheme=scheme, interval=interval)
 
-        updates, state = tx.update(curvature * params, state, params, value_fn=loss)
-        return state, updates
+        def step(state, _):
+            def loss(x):
+                return curvature * jnp.sum(x**2) / 2
 
-    return jax.lax.scan(step, tx.init(params), length=5)[1]
+            updates, state = tx.update(curvature * params, state, params, value_fn=loss)
+            return state, updates
+
+        return jax.lax.scan(step, tx.init(params), length=5)[1]
+
+    return [updates(scheme) for scheme in ("forward", "backward", "central")]
 
 
 @pytest.mark.usefixtures("x64")
 @given(
     seed=st.integers(0, 99),
-    dim=st.sampled_from([1, 4]),
     curvature=st.floats(1e-3, 1e3),
     strength=st.floats(0.0, 1.5),
     interval=st.integers(1, 4),
-    scheme=SCHEMES,
 )
 def test_on_an_isotropic_quadratic_the_update_is_one_plus_strength_times_the_gradient(
-    seed, dim, curvature, strength, interval, scheme
+    seed, curvature, strength, interval
 ):
-    params = np.random.default_rng(seed).normal(size=dim)
-    found = on_a_quadratic(params, curvature, strength, interval, scheme)
-    for step, updates in enumerate(found):
-        factor = 1 + interval * strength * (step % interval == 0)
+    params = np.random.default_rng(seed).normal(size=4)
+    due = np.arange(5) % interval == 0
+    expected = np.outer(1 + interval * strength * due, curvature * params)
+    for found in on_a_quadratic(params, curvature, strength, interval):
         # rounding of a difference over a hundredth of the parameters' length
-        close(updates, factor * curvature * params, rtol=1e-10)
+        close(found, expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize(("strength", "interval"), [(0.5, 3), (None, 1)])
 def test_units_of_the_loss_and_of_the_parameters_do_not_matter(strength, interval):
-    tx, data = relative_gradreg(strength=strength, interval=interval), batches(12)
+    tx, data = relative_gradreg(strength=strength, interval=interval), batches(7)
     scale, size = jnp.array([[1.0, 1e-3, 1e3, 1.0, 1.0], [1.0, 1.0, 1.0, 1e-3, 1e3]])
     several = jax.vmap(lambda scale, size: train(tx, 0.1 / scale * size**2, data, scale, size))
     found = jax.jit(several)(scale, size)
-    # the rounding of float32 over twelve steps, as the acceptance has it
+    # the rounding of float32 over seven steps
     for leaf in jax.tree.leaves(found):
         close(leaf[1:], np.broadcast_to(leaf[:1], leaf[1:].shape), rtol=1e-3, atol=1e-4)
 
@@ -148,10 +152,10 @@ def test_a_flat_batch_does_not_carry_the_scale_away():
 
 
 @jax.jit
-def along_the_gradient(seed, strength):
+def along_the_gradient(params, strength):
     """The gradient's inner product with the updates and with itself, on a loss concave in places"""
     first = jax.tree.map(lambda x: x[0], batches(1))
-    params, tx = network(seed), relative_gradreg(strength=strength, decay=0.0)
+    tx = relative_gradreg(strength=strength, decay=0.0)
 
     def value_fn(p):
         return -network_loss(p, first)
@@ -163,7 +167,7 @@ def along_the_gradient(seed, strength):
 
 @given(seed=st.integers(0, 99), strength=st.floats(0.0, 1.0))
 def test_up_to_one_the_update_does_not_ascend_where_the_scale_is_exact(seed, strength):
-    inner, squared = along_the_gradient(seed, strength)
+    inner, squared = along_the_gradient(network(seed), strength)
     assert inner >= -1e-4 * squared
 
 
@@ -177,19 +181,25 @@ LOSSES_WITHOUT_A_RATIO = {
 @pytest.mark.parametrize("kind", LOSSES_WITHOUT_A_RATIO)
 def test_a_ratio_that_is_zero_or_not_finite_changes_nothing(kind):
     tx, loss = relative_gradreg(strength=0.5), LOSSES_WITHOUT_A_RATIO[kind]
-    _, state = tx.update(TWO, tx.init(TWO), TWO, value_fn=lambda p: jnp.sum(p**2) / 2)
-    gradient = jax.grad(loss)(TWO)
-    updates, after = tx.update(gradient, state, TWO, value_fn=loss)
+
+    @jax.jit
+    def two_updates():
+        _, state = tx.update(TWO, tx.init(TWO), TWO, value_fn=lambda p: jnp.sum(p**2) / 2)
+        gradient = jax.grad(loss)(TWO)
+        return gradient, state, *tx.update(gradient, state, TWO, value_fn=loss)
+
+    gradient, state, updates, after = two_updates()
     np.testing.assert_array_equal(updates, gradient)
     assert (after.scale, after.norms) == (state.scale, state.norms)
 
 
 def test_parameters_of_zero_length_wait_for_the_first_step():
     params, tx = jnp.zeros(2), relative_gradreg(lambda p: jnp.sum((p - 1.0) ** 2) / 2, strength=0.5)
-    updates, state = tx.update(params - 1.0, tx.init(params), params)
+    update = jax.jit(tx.update)
+    updates, state = update(params - 1.0, tx.init(params), params)
     np.testing.assert_array_equal(updates, [-1.0, -1.0])
     moved = params - 0.1 * updates
-    updates, _ = tx.update(moved - 1.0, state, moved)
+    updates, _ = update(moved - 1.0, state, moved)
     close(updates, 1.5 * (moved - 1.0), rtol=1e-4)
 
 
@@ -344,29 +354,6 @@ def test_what_a_step_evaluates_is_what_the_docstring_counts(counter):
     assert counts == [idle, due, idle, idle, idle, due]
 
 
-@pytest.mark.parametrize("strength", [0.5, None])
-def test_one_trace_and_a_state_that_keeps_its_form(strength):
-    tx, params, traces = relative_gradreg(strength=strength, interval=2), network(), []
-    (x,), (y,) = batches(1)
-
-    @jax.jit
-    def update(state, shift):
-        traces.append(1)
-
-        def loss(p):
-            return network_loss(p, (x + shift, y))
-
-        gradient = jax.grad(loss)(params)
-        return tx.update(gradient, state, params, value_fn=loss, held_out_fn=loss)[1]
-
-    state = tx.init(params)
-    form = jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    for i in range(10):
-        state = update(state, i / 10)
-    assert (len(traces), int(state.step)) == (1, 10)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == form
-
-
 def test_the_state_reads_the_strength_of_a_schedule():
     tx = relative_gradreg(lambda p: jnp.sum(p**2) / 2, strength=lambda step: 0.1 * step)
     state = tx.init(TWO)
@@ -376,33 +363,39 @@ def test_the_state_reads_the_strength_of_a_schedule():
         close(updates, (1 + 0.1 * step) * TWO, rtol=1e-4)
 
 
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    "ascent", [None, gr.normalized, gr.adaptive, gr.masked(jnp.array([True, False, True]))]
-)
-def test_the_correction_goes_along_the_product_with_the_ascent_direction(ascent):
+def test_the_correction_goes_along_the_product_with_the_ascent_direction(x64):
     root = np.random.default_rng(0).normal(size=(3, 3))
-    hessian, params = root @ root.T, jnp.array([1.0, -2.0, 0.5])
-    gradient = hessian @ params
-    product = hessian @ (gradient if ascent is None else ascent(gradient, params))
-    size = np.linalg.norm(gradient) / np.linalg.norm(product)
-    tx = relative_gradreg(lambda p: p @ hessian @ p / 2, strength=0.3, decay=0.0, ascent=ascent)
-    updates, _ = tx.update(gradient, tx.init(params), params)
-    close(updates, gradient + 0.3 * size * product, rtol=1e-9)
+    hessian, params = root @ root.T, np.array([1.0, -2.0, 0.5])
+    ascents = None, gr.normalized, gr.adaptive, gr.masked(np.array([True, False, True]))
+
+    @jax.jit
+    def updates_and_directions(gradient):
+        for ascent in ascents:
+            options = {"strength": 0.3, "decay": 0.0, "ascent": ascent}
+            tx = relative_gradreg(lambda p: p @ hessian @ p / 2, **options)
+            updates, _ = tx.update(gradient, tx.init(params), params)
+            found.append((updates, gradient if ascent is None else ascent(gradient, params)))
+        return found
+
+    found, gradient = [], hessian @ params
+    for updates, direction in updates_and_directions(gradient):
+        product = hessian @ direction
+        size = np.linalg.norm(gradient) / np.linalg.norm(product)
+        close(updates, gradient + 0.3 * size * product, rtol=1e-9)
 
 
 def test_equal_groups_are_the_whole_batch_and_a_part_is_a_penalty_on_its_own_gradient():
-    twice, ends = jax.tree.map(lambda b: jnp.concatenate([b[0], b[0]]), batches(1)), []
+    twice, ends = jax.tree.map(lambda b: np.concatenate([b[0], b[0]]), batches(1)), []
     # the part is the first half, which is the same samples
     for options in ({}, {"ascent_groups": 2}, {"penalty_fraction": 0.5}):
         init, step = gr.make_train_step(network_loss, optax.sgd(0.1), relative_gradreg(), **options)
         state = init(network())
-        for _ in range(5):
+        for _ in range(3):
             state, _ = step(state, twice)
         ends.append((state.params, optax.tree.get(state.opt_state, "scale")))
     (whole, scale), *others = ends
     for params, other_scale in others:
-        # float32: the same sums in another order, over five steps
+        # float32: the same sums in another order, over three steps
         close_trees(params, whole, rtol=1e-4, atol=1e-5)
         close(other_scale, scale, rtol=1e-3)
 
@@ -412,33 +405,13 @@ def test_the_train_step_hands_it_the_held_out_batch_and_the_part():
     tx = relative_gradreg(strength=None, interval=2)
     init, step = gr.make_train_step(network_loss, optax.adam(0.01), tx, penalty_fraction=0.25)
     state = init(network())
-    for _ in range(4):
+    for _ in range(3):
         state, _ = step(state, (x, y), held_out=(held_out_x, held_out_y))
         if int(state.step) == 1:
             expected = network_loss(network(), (held_out_x, held_out_y))
             close(optax.tree.get(state.opt_state, "last")[1], expected, rtol=1e-6)
     assert float(optax.tree.get(state.opt_state, "strength")) >= 0.0
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state.params))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        ({"strength": -0.1}, "strength must be finite and >= 0"),
-        ({"reach": 0.0}, "reach must be finite and > 0"),
-        ({"decay": 1.0}, r"decay must lie in \[0, 1\)"),
-        ({"interval": 0}, "interval must be a whole number >= 1"),
-    ],
-)
-def test_what_is_wrong_is_said_at_once(arguments, sentence):
-    with pytest.raises(ValueError, match=f"relative_gradreg: {sentence}"):
-        relative_gradreg(**arguments)
-
-
-def test_a_strength_that_tunes_itself_says_what_it_needs():
-    tx = relative_gradreg(lambda p: jnp.sum(p**2), strength=None)
-    with pytest.raises(TypeError, match=r"relative_gradreg: .*held_out_fn=.*held_out="):
-        tx.update(TWO, tx.init(TWO), TWO)
 
 
 def fourth(p):
@@ -448,7 +421,7 @@ def fourth(p):
 def test_an_update_of_zero_is_not_remembered():
     for reuse in (True, False):
         tx, params = relative_gradreg(fourth, reuse_updates=reuse), [TWO]
-        _, state = tx.update([TWO**3], tx.init(params), params)
+        _, state = jax.jit(tx.update)([TWO**3], tx.init(params), params)
         updates, after = tx.update([jnp.zeros(2)], state, [jnp.zeros(2)] if reuse else params)
         assert not reuse or not np.asarray(updates).any()
         assert after.norms == state.norms
@@ -469,7 +442,7 @@ def test_a_state_made_before_x64_keeps_its_dtypes():
     tx, params = relative_gradreg(fourth), [TWO]
     state = tx.init(params)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        _, after = tx.update(params, state, params)
+        _, after = jax.eval_shape(tx.update, params, state, params)
     assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
 
 
@@ -477,8 +450,9 @@ def test_the_ascent_step_follows_the_norms_of_the_penalised_gradient(x64):
     """Incoming updates of another length change the scale, and not epsilon."""
     params, updates = np.asarray([1.0, -0.5, 2.0]), jnp.asarray([30.0, 0.0, -40.0])
     tx = relative_gradreg(lambda p: jnp.sum(p**4) / 4, strength=0.5, reuse_updates=False)
-    _, state = tx.update(updates, tx.init(params), params)
-    found, _ = tx.update(updates, state, params)
+    update = jax.jit(tx.update)
+    _, state = update(updates, tx.init(params), params)
+    found, _ = update(updates, state, params)
 
     own, products, norm = params**3, [], np.linalg.norm
     for epsilon in (0.01 * norm(params) / norm(own), None):
@@ -494,7 +468,7 @@ def test_a_stateful_ascent_advances_with_the_updates_that_take_the_penalty():
     """Momentum of the gradient: 0.9 g1 + g3, since the second update is skipped."""
     tx = relative_gradreg(fourth, strength=0.5, ascent=optax.trace(0.9), interval=2)
     several = np.asarray([[1.0, -0.5], [5.0, 5.0], [0.5, 2.0]], np.float32)
-    state = tx.init([several[0]])
+    update, state = jax.jit(tx.update), tx.init([several[0]])
     for p in several:
-        _, state = tx.update([p**3], state, [p])
+        _, state = update([p**3], state, [p])
     close(state.ascent.trace[0], 0.9 * several[0] ** 3 + several[2] ** 3, 1e-6)

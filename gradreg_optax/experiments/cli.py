@@ -5,7 +5,6 @@ JAX nor a command before one is chosen, so that ``--help`` and ``--version`` ans
 """
 
 import difflib
-import functools
 import importlib
 import importlib.metadata
 import os
@@ -13,8 +12,9 @@ import signal
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from gradreg_optax.experiments.common import CommandError
 
 
 class Command(NamedTuple):
@@ -47,31 +47,22 @@ class Program(NamedTuple):
     commands: Mapping[str, Command]
 
     def module(self, command: str) -> Any:
-        """Import the module of a command.
-
-        Raises:
-          SystemExit: a package of the ``experiments`` extra is missing.
-        """
-        try:
-            importlib.import_module("tyro")
-            return importlib.import_module(f"{self.package}.{command.replace('-', '_')}")
-        except ModuleNotFoundError as error:
-            if (error.name or "").startswith(("gradreg_optax", "studies")):  # a bug of our own
-                raise
-            raise SystemExit(
-                f"{self.name} {command} needs the experiments extra ({error}). Run pip install"
-                ' "gradreg-optax[experiments]".'
-            ) from error
+        """Import the module of a command."""
+        return importlib.import_module(f"{self.package}.{command.replace('-', '_')}")
 
     def listing(self) -> str:
         """Text of ``--help``."""
-        width = max(len("--version"), *map(len, self.commands))
-        lines = [f"usage: {self.name} COMMAND [OPTIONS]", "", textwrap.fill(self.summary, 100), ""]
-        lines += ["commands:"]
-        lines += [f"  {name:<{width}}  {one.summary}" for name, one in self.commands.items()]
-        lines += ["", "options:", f"  {'--help':<{width}}  Show this message."]
-        lines += [f"  {'--version':<{width}}  Show the version.", ""]
-        return "\n".join([*lines, f"Run {self.name} COMMAND --help for the options of a command."])
+        options = {"--help": "Show this message.", "--version": "Show the version."}
+        summaries = {name: command.summary for name, command in self.commands.items()}
+        width = max(map(len, {**summaries, **options}))
+        lines = [f"usage: {self.name} COMMAND [OPTIONS]", "", textwrap.fill(self.summary, 100)]
+        for title, part in (("commands", summaries), ("options", options)):
+            lines += [
+                "",
+                f"{title}:",
+                *(f"  {name:<{width}}  {text}" for name, text in part.items()),
+            ]
+        return "\n".join([*lines, "", f"Run {self.name} COMMAND --help for its options."])
 
     def unknown(self, command: str) -> str:
         """Error for a name that is not a command."""
@@ -88,11 +79,8 @@ def main(program: Program) -> None:
     Args:
       program: the commands.
     """
-    signal.signal(signal.SIGINT, functools.partial(_interrupted, None))
-    chosen = parse(program, sys.argv[1:])
-    if chosen is not None:
-        signal.signal(signal.SIGINT, functools.partial(_interrupted, chosen[1].output))
-        execute(program, *chosen)
+    signal.signal(signal.SIGINT, _interrupted)
+    run(program, sys.argv[1:])
 
 
 def run(program: Program, arguments: Sequence[str]) -> None:
@@ -103,78 +91,68 @@ def run(program: Program, arguments: Sequence[str]) -> None:
       arguments: the command line without the program's name.
 
     Raises:
-      SystemExit: the command line is wrong, data are missing, or settings do not fit together. Any
-        other error is a bug and keeps its traceback.
+      SystemExit: after ``--help`` and ``--version``; or the command line is wrong, a package or
+        data are missing, or settings do not fit together. Any other error is a bug and keeps its
+        traceback.
     """
-    chosen = parse(program, arguments)
-    if chosen is not None:
-        execute(program, *chosen)
+    try:
+        _execute(program, *parse(program, arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has closed the pipe; all files are written by then
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except CommandError as error:
+        raise SystemExit(f"{program.name} {arguments[0]}: {error}") from error
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(("gradreg_optax", "studies")):  # a bug of our own
+            raise
+        raise SystemExit(
+            f"{program.name} {arguments[0]} needs the experiments extra ({error}). Run pip install"
+            ' "gradreg-optax[experiments]".'
+        ) from error
 
 
-def parse(program: Program, arguments: Sequence[str]) -> tuple[str, Any] | None:
-    """Return the command and its configuration; None after ``--help`` or ``--version``."""
+def parse(program: Program, arguments: Sequence[str]) -> tuple[str, Any]:
+    """Return the command and its configuration."""
     if not arguments:
         sys.exit(f"{program.listing()}\n\n{program.name}: a command is required.")
-    command, *rest = arguments
+    command, *options = arguments
     if command in ("--help", "-h", "--version"):
         version = f"{program.name} {importlib.metadata.version('gradreg-optax')}"
         print(version if command == "--version" else program.listing())
-        return None
+        sys.exit()
     if command not in program.commands:
         print(program.unknown(command), file=sys.stderr)
         sys.exit(2)
-    return command, _config(program, command, rest)
+    return command, _config(program, command, options)
 
 
 def _config(program: Program, command: str, arguments: Sequence[str]) -> Any:
     """Parse the options of a command."""
-    module, (summary, duration, example) = program.module(command), program.commands[command]
     import tyro
 
-    from gradreg_optax.experiments.common import CommandError
-
+    config, (summary, duration, example) = program.module(command).Config, program.commands[command]
     called = f"{program.name} {command}"
     text = f"{summary}\n\nTakes about {duration}.\n\nExample: {called} {example}"
-    options = tyro.cli(_unchecked(module.Config), prog=called, description=text, args=arguments)
+    # a subclass without validation, because tyro prints its errors with the name of the class
+    unchecked = {"__post_init__": lambda self: None, "__doc__": config.__doc__}
+    options = type("Options", (config,), unchecked)
     try:
-        return module.Config(**vars(options))
+        return config(**vars(tyro.cli(options, prog=called, description=text, args=arguments)))
     except CommandError as error:
         print(f"{called}: {error} See {called} --help.", file=sys.stderr)
         sys.exit(2)
 
 
-def _unchecked(config: Any) -> Any:
-    """Return a subclass without validation, whose errors tyro would print with the class's name."""
-    return type(
-        "Options", (config,), {"__post_init__": lambda self: None, "__doc__": config.__doc__}
-    )
-
-
-def execute(program: Program, command: str, config: Any) -> None:
-    """Run a command with its configuration, or draw its results again."""
-    from gradreg_optax.experiments.common import CommandError
-
-    try:
-        _execute(program, command, config)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has closed the pipe; all files are written by then
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except CommandError as error:
-        raise SystemExit(f"{program.name} {command}: {error}") from error
-
-
 def _execute(program: Program, command: str, config: Any) -> None:
+    """Run a command with its configuration, or draw its results again."""
     from gradreg_optax.experiments import results
-    from gradreg_optax.experiments.common import CommandError
 
     module, called = program.module(command), f"{program.name} {command}"
-    if config.redraw:
-        found = results.load(config.output, command)
-    else:
-        results.prepare(config.output)
+    if not config.redraw:
+        results.check_writable(config.output)
         path = results.save(config.output, called, config, module.run(config))
-        found = results.load(path, command)
         print(f"results: {path}")
+    found = results.load(config.output, command)
     try:  # figures before anything is printed: a closed pipe loses none
         figures = module.plot(found, config.output, config.format)
         table = module.table(found)
@@ -190,12 +168,7 @@ def _execute(program: Program, command: str, config: Any) -> None:
     print("\n".join([*lines, *(f"figure: {figure}" for figure in figures)]))
 
 
-def _interrupted(output: Path | None, *_: Any) -> None:
+def _interrupted(*_: Any) -> None:
     """Leave at once: threads that still compile must not outlive the interpreter."""
-    message = "\ninterrupted"
-    if output is not None:
-        parts = output / "parts"
-        count = len(list(parts.glob("*.json")))
-        message += f": {count} finished parts are in {parts}. Run the same command to resume"
-    os.write(2, f"{message}.\n".encode())
+    os.write(2, b"\ninterrupted: finished parts are kept. Run the same command to resume.\n")
     os._exit(130)

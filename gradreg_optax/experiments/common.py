@@ -5,9 +5,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
-from tqdm import tqdm
-
 
 class CommandError(ValueError):
     """An error of the user: settings, data or files that a command cannot use."""
@@ -98,6 +95,18 @@ def at_least(config: Any, least: float, *names: str) -> None:
                 raise CommandError(f"{name} must be at least {least:g}, got {value:g}.")
 
 
+def at_most(config: Any, most: float, *names: str) -> None:
+    """Check that fields are at most ``most``.
+
+    Raises:
+      CommandError: a value is larger.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value > most:
+            raise CommandError(f"{name} must be at most {most:g}, got {value:g}.")
+
+
 def above_zero(config: Any, *names: str) -> None:
     """Check that all values of fields are positive.
 
@@ -106,8 +115,9 @@ def above_zero(config: Any, *names: str) -> None:
     """
     at_least(config, 0, *names)
     for name in names:
-        if not np.all(getattr(config, name)):
-            raise CommandError(f"{name} must be above 0, got 0. DB is the limit of 0.")
+        values = getattr(config, name)
+        if 0 in (values if isinstance(values, tuple) else (values,)):
+            raise CommandError(f"{name} must be above 0, got 0.")
 
 
 def some_of(name: str, values: Iterable[str], known: Iterable[str], remedy: str = "") -> None:
@@ -135,6 +145,8 @@ def option(name: str) -> str:
     return name.replace("_", "-")
 
 
-def progress(total: int, what: str, unit: str) -> "tqdm[Any]":
+def progress(total: int, what: str, unit: str) -> Any:
     """Return a progress bar, which is hidden where stderr is not a terminal."""
+    from tqdm import tqdm
+
     return tqdm(total=total, desc=what, unit=unit, disable=None, leave=False)

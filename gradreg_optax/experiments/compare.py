@@ -102,15 +102,15 @@ def run(config: Config) -> dict[str, Any]:
     """Train every method on every seed, each method in one compiled program.
 
     Returns:
-      "recipes", the shared settings for each data set; "methods", the call of each transformation;
-      "costs", FLOPs per step relative to SGD; and "runs", one row per run. The "role" of a row is
-      "best" for the settings of each method and "signed" for the scan of the signed "step".
+      "recipes", the shared settings for each data set; "costs", FLOPs per step relative to SGD; and
+      "runs", one row per run. The "role" of a row is "best" for the settings of each method and
+      "signed" for the scan of the signed "step".
 
     Raises:
       CommandError: settings that do not fit the data.
     """
     store = runs.Store(config.output)
-    recipes, methods, costs, found = {}, {}, [], []
+    recipes, costs, found = {}, [], []
     for name in config.datasets:
         dataset, settings, seeds = data.load(name), TASKS[name].settings, seeds_of(config, name)
         chosen = {label: recipe(config, name, label) for label in settings}
@@ -123,9 +123,7 @@ def run(config: Config) -> dict[str, Any]:
             flops = 1 + (flops - 1) / given.get("interval", 1)
             costs.append({"dataset": name, "method": label, "flops": flops})
         recipes[name] = chosen["SGD"].describe()
-        methods[name] = {label: ROWS[label].call(given) for label, given in settings.items()}
-    tables = {"costs": runs.columns(costs), "runs": runs.stack(*found)}
-    return {"recipes": recipes, "methods": methods} | tables
+    return {"recipes": recipes, "costs": runs.columns(costs), "runs": runs.stack(*found)}
 
 
 def seeds_of(config: Any, name: str) -> range:
@@ -149,10 +147,8 @@ def wanted_runs(config: common.Training, name: str, label: str, seeds: Any) -> l
     """Return the runs of a row for a data set."""
     chosen, settings = recipe(config, name, label), TASKS[name].settings[label]
     tags: dict[str, Any] = {"role": "best", "dataset": name}
-    if chosen.penalty_fraction < 1:
-        tags["fraction"] = chosen.penalty_fraction
-    if chosen.held_out:
-        tags["held_out"] = chosen.held_out
+    tags |= {"fraction": chosen.penalty_fraction} if chosen.penalty_fraction < 1 else {}
+    tags |= {"held_out": chosen.held_out} if chosen.held_out else {}
     return runs.grid(ROWS[label], chosen, settings, seeds, **tags)
 
 
@@ -216,11 +212,6 @@ def described(name: str, recipe: Mapping[str, Any]) -> str:
     )
 
 
-def methods(rows: runs.Columns) -> list[tuple[str, runs.Columns]]:
-    """Return the rows of each method."""
-    return list(runs.by(rows, "method").items())
-
-
 def cost(results: dict[str, Any], name: str, label: str) -> float:
     """Return the FLOPs per step relative to SGD."""
     return float(runs.select(results["costs"], dataset=name, method=label)["flops"][0])
@@ -241,19 +232,18 @@ def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",
 
 
 def _draw_costs(axis: Any, rows: runs.Columns) -> None:
-    marks, found = [], runs.by(rows, "method")
-    for label, runs_of in found.items():
-        cost, diverged = runs_of["gradients"][0], int(np.sum(runs_of["diverged"]))
+    places: dict[float, float] = {}  # dots of equal cost stand side by side
+    for label, found in runs.by(rows, "method").items():
+        diverged, seeds = int(np.sum(found["diverged"])), len(found["seed"])
+        cost = float(found["gradients"][0])
+        places[cost] = places.get(cost, cost - 0.08) + 0.08
         style: Any = {"ms": 6, "fillstyle": "none" if diverged else "full"}
-        mean = plots.mean(axis, cost, 100 * runs_of["accuracy"], label, **style)
-        suffix = f" ({diverged} of {len(runs_of['seed'])} diverged)" if diverged else ""
-        marks.append((cost, mean, label + suffix))
-    if "SGD" in found:
-        plain = statistics.estimate(100 * found["SGD"]["accuracy"]).mean
-        axis.axhline(plain, ls="--", lw=1, color=plots.color("SGD"), zorder=0)
+        style["label"] = label + f" ({diverged} of {seeds} diverged)" * bool(diverged)
+        mean = plots.mean(axis, places[cost], 100 * found["accuracy"], label, **style)
+        if label == "SGD":
+            axis.axhline(mean, ls="--", lw=1, color=plots.color(label), zorder=0)
     axis.set(xlabel="cost per step (gradient evaluations)", xlim=(0.8, 4.2), xticks=(1, 2, 3))
-    axis.margins(y=0.1)
-    plots.label(axis, [mark for mark in marks if np.isfinite(mark[1])])
+    axis.legend(frameon=False, fontsize=9, loc="center right")
 
 
 def _draw_signed(axis: Any, signed: runs.Columns, plain: runs.Columns) -> None:

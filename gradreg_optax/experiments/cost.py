@@ -23,7 +23,7 @@ from gradreg_optax import dbp_gradreg, fd_gradreg, flooding, make_train_step, sa
 from gradreg_optax.experiments import common, plots, runs
 from gradreg_optax.experiments.models import PyTree, build
 from gradreg_optax.experiments.report import Number, Report, Table
-from gradreg_optax.experiments.timing import Floats, interleave, ratio
+from gradreg_optax.experiments.timing import Floats, Program, interleave, ratio
 from gradreg_optax.experiments.timing import build as compile_step
 from gradreg_optax.experiments.trainer import cross_entropy
 
@@ -81,10 +81,9 @@ def run(config: Config) -> dict[str, Any]:
             make = partial(_measure, config, family, size, progress)
             found = store.keep(f"{family}-{size}", [family, size], make)
             axes = {"family": [family], "size": [size], "method": list(METHODS)}
-            seconds = found.pop("seconds")
-            programs.append(runs.tidy(axes, **found))
             rounds = axes | {"round": np.arange(config.rounds)}
-            times.append(runs.tidy(rounds, seconds=seconds))
+            times.append(runs.tidy(rounds, seconds=found.pop("seconds")))
+            programs.append(runs.tidy(axes, **found))
     store.clear()  # the next run measures again
     return {"programs": runs.stack(*programs), "times": runs.stack(*times)}
 
@@ -114,12 +113,11 @@ def _measure(config: Config, family: str, size: int, progress: Any) -> dict[str,
         init, step = make_train_step(cross_entropy(network.apply), optax.sgd(0.01), regularizer)
         programs[name] = compile_step(step, init(params), batch)
         progress.update()
-    steps = {name: program.run for name, program in programs.items()}
+    columns = dict(zip(Program._fields, zip(*programs.values(), strict=True), strict=True))
+    steps = dict(zip(programs, columns.pop("run"), strict=True))
     products = _matrix_product(params, config.batch) if family == "mlp" else math.nan
-    found: dict[str, Any] = {"products": [products] * len(METHODS)}
-    for name in ("flops", "memory", "trace", "compile"):
-        found[name] = [getattr(program, name) for program in programs.values()]
-    return found | {"seconds": list(interleave(steps, range(config.rounds)).values())}
+    seconds = list(interleave(steps, range(config.rounds)).values())
+    return columns | {"products": [products] * len(METHODS), "seconds": seconds}
 
 
 def random_batch(seed: int, size: int, shape: Sequence[int]) -> Batch:
@@ -140,14 +138,13 @@ def table(results: dict[str, Any]) -> Report:
     families = {family: family_costs(results, family) for family in AXES}
     parts: list[Table | str] = []
     for family, found in families.items():
-        relative = [found[key][-1] / found[key][-1][0] for key in ("flops", "memory", "compile")]
-        times = [ratio(row, found["seconds"][-1][0]) for row in found["seconds"][-1]]
-        rows = [
-            [name, Number(flops, ".2f"), time, Number(memory, ".2f"), Number(compiling, ".2f")]
-            for name, time, flops, memory, compiling in zip(
-                found["methods"], times, *relative, strict=True
-            )
-        ]
+        last = {name: found[name][-1] for name in ("flops", "memory", "compile", "seconds")}
+        rows = []
+        for i, method in enumerate(found["methods"]):
+            counts = [last[name][i] / last[name][0] for name in ("flops", "memory", "compile")]
+            flops, memory, compiling = (Number(count, ".2f") for count in counts)
+            time = ratio(last["seconds"][i], last["seconds"][0])
+            rows.append([method, flops, time, memory, compiling])
         title = f"{family}, {AXES[family]} = {found['sizes'][-1]:g}; relative to {PLAIN}"
         parts += [Table(title, ["method", "FLOPs", "time", "memory", "compile time"], rows), ""]
     ratios = Table("", ["ratio of times", "network", "size", "ratio"], _ratios(families))

@@ -1,6 +1,5 @@
 """Data sets, and the training and test samples and label noise that a seed draws from them."""
 
-import contextlib
 import dataclasses
 import functools
 import gzip
@@ -26,24 +25,12 @@ _PARTS = ("x_train", "y_train", "x_test", "y_test")
 _FASHION = "fashion-mnist"
 _DEBIAN = Path("/usr/share/datasets")
 _URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-_MD5 = {  # as published
-    "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-    "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
-    "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
-    "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+_MD5 = {  # of each published file, and of its content
+    "train-images-idx3": ("8d4fb7e6c68d591d4c3dfef9ec88bf0d", "f4a8712d7a061bf5bd6d2ca38dc4d50a"),
+    "train-labels-idx1": ("25c81989df183df01b3e8a0aad5dffbe", "9018921c3c673c538a1fc5bad174d6f9"),
+    "t10k-images-idx3": ("bef4ecab320f06d8554ea6380940ec79", "8181f5470baa50b63fa0f6fddb340f0a"),
+    "t10k-labels-idx1": ("bb300cfdad3c16e7a12a480ee83cd310", "15d484375f8d13e6eb1aabb0c3f46965"),
 }
-_MD5_UNPACKED = dict(
-    zip(
-        _MD5,
-        (
-            "f4a8712d7a061bf5bd6d2ca38dc4d50a",
-            "9018921c3c673c538a1fc5bad174d6f9",
-            "8181f5470baa50b63fa0f6fddb340f0a",
-            "15d484375f8d13e6eb1aabb0c3f46965",
-        ),
-        strict=True,
-    )
-)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,7 +116,7 @@ def load(name: str, root: Path | str | None = None) -> Dataset:
     if name.endswith(".npz"):
         return dataclasses.replace(from_arrays(name, *_npz(Path(name))), name=Path(name).stem)
     readers: dict[str, Callable[[], Dataset]] = {"digits": _digits, "mnist1d": _mnist1d}
-    readers[_FASHION] = lambda: _fashion_mnist(root)
+    readers[_FASHION] = functools.partial(_fashion_mnist, root)
     if name not in readers:
         raise CommandError(
             f"unknown data set {name!r}: choose one of {', '.join(map(repr, readers))}, or a path"
@@ -195,10 +182,8 @@ def _first(name: str, order: Array, size: int | None) -> Array:
 
 
 def _digits() -> Dataset:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise CommandError(_extra("digits", "scikit-learn")) from error
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     x, y = digits.images.astype(np.uint8)[..., None], digits.target.astype(np.int32)
     parts = x[:-1000], y[:-1000], x[-1000:], y[-1000:]
@@ -207,21 +192,15 @@ def _digits() -> Dataset:
 
 def _mnist1d() -> Dataset:
     """Generate the data set with the package of its authors, in some seconds, and cache it."""
-    try:
-        path = cache() / f"mnist1d-{importlib.metadata.version('mnist1d')}.npz"
-    except importlib.metadata.PackageNotFoundError as error:
-        raise CommandError(_extra("mnist1d", "mnist1d")) from error
-    with contextlib.suppress(CommandError):  # missing or truncated
-        return from_arrays("mnist1d", *_npz(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.npz")
-    try:  # in a process of its own, because the package seeds the global generators
-        subprocess.run([sys.executable, "-c", _MAKE_MNIST1D, partial], check=True, text=True)
-        partial.replace(path)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise CommandError(f"mnist1d: cannot generate it in {path.parent} ({error}).") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    path = cache() / f"mnist1d-{importlib.metadata.version('mnist1d')}.npz"
+    if not path.exists():
+        partial = path.with_suffix(f".{os.getpid()}.npz")
+        try:  # in a process of its own, because the package seeds the global generators
+            path.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run([sys.executable, "-c", _MAKE_MNIST1D, partial], check=True, text=True)
+            partial.replace(path)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CommandError(f"mnist1d: cannot generate {path} ({error}).") from error
     return from_arrays("mnist1d", *_npz(path))
 
 
@@ -235,27 +214,20 @@ numpy.savez(sys.argv[1], x_train=x, y_train=made["y"], x_test=x_test, y_test=mad
 """
 
 
-def _extra(name: str, package: str) -> str:
-    return f'{name} needs the package {package}: run pip install "gradreg-optax[experiments]".'
-
-
 def _npz(path: Path) -> list[Array]:
     if not path.exists():
         raise MissingError(f"no file {path}: --dataset takes a name or the path of an .npz file.")
     try:
         with path.open("rb") as content, np.load(content, allow_pickle=False) as file:
-            missing = [name for name in _PARTS if name not in file]
-            if missing:
-                raise CommandError(
-                    f"{path} has no {', '.join(missing)}: it must hold {', '.join(_PARTS)}."
-                )
-            return [file[name] for name in _PARTS]
-    except CommandError:
-        raise
+            arrays = {name: file[name] for name in _PARTS if name in file}
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise CommandError(
             f"{path} is broken or not an .npz file of plain arrays ({error})."
         ) from error
+    missing = [name for name in _PARTS if name not in arrays]
+    if missing:
+        raise CommandError(f"{path} has no {', '.join(missing)}: it must hold {', '.join(_PARTS)}.")
+    return list(arrays.values())
 
 
 def from_arrays(
@@ -289,8 +261,7 @@ def from_arrays(
                 f"{name}: {part} inputs of shape {x.shape} and labels of shape {y.shape} do not"
                 " match, or are empty."
             )
-        _check_inputs(f"{name}: {part} inputs", x)
-        _check_labels(f"{name}: {part} labels", y, classes or len(y_train) + len(y_test))
+        _check(f"{name}: {part}", x, y, classes or len(y_train) + len(y_test))
     if (x_train.shape[1:], x_train.dtype) != (x_test.shape[1:], x_test.dtype):
         raise CommandError(
             f"{name}: training inputs have shape {x_train.shape[1:]} and type {x_train.dtype}, test"
@@ -300,73 +271,69 @@ def from_arrays(
         x_train, x_test = x_train[..., None], x_test[..., None]
     scale = 255.0 if x_train.dtype == np.uint8 else 1.0
     classes = classes or int(max(y_train.max(), y_test.max())) + 1
-    labels = (y_train.astype(np.int32), y_test.astype(np.int32))
-    return Dataset(name, x_train, labels[0], x_test, labels[1], classes, scale)
+    y_train, y_test = y_train.astype(np.int32), y_test.astype(np.int32)
+    return Dataset(name, x_train, y_train, x_test, y_test, classes, scale)
 
 
-def _check_inputs(what: str, x: Array) -> None:
-    if x.dtype != np.uint8 and x.dtype.kind != "f":
-        raise CommandError(f"{what} must be uint8, from 0 to 255, or floats, got {x.dtype}.")
-    if x.dtype.kind == "f" and not np.max(np.abs(x)) <= np.finfo(np.float32).max:
-        raise CommandError(f"{what} must be finite in float32. Remove the other samples.")
-
-
-def _check_labels(what: str, y: Array, classes: int) -> None:
+def _check(part: str, x: Array, y: Array, classes: int) -> None:
+    finite = x.dtype.kind == "f" and np.max(np.abs(x)) <= np.finfo(np.float32).max
+    if x.dtype != np.uint8 and not finite:
+        raise CommandError(
+            f"{part} inputs must be uint8 from 0 to 255, or floats that are finite in float32, got"
+            f" {x.dtype}."
+        )
     if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= classes:
         raise CommandError(
-            f"{what} must be integers from 0 and below {classes}, the number of classes or of all"
-            " samples."
+            f"{part} labels must be integers from 0 and below {classes}, the number of classes or"
+            " of all samples."
         )
 
 
 def _fashion_mnist(root: Path | str | None) -> Dataset:
-    return from_arrays(_FASHION, *(_idx(file, root) for file in _MD5), classes=10)
+    return from_arrays(_FASHION, *(_idx(name, root) for name in _MD5), classes=10)
 
 
-def _idx(file: str, root: Path | str | None) -> Array:
+def _idx(name: str, root: Path | str | None) -> Array:
     """Read unsigned bytes in the idx format: a header and the data."""
-    path = _find(file, root)
+    path = _find(name, root)
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, OSError, zlib.error) as error:
         raise CommandError(f"{_FASHION}: cannot unpack {path} ({error}).") from error
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != _MD5_UNPACKED[file]:
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != _MD5[name][1]:
         raise CommandError(f"{_FASHION}: {path} is not the published file: its checksum differs.")
     shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
 
 
-def _find(file: str, root: Path | str | None) -> Path:
+def _find(name: str, root: Path | str | None) -> Path:
     """Return the path of a published file, downloaded if necessary."""
     given = root or os.environ.get("GRADREG_DATA")
-    folders = [Path(given) / name for name in (_FASHION, "FashionMNIST/raw", "")] if given else []
+    folders = [Path(given) / part for part in (_FASHION, "FashionMNIST/raw", "")] if given else []
     folders += [] if root else [_DEBIAN / _FASHION, cache() / _FASHION]
     for folder in folders:
-        for path in (folder / file, folder / file.removesuffix(".gz")):
+        for path in (folder / f"{name}-ubyte.gz", folder / f"{name}-ubyte"):
             if path.is_file():
                 return path
     if root is not None:
         raise MissingError(
-            f"{_FASHION}: no {file} in {', '.join(map(str, folders))}. Put the published files"
-            " there, or omit --data-dir."
+            f"{_FASHION}: no {name}-ubyte.gz in {', '.join(map(str, folders))}. Put the published"
+            " files there, or omit --data-dir."
         )
-    return _download(file)
+    return _download(f"{name}-ubyte.gz", _MD5[name][0])
 
 
-def _download(file: str) -> Path:
-    remedy = (
-        f"Put {', '.join(_MD5)} into a directory and pass it as --data-dir (or set"
-        " $GRADREG_DATA), or install the Debian package dataset-fashion-mnist."
-    )
+def _download(file: str, md5: str) -> Path:
+    import pooch
+
     try:
-        import pooch
-    except ImportError as error:
-        raise CommandError(f"{_extra(_FASHION, 'pooch')} {remedy}") from error
-    try:
-        known, load = f"md5:{_MD5[file]}", pooch.HTTPDownloader(timeout=(5, 30))
-        path = pooch.retrieve(_URL + file, known, file, cache() / _FASHION, downloader=load)
+        load = pooch.HTTPDownloader(timeout=(5, 30))
+        path = pooch.retrieve(_URL + file, f"md5:{md5}", file, cache() / _FASHION, downloader=load)
     except (OSError, ValueError) as error:
+        files = ", ".join(f"{name}-ubyte.gz" for name in _MD5)
         raise MissingError(
-            f"{_FASHION}: cannot download {_URL}{file} ({type(error).__name__}). {remedy}"
+            f"{_FASHION}: cannot download {_URL}{file} ({type(error).__name__}). Put {files} into a"
+            " directory and pass it as --data-dir (or set $GRADREG_DATA), or install the Debian"
+            " package dataset-fashion-mnist."
         ) from error
     return Path(path)

@@ -35,11 +35,11 @@ import numpy as np
 import optax
 
 from gradreg_optax import curvature, fd_value_and_grad, flooding, make_train_step
-from gradreg_optax.experiments import common, data, models, plots, runs
-from gradreg_optax.experiments.common import CommandError
+from gradreg_optax.experiments import common, data, models, plots, report, runs
+from gradreg_optax.experiments.data import Array
 from gradreg_optax.experiments.models import PyTree
-from gradreg_optax.experiments.report import Number, Report, Table, mean
-from gradreg_optax.experiments.trainer import Array, cross_entropy
+from gradreg_optax.experiments.report import Number, Report, Table
+from gradreg_optax.experiments.trainer import cross_entropy
 
 Order: TypeAlias = Literal["ascent, descent", "descent, ascent"]
 
@@ -48,6 +48,14 @@ BEYOND = 1e30  # above every loss
 ORDERS: dict[Order, tuple[tuple[float, float], int]] = {
     "ascent, descent": ((BEYOND, -BEYOND), 1),
     "descent, ascent": ((-BEYOND, BEYOND), -1),
+}
+LABELS = {
+    "loss": "batch loss",
+    "sign": "mean sign of L - b",
+    "alternation": "sign changes",
+    "grad_norm": "gradient norm",
+    "eigenvalue": "top eigenvalue",
+    "accuracy": "test accuracy",
 }
 _APPLY = models.build("mlp", (8, 8, 1), classes=10).apply  # for any width
 loss_fn = cross_entropy(_APPLY)
@@ -84,16 +92,8 @@ class Config(common.Common):
     def __post_init__(self) -> None:
         """Check the number of records and the batch size."""
         super().__post_init__()
-        if self.records > self.steps:
-            raise CommandError(
-                f"records must be at most steps = {self.steps}, got {self.records}. Take more"
-                " steps."
-            )
-        if 2 * self.batch_size > self.train_size:
-            raise CommandError(
-                f"batch_size must be at most half of train_size = {self.train_size}, got"
-                f" {self.batch_size}. Choose smaller ones."
-            )
+        common.at_most(self, self.steps, "records")
+        common.at_most(self, self.train_size // 2, "batch_size")
 
 
 class Variant(NamedTuple):
@@ -148,29 +148,6 @@ def problem(config: Config, seed: int) -> Problem:
     return Problem(train, test, network.init(jax.random.key(seed)))
 
 
-class Deviation(NamedTuple):
-    """Deviation of two steps of flooding from the prediction.
-
-    Attributes:
-      largest: the largest deviation of a parameter.
-      relative: the norm of the deviation, relative to that of the prediction.
-      drift: the norm of the prediction.
-    """
-
-    largest: Any
-    relative: Any
-    drift: Any
-
-
-def wide(problem: Problem) -> Problem:
-    """Return the problem in float64."""
-
-    def cast(a: Any) -> Any:
-        return np.asarray(a, np.float64) if np.issubdtype(a.dtype, np.floating) else a
-
-    return Problem(*jax.tree.map(cast, problem))
-
-
 def run(config: Config) -> dict[str, Any]:
     """Measure the two-step identities, and train every variant.
 
@@ -181,19 +158,18 @@ def run(config: Config) -> dict[str, Any]:
     store = runs.Store(config.output, config=common.settings(config))
     seeds = config.seed + np.arange(config.seeds)
     problems = [problem(config, seed) for seed in seeds.tolist()]
-    with jax.enable_x64(True):
-        identity = measure_identity(wide(problems[0]), config.batch_size, config.momentum)
+    identity = measure_identity(problems[0], config.batch_size, config.momentum)
     stacked: Problem = jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
     training = []
     with common.progress(len(variants(config)), "training", "variant") as progress:
         for name, variant in variants(config).items():
             make = partial(train, config, variant, stacked)
-            found = store.keep(name.replace(",", ""), {"variant": name}, make)
+            found = store.keep(name.replace(",", ""), name, make)
             axes = {"variant": [name], "seed": seeds, "time": found.pop("time")}
             training.append(runs.tidy(axes, **found))
             progress.update()
-    chosen = {"level": config.level, "learning_rate": config.learning_rate}
-    return chosen | {"identity": identity, "training": runs.stack(*training)}
+    found = {"level": config.level, "learning_rate": config.learning_rate}
+    return found | {"identity": identity, "training": runs.stack(*training)}
 
 
 def curves(results: dict[str, Any]) -> dict[str, dict[str, Array]]:
@@ -227,13 +203,18 @@ def regularization(params: PyTree, batch: Any, learning_rate: Any, sign: Any) ->
 @jax.jit
 def deviation(
     params: PyTree, batches: Any, levels: Any, learning_rate: Any, *, momentum: Any, sign: Any
-) -> Deviation:
-    """Return the deviation of two steps from the prediction."""
+) -> dict[str, jax.Array]:
+    """Return the deviation of two steps from the prediction.
+
+    Returns:
+      "largest", the largest deviation of a parameter; "relative", the norm of the deviation,
+      relative to that of the prediction; and "drift", the norm of the prediction.
+    """
     moved = two_steps(params, batches, levels, learning_rate, momentum)
     predicted = regularization(params, batches[0], learning_rate, sign)
     remainder = jax.tree.map(jnp.subtract, moved, predicted)
     largest, drift = optax.tree.norm(remainder, ord=jnp.inf), optax.tree.norm(predicted)
-    return Deviation(largest, optax.tree.norm(remainder) / drift, drift)
+    return {"largest": largest, "relative": optax.tree.norm(remainder) / drift, "drift": drift}
 
 
 def measure_identity(problem: Problem, batch_size: int, momentum: float) -> runs.Columns:
@@ -241,20 +222,23 @@ def measure_identity(problem: Problem, batch_size: int, momentum: float) -> runs
 
     Returns:
       One row for each case ("same batch", "momentum", "different batches"), order of the steps and
-      learning rate "eta", with the fields of :class:`Deviation`.
+      learning rate "eta", with the values of :func:`deviation`.
     """
-    same = (problem.train, problem.train)
-    starts = (0, batch_size)
-    different = [tuple(a[start : start + batch_size] for a in problem.train) for start in starts]
+    (x, labels), size = problem.train, batch_size
+    x, params = jax.tree.map(np.float64, (x, problem.params))
+    same, different = (
+        [(x, labels)] * 2,
+        [(x[:size], labels[:size]), (x[size:][:size], labels[size:][:size])],
+    )
     cases = {"same batch": (same, 0.0), "momentum": (same, momentum)}
-    found = []
-    for case, (batches, inertia) in (cases | {"different batches": (different, 0.0)}).items():
-        for (order, (levels, sign)), eta in itertools.product(
-            ORDERS.items(), np.logspace(-3, 0, 7)
-        ):
-            options = {"momentum": inertia, "sign": sign}
-            measured = deviation(problem.params, batches, jnp.array(levels), eta, **options)
-            found.append({"case": case, "order": order, "eta": eta} | measured._asdict())
+    cases["different batches"] = different, 0.0
+    etas, found = np.logspace(-3, 0, 7), []
+    for (case, (batches, inertia)), order, eta in itertools.product(cases.items(), ORDERS, etas):
+        levels, sign = ORDERS[order]
+        with jax.enable_x64(True):
+            how = {"momentum": inertia, "sign": sign}
+            measured = deviation(params, batches, jnp.array(levels), eta, **how)
+        found.append({"case": case, "order": order, "eta": eta} | measured)
     return runs.columns(found)
 
 
@@ -270,23 +254,18 @@ def train(config: Config, variant: Variant, problems: Problem) -> dict[str, Any]
     """
     state = jax.vmap(_trainer(*variant[:3]).init)(problems.params)
     carry = state, jax.random.split(jax.random.key(config.seed), config.seeds)
-    steps = config.steps // config.records
-    records = []
+    steps, records = variant.repeat * (config.steps // config.records), []
     for _ in range(config.records):
-        pieces = []
-        for _ in range(variant.repeat):
-            carry, piece = advance(carry, problems, variant[:3], variant.batch_size, steps)
-            pieces.append(piece)
-        loss, norm = (np.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True))
-        sign = np.sign(loss - variant.level)
-        seen = {"loss": loss, "grad_norm": norm, "sign": sign}
-        seen["alternation"] = sign[:, 1:] != sign[:, :-1]
+        carry, seen = advance(carry, problems, variant[:3], variant.batch_size, steps)
+        seen = {name: np.asarray(values) for name, values in seen.items()}
+        seen["sign"] = np.sign(seen["loss"] - variant.level)
+        seen["alternation"] = np.diff(seen["sign"]) != 0
         means = {name: values.mean(axis=1) for name, values in seen.items()}
         state, keys = carry
         records.append(means | measure(state.params, problems, keys))
     found = {key: np.stack([record[key] for record in records], axis=1) for key in records[0]}
     speed = variant.learning_rate / (1 - variant.momentum)
-    return found | {"time": speed * variant.repeat * steps * np.arange(1, config.records + 1)}
+    return found | {"time": speed * steps * np.arange(1, config.records + 1)}
 
 
 @partial(jax.jit, static_argnames=("batch_size", "steps"))
@@ -301,7 +280,7 @@ def advance(carry: Any, problems: Problem, settings: Any, batch_size: int, steps
       steps: number of steps.
 
     Returns:
-      The states and keys, and the loss and the gradient norm of every step, shape (seeds, steps).
+      The states and keys; and "loss" and "grad_norm" of every step, shape (seeds, steps).
     """
     trainer = _trainer(*settings)
 
@@ -312,7 +291,7 @@ def advance(carry: Any, problems: Problem, settings: Any, batch_size: int, steps
         if batch_size < size:
             chosen = jax.random.choice(draw, size, (batch_size,), replace=False)
         state, info = trainer.step(state, tuple(a[chosen] for a in problem.train))
-        return (state, key), (info.loss, info.grad_norm)
+        return (state, key), {"loss": info.loss, "grad_norm": info.grad_norm}
 
     def one(carry: Any, problem: Problem) -> Any:
         return jax.lax.scan(partial(step, problem), carry, length=steps)
@@ -337,9 +316,8 @@ def measure(params: PyTree, problems: Problem, keys: jax.Array) -> dict[str, jax
 
 
 def _trainer(level: Any, learning_rate: Any, momentum: Any) -> Any:
-    return make_train_step(
-        loss_fn, optax.sgd(learning_rate, momentum=momentum), flooding(level=level), donate=False
-    )
+    optimizer = optax.sgd(learning_rate, momentum=momentum)
+    return make_train_step(loss_fn, optimizer, flooding(level=level), donate=False)
 
 
 def table(results: dict[str, Any]) -> Report:
@@ -365,40 +343,27 @@ def _identity_parts(identity: runs.Columns) -> list[Table | str]:
 
 
 def _training_table(results: dict[str, Any]) -> Table:
-    columns = {
-        "loss": "batch loss",
-        "alternation": "sign changes",
-        "grad_norm": "gradient norm",
-        "eigenvalue": "top eigenvalue",
-        "accuracy": "test accuracy",
-    }
-    rows = [
-        [name, *(mean(column, ".4f")({column: late(part[column])}) for column in columns)]
-        for name, part in curves(results).items()
-    ]
-    title = (
-        f"training at flood level {results['level']:g}, learning rate {results['learning_rate']:g}"
-    )
-    return Table(title, ["variant", *columns.values()], rows)
+    level, rate = results["level"], results["learning_rate"]
+    title = f"training at flood level {level:g}, learning rate {rate:g}"
+    columns = {label: report.mean(name, ".4f") for name, label in LABELS.items() if name != "sign"}
+    return report.table(title, _late(results), columns, of="variant")
 
 
-def late(values: Array) -> Array:
-    """Return the mean over the last quarter of the records; shape (seeds,)."""
-    return np.asarray(values[:, -max(1, values.shape[1] // 4) :].mean(axis=1))
+def _late(results: dict[str, Any]) -> dict[str, dict[str, Array]]:
+    """Return the means over the last quarter of the records, by variant; shape (seeds,)."""
+    found = {}
+    for variant, part in curves(results).items():
+        last = -max(1, len(part["time"]) // 4)
+        found[variant] = {name: part[name][:, last:].mean(axis=1) for name in LABELS}
+    return found
 
 
 def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
     """Draw the deviations from the identities against the learning rate, and training curves."""
     made, panels = plots.figure(3, rows=2, width=5.0, height=3.75)
     _draw_identity(panels[0, 0], results["identity"])
-    columns = {
-        "loss": "loss on the batches",
-        "sign": "mean sign of L - b",
-        "grad_norm": "gradient norm on the batches",
-        "eigenvalue": "top Hessian eigenvalue",
-        "accuracy": "test accuracy",
-    }
-    for panel, (column, label) in zip(panels.flat[1:], columns.items(), strict=True):
+    shown = [one for one in LABELS.items() if one[0] != "alternation"]
+    for panel, (column, label) in zip(panels.flat[1:], shown, strict=True):
         for name, part in curves(results).items():
             panel.plot(part["time"], part[column].mean(axis=0), label=name)
         panel.set(xlabel="time (effective learning rate × steps)", ylabel=label)

@@ -17,10 +17,10 @@ Karakida et al., ICML 2023; Woodworth et al., COLT 2020 (the entropy).
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import diffrax
 import jax
@@ -30,14 +30,13 @@ import numpy.typing as npt
 from scipy import optimize
 
 from gradreg_optax import dbp_value_and_grad, fd_value_and_grad
-from gradreg_optax.experiments import common, plots, runs
+from gradreg_optax.experiments import common, plots, report, runs
 from gradreg_optax.experiments.common import CommandError
-from gradreg_optax.experiments.report import Number, Report, Table, mean
+from gradreg_optax.experiments.report import Number, Report, Table
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Array: TypeAlias = Any  # of NumPy or of JAX
 Pair: TypeAlias = tuple[Any, Any]
-Method: TypeAlias = Literal["difference", "product"]
 
 # Absolute and relative local error of the integrator per step, in the worst setting; far below the
 # resolution of the comparison.
@@ -82,10 +81,8 @@ class Config(common.Common):
         """Check the sizes and the order of the ascent steps."""
         super().__post_init__()
         common.at_least(self, 0, "gamma", "horizon")
-        if max(self.samples, self.few, self.support) > self.features or self.alpha <= 0:
-            raise CommandError(
-                "alpha must be above 0, and samples, few and support at most features."
-            )
+        common.above_zero(self, "alpha")
+        common.at_most(self, self.features, "samples", "few", "support")
         if not self.epsilons or list(self.epsilons) != sorted(set(self.epsilons)):
             raise CommandError(
                 f"epsilons must be in increasing order, got {self.epsilons}. Sort them."
@@ -124,7 +121,7 @@ def slope(params: Pair, x: Array, y: Array) -> jax.Array:
     return product
 
 
-def velocity(method: Method, flow: Flow, data: Pair, gamma: Array, epsilon: Array) -> Flow:
+def velocity(method: str, flow: Flow, data: Pair, gamma: Array, epsilon: Array) -> Flow:
     """Return the time derivative of the flow: minus the regularized gradient, and s * s'.
 
     Args:
@@ -147,7 +144,7 @@ def velocity(method: Method, flow: Flow, data: Pair, gamma: Array, epsilon: Arra
 
 
 @partial(jax.jit, static_argnames="method")
-def integrate(method: Method, flow: Flow, horizon: Array, data: Pair, settings: Pair) -> Flow:
+def integrate(method: str, flow: Flow, horizon: Array, data: Pair, settings: Pair) -> Flow:
     """Integrate the flow for all data sets and settings, with common step sizes.
 
     Args:
@@ -243,17 +240,15 @@ def run(config: Config) -> dict[str, Any]:
     """
     store = runs.Store(config.output, config=common.settings(config))
     names, flows, weights = labels(config.epsilons), [], []
-    parts = len(config.cases()) * len(methods(config))
-    with jax.enable_x64(True), common.progress(parts, "flow", "part") as progress:
+    seeds, features = config.seed + np.arange(config.seeds), np.arange(config.features)
+    with jax.enable_x64(True), common.progress(len(TITLES), "flow", "case") as progress:
         for name, (mean, samples) in config.cases().items():
-            make = partial(measure, config, mean, samples, progress.update)
-            found = store.keep(name, name, make)
+            found = store.keep(name, name, partial(measure, config, mean, samples))
             last = {"reached": found.pop("reached"), "predicted": found.pop("predicted")}
             found["epsilon"] = np.broadcast_to([np.nan, *config.epsilons], found["scale"].shape)
-            seeds = config.seed + np.arange(config.seeds)
             flows.append(runs.tidy({"case": [name], "seed": seeds, "flow": names}, **found))
-            features = np.arange(config.features)
             weights.append(runs.tidy({"case": [name], "flow": names, "feature": features}, **last))
+            progress.update()
     chosen = {"gamma": config.gamma, "alpha": config.alpha}
     return chosen | {"flows": runs.stack(*flows), "weights": runs.stack(*weights)}
 
@@ -277,36 +272,28 @@ def settings(config: Config) -> tuple[Floats, Floats]:
     return np.where(np.arange(len(epsilons)) > 0, config.gamma, 0.0), epsilons
 
 
-def methods(config: Config) -> dict[Method, Any]:
-    """Return the indices of the flows of each method."""
-    product = settings(config)[1] == 0
-    places: dict[Method, Any] = {"difference": np.flatnonzero(~product)}
-    return places | ({"product": np.flatnonzero(product)} if product.any() else {})
-
-
-def solve_flows(config: Config, x: Floats, y: Floats, progress: Callable[[], object]) -> Flow:
+def solve_flows(config: Config, x: Floats, y: Floats) -> Flow:
     """Return the states at the horizon, shape (data sets, 1 + epsilons, d); plain flow first."""
-    states = Flow(*np.empty((3, len(x), 1 + len(config.epsilons), config.features)))
-    for method, places in methods(config).items():
-        chosen = tuple(values[places] for values in settings(config))
-        start = np.full((len(x), len(places), config.features), config.alpha)
-        end = integrate(method, Flow(start, start, 0 * start), config.horizon, (x, y), chosen)
-        for state, part in zip(states, end, strict=True):
-            state[:, places] = part
-        progress()
+    gamma, epsilon = settings(config)
+    states = Flow(*np.full((3, len(x), len(epsilon), config.features), config.alpha))
+    states.decay[:] = 0
+    for method, chosen in (("difference", epsilon != 0), ("product", epsilon == 0)):
+        if chosen.any():
+            start = Flow(*(state[:, chosen] for state in states))
+            pair = gamma[chosen], epsilon[chosen]
+            end = integrate(method, start, config.horizon, (x, y), pair)
+            for state, part in zip(states, end, strict=True):
+                state[:, chosen] = part
     return states
 
 
-def measure(
-    config: Config, mean: float, samples: int, progress: Callable[[], object]
-) -> dict[str, Any]:
+def measure(config: Config, mean: float, samples: int) -> dict[str, Any]:
     """Integrate the flows of a kind of data set; compare their limits with the minimizers.
 
     Args:
       config: the settings.
       mean: mean of the inputs.
       samples: number of samples.
-      progress: called after each method.
 
     Returns:
       Arrays of shape (data sets, 1 + epsilons), the plain flow first: ``scale``, the geometric mean
@@ -319,7 +306,7 @@ def measure(
       data set.
     """
     x, y, teacher = draw_data(config, mean, samples)
-    flow, gamma = solve_flows(config, x, y, progress), settings(config)[0][:, None]
+    flow, gamma = solve_flows(config, x, y), settings(config)[0][:, None]
     beta, scale = flow.u**2 - flow.v**2, config.alpha * np.exp(-gamma * flow.decay)
     outputs = beta @ np.swapaxes(x, -1, -2)
     targets = np.broadcast_to(y[:, None], outputs.shape)
@@ -364,17 +351,18 @@ def table(results: dict[str, Any]) -> Report:
 
 
 def _parts(part: dict[str, Floats], title: str) -> list[Table | str]:
-    columns = {"scale": "alpha_eff / alpha", "l1": "L1 / teacher's", "error": "squared error"}
-    columns["risk"] = "test loss"
-    rows = []
+    means = {"scale": "alpha_eff / alpha", "l1": "L1 / teacher's", "error": "squared error"}
+    means["risk"] = "test loss"
+    columns = {label: report.mean(name, ".4f") for name, label in means.items()}
+    columns["deviation"] = lambda rows: Number(rows["agreement"].max(), ".1e")
+    columns["deviation for y"] = lambda rows: Number(rows["agreement_y"].max(), ".1e")
+    groups = {}
     for i, label in enumerate(labels(part["epsilon"].tolist())):
-        cells = [mean(column, ".4f")({column: part[column][:, i]}) for column in columns]
-        worst = [Number(part[column][:, i].max(), ".1e") for column in ("agreement", "agreement_y")]
-        rows.append([label, *cells, *worst])
-    head = ["flow", *columns.values(), "deviation", "deviation for y"]
+        groups[label] = {name: part[name][:, i] for name in (*means, "agreement", "agreement_y")}
     falls = np.all(np.diff(part["scale"][:, 1:], axis=1) < 0, axis=1)
     end = f"alpha_eff decreases strictly with epsilon in {falls.sum()} of {len(falls)} data sets"
-    return [Table(f"{title} ({len(falls)} data sets)", head, rows), end, ""]
+    title = f"{title} ({len(falls)} data sets)"
+    return [report.table(title, groups, columns, of="flow"), end, ""]
 
 
 def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:

@@ -5,7 +5,6 @@ convolution primitive becomes a grouped convolution; inside a loop or differenti
 fast kernel on the CPU. Matrix products are fast in all of these cases.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -67,18 +66,8 @@ def build(
         names = ", ".join(map(repr, ("mlp", *_CONVOLUTIONAL)))
         raise CommandError(f"unknown model {name!r}: choose one of {names}.")
     shape = shape if len(shape) > 1 else (*shape, 1)
-    model = _CONVOLUTIONAL[name](shape, classes, width, depth)
-    convolution = _primitive if primitive else _convolution
-    return Model(
-        model.init, lambda params, x: model.apply(convolution, params, x.reshape(len(x), *shape))
-    )
-
-
-class _Convolutional(NamedTuple):
-    """A network whose ``apply`` takes the convolution as its first argument."""
-
-    init: Callable[[jax.Array], PyTree]
-    apply: Callable[[Layer, PyTree, jax.Array], jax.Array]
+    convolve = _primitive if primitive else _convolution
+    return _CONVOLUTIONAL[name](shape, classes, width, depth, convolve)
 
 
 def _mlp(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Model:
@@ -97,7 +86,7 @@ def _mlp(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Model:
     return Model(init, apply)
 
 
-def _cnn(shape: tuple[int, ...], classes: int, width: int, depth: int) -> _Convolutional:
+def _cnn(shape: tuple[int, ...], classes: int, width: int, depth: int, convolve: Layer) -> Model:
     axes, channels = len(shape) - 1, [shape[-1], *[width * 2**i for i in range(depth + 1)]]
 
     def init(key: jax.Array) -> PyTree:
@@ -106,15 +95,16 @@ def _cnn(shape: tuple[int, ...], classes: int, width: int, depth: int) -> _Convo
         convolutions = [dense(k, 3**axes * size, out) for k, (size, out) in sizes]
         return {"convolutions": convolutions, "head": dense(head, channels[-1], classes)}
 
-    def apply(convolution: Layer, params: PyTree, x: jax.Array) -> jax.Array:
+    def apply(params: PyTree, x: jax.Array) -> jax.Array:
+        x = x.reshape(len(x), *shape)
         for layer in params["convolutions"]:
-            x = _pool(jax.nn.gelu(convolution(layer, x)))
+            x = _pool(jax.nn.gelu(convolve(layer, x)))
         return affine(params["head"], _spatial_mean(x))
 
-    return _Convolutional(init, apply)
+    return Model(init, apply)
 
 
-def _resnet(shape: tuple[int, ...], classes: int, width: int, depth: int) -> _Convolutional:
+def _resnet(shape: tuple[int, ...], classes: int, width: int, depth: int, convolve: Layer) -> Model:
     axes, stages = len(shape) - 1, [width, width, 2 * width, 4 * width]
 
     def init(key: jax.Array) -> PyTree:
@@ -127,16 +117,16 @@ def _resnet(shape: tuple[int, ...], classes: int, width: int, depth: int) -> _Co
             "head": dense(head, stages[-1], classes),
         }
 
-    def apply(convolution: Layer, params: PyTree, x: jax.Array) -> jax.Array:
-        x = convolution(params["stem"], x)
+    def apply(params: PyTree, x: jax.Array) -> jax.Array:
+        x = convolve(params["stem"], x.reshape(len(x), *shape))
         for place, stage in enumerate(params["stages"]):
-            x = functools.reduce(
-                lambda x, block: _residual(block, x, convolution), stage, _pool(x) if place else x
-            )
+            x = _pool(x) if place else x
+            for block in stage:
+                x = _residual(convolve, block, x)
         active = jax.nn.gelu(normalized(params["scale"], x, axes))
         return affine(params["head"], _spatial_mean(active))
 
-    return _Convolutional(init, apply)
+    return Model(init, apply)
 
 
 _CONVOLUTIONAL = {"cnn": _cnn, "resnet": _resnet}
@@ -162,9 +152,9 @@ def _stage(key: jax.Array, size: int, out: int, depth: int, axes: int) -> list[P
     return blocks
 
 
-def _residual(block: PyTree, x: jax.Array, convolution: Layer | None = None) -> jax.Array:
+def _residual(convolve: Layer, block: PyTree, x: jax.Array) -> jax.Array:
     """Apply a block that normalizes first, with a matrix product as skip where channels grow."""
-    hidden, convolve = x, convolution or _convolution
+    hidden = x
     for name, scale in zip(("first", "second"), block["scales"], strict=True):
         hidden = convolve(block[name], jax.nn.gelu(normalized(scale, hidden, x.ndim - 2)))
     return hidden + (affine(block["skip"], x) if "skip" in block else x)

@@ -1,6 +1,6 @@
 """Figures, drawn without a display from results on disk."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,45 +67,6 @@ def seeds(axis: Any, methods: Mapping[str, Any]) -> None:
 def note(axis: Any, text: str, point: tuple[float, float], offset: Any, **style: Any) -> None:
     """Write a text at an offset from a point, in typographic points."""
     axis.annotate(text, point, offset, textcoords="offset points", **{"fontsize": 9} | style)
-
-
-def label(axis: Any, marks: Sequence[tuple[float, float, str]], gap: float = 0.06) -> None:
-    """Write the name of each mark to its right, with a line from the mark to its name.
-
-    Names of marks with equal x keep the order of their heights and do not overlap.
-
-    Args:
-      axis: the axis, with its final limits.
-      marks: x, y and name of each; the text before a bracket is the method.
-      gap: smallest distance between two names, relative to the height of the axis.
-    """
-    (low, high), (left, right) = axis.get_ylim(), axis.get_xlim()
-    for x in {x for x, _, _ in marks}:
-        column = sorted(mark for mark in marks if mark[0] == x)
-        heights = spread([y for _, y, _ in column], gap * (high - low))
-        for (_, y, name), height in zip(column, heights, strict=True):
-            chosen = color(name.split(" (")[0])
-            line = {"arrowstyle": "-", "color": chosen, "lw": 0.8, "shrinkA": 0, "shrinkB": 2}
-            text: Any = {"fontsize": 9, "va": "center", "color": chosen, "arrowprops": line}
-            text["bbox"] = {"fc": "white", "ec": "none", "pad": 0.5}
-            axis.annotate(name, (x, y), (x + 0.07 * (right - left), height), **text)
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Move increasing numbers as little as possible until neighbours are ``gap`` apart."""
-    groups: list[list[float]] = []  # each is centred on the mean of its numbers
-    for height in heights:
-        groups.append([height])
-        while len(groups) > 1 and _start(groups[-1], gap) < _start(groups[-2], gap) + gap * len(
-            groups[-2]
-        ):
-            last = groups.pop()
-            groups[-1] += last
-    return [_start(group, gap) + i * gap for group in groups for i in range(len(group))]
-
-
-def _start(group: Sequence[float], gap: float) -> float:
-    return sum(group) / len(group) - (len(group) - 1) * gap / 2
 
 
 def save(made: Figure, path: Path, formats: Iterable[str] = ("png",)) -> list[Path]:

@@ -110,7 +110,11 @@ class Report(str):
 
 
 def table(
-    title: str, groups: Mapping[str, Rows], columns: Mapping[str, Column], left: int = 1
+    title: str,
+    groups: Mapping[str, Rows],
+    columns: Mapping[str, Column],
+    left: int = 1,
+    of: str = "method",
 ) -> Table:
     """Make a table with one row for each group of runs.
 
@@ -119,9 +123,10 @@ def table(
       groups: runs by the label of their row.
       columns: functions from the runs of a row to a cell, by heading.
       left: number of columns that are aligned left, labels included.
+      of: heading of the labels.
     """
     rows = [[label, *(cell(runs) for cell in columns.values())] for label, runs in groups.items()]
-    return Table(title, ["method", *columns], rows, left)
+    return Table(title, [of, *columns], rows, left)
 
 
 def first(name: str, spec: str = "g") -> Column:

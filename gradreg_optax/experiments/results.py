@@ -21,17 +21,14 @@ LAYOUT = 2  # of the file; layout 1 had a nested dict for each method
 PACKAGES = [Path(__file__).parents[1]]  # the numbers depend on these sources
 
 
-def prepare(output: Path) -> None:
-    """Create the directory, check that it is writable, and remove partial files of killed runs.
+def check_writable(output: Path) -> None:
+    """Create the directory, and check that files can be written to it.
 
     Raises:
       CommandError: the directory cannot be created or written to.
     """
     write(output / ".writable", {})
     (output / ".writable").unlink()
-    for partial in [*output.glob(".*.partial"), *output.glob("parts/.*.partial")]:
-        if not _is_running(int(partial.name.split(".")[-2])):
-            partial.unlink(missing_ok=True)
 
 
 def save(output: Path, command: str, config: Any, results: dict[str, Any]) -> Path:
@@ -164,27 +161,13 @@ def _one_line(column: re.Match[str]) -> str:
 
 
 def _arrays(value: Any) -> Any:
+    """Convert lists of numbers, booleans or strings to arrays, and None to NaN."""
     if isinstance(value, dict):
         return {key: _arrays(item) for key, item in value.items()}
     if isinstance(value, list):
-        array = np.array(value, object)
-        dtype = _dtype({type(item) for item in array.flat}, array)
-        return [_arrays(item) for item in value] if dtype is None else array.astype(dtype)
+        items = [_arrays(item) for item in value]
+        types = {type(item) for item in np.array(items, object).flat}
+        if (types and types <= {int, float}) or types in ({bool}, {str}):
+            return np.array(items)
+        return items
     return np.nan if value is None else value
-
-
-def _dtype(types: set[type], array: Any) -> Any:
-    """Return the dtype of numbers, booleans or strings; None for any other list."""
-    if types == {int}:  # integers beyond 64 bits stay exact
-        return np.int64 if all(-(2**63) <= item < 2**63 for item in array.flat) else object
-    if types and types <= {int, float, type(None)}:
-        return float
-    return next(iter(types)) if types in ({bool}, {str}) else None
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)
-    return True

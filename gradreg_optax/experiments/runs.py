@@ -6,30 +6,22 @@ A :class:`Run` is a method, a recipe, the values of the method's hyperparameters
 resumes.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from gradreg_optax.experiments import common, results
-from gradreg_optax.experiments.data import Dataset
-from gradreg_optax.experiments.trainer import (
-    METHODS,
-    Array,
-    Method,
-    Metrics,
-    Progress,
-    Recipe,
-    Trainer,
-)
+from gradreg_optax.experiments.data import Array, Dataset
+from gradreg_optax.experiments.trainer import METHODS, Method, Metrics, Progress, Recipe, Trainer
 
 Columns: TypeAlias = dict[str, Array]
 
@@ -70,15 +62,17 @@ def grid(
       seeds: the seeds.
       **tags: further columns of the rows.
     """
-    fields = {field.name for field in dataclasses.fields(recipe)}
-    names = [name for name in values if name in fields | {*method.settings, "interval"}]
-    wanted = []
+    names, wanted = _known(method, recipe, values), []
     for combination in itertools.product(*(np.atleast_1d(values[name]).tolist() for name in names)):
         given = dict(zip(names, combination, strict=True))
-        changes = {name: given.pop(name) for name in names if name in fields}
+        changes = {name: given.pop(name) for name in names if name in vars(recipe)}
         changed = dataclasses.replace(recipe, **changes) if changes else recipe
         wanted += [Run(method, changed, given, int(seed), tags | changes) for seed in seeds]
     return wanted
+
+
+def _known(method: Method, recipe: Recipe, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name in {*method.settings, "interval", *vars(recipe)}]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +99,7 @@ class Candidate:
     @property
     def names(self) -> list[str]:
         """The columns with its values."""
-        known = set[str]().union(*({**run.settings, **run.tags} for run in self.runs([0], "")))
-        return [name for name in self.values if name in known]
+        return _known(self.method, self.recipe, self.values)
 
 
 def select_then_report(
@@ -177,8 +170,7 @@ class Store:
           **depends: values that all parts depend on.
         """
         self.folder = None if output is None else output / "parts"
-        versions = {name: v for name, v in results.versions().items() if name != "python"}
-        self._common = {"sources": results.sources(), "versions": versions}
+        self._common = {"sources": results.sources(), "versions": results.versions()}
         self._common |= {"machine": results.machine()} | depends
 
     def keep(self, label: str, what: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -241,17 +233,30 @@ def train(
       CommandError: runs that do not fit the data.
     """
     store, found = store or Store(None), [dict[str, Any]()] * len(runs)
-    parts = list(_parts(runs, lanes))
+    parts, stopped = list(_parts(runs, lanes)), threading.Event()
     total = sum(len(places) * runs[places[0]].recipe.steps for places in parts)
-    with common.progress(total, what, "step") as bar:
 
-        def make(places: list[int], advanced: Progress) -> Columns:
-            return _part(dataset, [runs[place] for place in places], store, advanced, metrics)
+    def make(places: list[int]) -> Columns:
+        return _part(dataset, [runs[place] for place in places], store, advance, metrics)
 
-        for places, part in zip(parts, _two_at_a_time(make, parts, bar.update), strict=True):
-            for i, place in enumerate(places):
-                found[place] = {name: values[i] for name, values in part.items()}
+    def advance(steps: int) -> None:
+        if stopped.is_set():
+            raise _StoppedError
+        bar.update(steps)
+
+    # one part compiles while another one trains
+    with common.progress(total, what, "step") as bar, ThreadPoolExecutor(2) as pool:
+        try:
+            for places, part in zip(parts, pool.map(make, parts), strict=True):
+                for i, place in enumerate(places):
+                    found[place] = {name: values[i] for name, values in part.items()}
+        finally:  # after an error in one part, stop the others
+            stopped.set()
     return columns([_row(run) | metrics for run, metrics in zip(runs, found, strict=True)])
+
+
+class _StoppedError(Exception):
+    """Another part failed."""
 
 
 def flops(dataset: Dataset, method: Method, recipe: Recipe, store: Store | None = None) -> float:
@@ -340,16 +345,13 @@ def blocks(columns: Mapping[str, Any], *axes: str) -> dict[str, Array]:
 
     The values along each axis, in order of appearance, are returned under its name.
     """
-    found, places = dict[str, Array](), []
-    for axis in axes:
-        values = np.asarray(columns[axis]).tolist()
-        order = {value: place for place, value in enumerate(dict.fromkeys(values))}
-        places.append([order[value] for value in values])
-        found[axis] = np.array(list(order))
-    shape = [len(values) for values in found.values()]
-    for name in set(columns) - set(axes):
-        found[name] = np.empty(shape, np.asarray(columns[name]).dtype)
-        found[name][tuple(places)] = columns[name]
+    table = {name: np.asarray(values) for name, values in columns.items()}
+    along = {axis: list(dict.fromkeys(table[axis].tolist())) for axis in axes}
+    places = tuple([along[axis].index(value) for value in table[axis].tolist()] for axis in axes)
+    found = {axis: np.array(values) for axis, values in along.items()}
+    for name in set(table) - set(axes):
+        found[name] = np.empty([len(values) for values in along.values()], table[name].dtype)
+        found[name][places] = table[name]
     return found
 
 
@@ -367,12 +369,10 @@ def best(
       Its values, the first of equals; None if every setting diverged.
     """
     score = score or (lambda rows: float(np.mean(rows["accuracy"])))
-    converged = [
-        (score(rows), dict(zip(names, values, strict=True)))
-        for values, rows in groups(columns, *names)
-        if not np.any(rows["diverged"])
-    ]
-    return max(converged, key=lambda one: one[0])[1] if converged else None
+    settings = groups(columns, *names)
+    scores = {values: score(rows) for values, rows in settings if not np.any(rows["diverged"])}
+    best = max(scores, key=lambda values: scores[values], default=None)
+    return None if best is None else dict(zip(names, best, strict=True))
 
 
 def _parts(runs: Sequence[Run], lanes: int) -> Iterator[list[int]]:
@@ -390,28 +390,6 @@ def _parts(runs: Sequence[Run], lanes: int) -> Iterator[list[int]]:
         for first in range(0, len(places), width):
             part = places[first : first + width]
             yield part + part[-1:] * (width - len(part))
-
-
-def _two_at_a_time(
-    make: Callable[[list[int], Progress], Columns], parts: Sequence[list[int]], advanced: Progress
-) -> Iterator[Columns]:
-    """Yield the result of ``make`` for each part; one part compiles while another one trains."""
-    stopped = threading.Event()
-
-    def advance(steps: int) -> None:
-        if stopped.is_set():
-            raise _StoppedError
-        advanced(steps)
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        try:
-            yield from pool.map(lambda part: make(part, advance), parts)
-        finally:  # after an error in one part, or an interrupt, stop the others
-            stopped.set()
-
-
-class _StoppedError(Exception):
-    """Another part failed, or the user interrupted."""
 
 
 def _part(

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from gradreg_optax.experiments import common, data, models, plots, report, runs, statistics
-from gradreg_optax.experiments.common import CommandError
 from gradreg_optax.experiments.report import HYPERPARAMETERS, Number, Report, Table
 from gradreg_optax.experiments.trainer import METHODS, OptimizerName, Recipe
 
@@ -70,10 +69,7 @@ class Config(common.OnData):
         super().__post_init__()
         common.at_least(self, 0, "gammas", "levels", "strengths")
         common.above_zero(self, "epsilons", "rhos", "penalty_fraction")
-        if self.penalty_fraction > 1:
-            raise CommandError(
-                f"penalty_fraction must be at most 1, got {self.penalty_fraction:g}."
-            )
+        common.at_most(self, 1, "penalty_fraction")
         common.some_of("methods", self.methods, METHODS)
 
 
@@ -147,7 +143,8 @@ def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",
 
 def _grids(config: Config) -> dict[str, Any]:
     """Return the values of each hyperparameter, from the option with its name in the plural."""
-    names = {name for method in METHODS.values() for name in method.settings}
+    # in one order, because the names of the stored parts depend on the order of the runs
+    names = dict.fromkeys(name for method in METHODS.values() for name in method.settings)
     values = {name: getattr(config, f"{name}s") for name in names}
     return values | ({"interval": config.interval} if config.interval > 1 else {})
 

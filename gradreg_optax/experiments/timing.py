@@ -6,6 +6,7 @@ round, and the result is the median over rounds of the ratio within a round, wit
 
 import math
 import time
+import timeit
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,10 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 Floats: TypeAlias = npt.NDArray[np.float64]
-
-# JAX has no annotations for these two.
-_block_until_ready: Any = jax.block_until_ready
-_clear_caches: Any = jax.clear_caches
 
 
 class Program(NamedTuple):
@@ -46,7 +43,7 @@ def build(step: Any, state: Any, *args: Any) -> Program:
       state: the initial state; not usable afterwards.
       *args: further arguments, the same for every step.
     """
-    _clear_caches()
+    jax.clear_caches()
     start = time.perf_counter()
     lowered = step.lower(state, *args)
     traced = time.perf_counter()
@@ -56,7 +53,7 @@ def build(step: Any, state: Any, *args: Any) -> Program:
     def run() -> None:
         nonlocal state
         # Users call the step itself, and it dispatches faster than its compiled form.
-        state = _block_until_ready(step(state, *args)[0])
+        state = jax.block_until_ready(step(state, *args)[0])
 
     run()
     flops = float(compiled.cost_analysis()["flops"])
@@ -79,8 +76,7 @@ def interleave(
     Returns:
       Seconds per call, one value for each round.
     """
-    repeats = repeats or {}
-    names = list(runs)
+    names, repeats = list(runs), repeats or {}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for run in runs.values():
         run()
@@ -88,10 +84,7 @@ def interleave(
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             count = repeats.get(name, 1)
-            start = time.perf_counter()
-            for _ in range(count):
-                runs[name]()
-            seconds[name].append((time.perf_counter() - start) / count)
+            seconds[name].append(timeit.timeit(runs[name], number=count) / count)
     return {name: np.array(values) for name, values in seconds.items()}
 
 

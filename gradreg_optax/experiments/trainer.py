@@ -16,16 +16,15 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 import optax
 
 import gradreg_optax as gr
 from gradreg_optax import curvature
 from gradreg_optax.experiments import common, data, models
 from gradreg_optax.experiments.common import CommandError
+from gradreg_optax.experiments.data import Array
 from gradreg_optax.experiments.models import Model, PyTree
 
-Array: TypeAlias = npt.NDArray[Any]
 Settings: TypeAlias = Mapping[str, Any]
 Transformation: TypeAlias = optax.GradientTransformation
 Pool: TypeAlias = tuple[jax.Array, jax.Array]  # all inputs and all labels of the data set
@@ -75,15 +74,6 @@ class Method:
         extra = self.gradients - 1
         penalty = extra if fraction == 1 or not extra else self.gradients * fraction
         return 1 + (penalty + self.evaluations / 3) / interval
-
-    def call(self, settings: Settings) -> str:
-        """Return the call of the transformation, as code."""
-        if self.make is None:
-            return "no penalty"
-        fixed = getattr(self.make, "keywords", {})
-        given = [f"{name}={value!r}" for name, value in fixed.items()]
-        given += [f"{name}={value:g}" for name, value in settings.items()]
-        return f"{name_of(self.make)}({', '.join(given)})"
 
 
 _BACKWARD = functools.partial(gr.fd_gradreg, scheme="backward")
@@ -152,32 +142,18 @@ class Recipe:
     def __post_init__(self) -> None:
         """Check all settings that do not depend on the data."""
         common.at_least(self, 1, "width", "depth", "batch_size", "steps", "measured")
-        common.at_least(self, 0, "learning_rate", "held_out")
-        if not 0 <= self.warmup_steps < self.steps:
-            raise CommandError(
-                f"warmup_steps must be at least 0 and below the {self.steps} steps, got"
-                f" {self.warmup_steps}."
-            )
-        if not callable(self.optimizer) and self.optimizer not in OPTIMIZERS:
-            raise CommandError(
-                f"unknown optimizer {self.optimizer!r}: choose one of"
-                f" {', '.join(map(repr, OPTIMIZERS))}, or pass a function of a schedule."
-            )
+        common.at_least(self, 0, "learning_rate", "held_out", "warmup_steps")
+        common.at_most(self, self.steps - 1, "warmup_steps")
+        if not callable(self.optimizer):
+            common.some_of("optimizer", [self.optimizer], OPTIMIZERS)
         if not isinstance(self.model, str):
-            pair: Any = tuple(self.model)
-            if len(pair) != 2 or not all(map(callable, pair)):
-                raise CommandError(
-                    f"model must be a name or a pair of functions (init, apply), got {self.model}."
-                )
-            object.__setattr__(self, "model", Model(*pair))  # hashable, even if it was a list
+            object.__setattr__(self, "model", Model(*self.model))  # hashable, even if it was a list
 
     def describe(self) -> dict[str, Any]:
         """Return the fields, with functions replaced by their names."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        model, optimizer = self.model, self.optimizer
-        fields["model"] = model if isinstance(model, str) else name_of(model[1])
-        fields["optimizer"] = optimizer if isinstance(optimizer, str) else name_of(optimizer)
-        return fields
+        model = self.model if isinstance(self.model, str) else name_of(self.model[1])
+        optimizer = self.optimizer if isinstance(self.optimizer, str) else name_of(self.optimizer)
+        return vars(self) | {"model": model, "optimizer": optimizer}
 
 
 def name_of(function: Any) -> str:
@@ -294,12 +270,10 @@ class Problem:
             found |= {"eigenvalue": top.value, "eigenvalue_residual": top.residual}
         return found
 
-    def _mean(
-        self, params: PyTree, pool: Pool, samples: tuple[jax.Array, jax.Array], score: _Score
-    ) -> jax.Array:
+    def _mean(self, params: PyTree, pool: Pool, samples: Pool, score: _Score) -> jax.Array:
         """Return the mean score over samples, given by index and label."""
 
-        def one(sample: tuple[jax.Array, jax.Array]) -> jax.Array:
+        def one(sample: Pool) -> jax.Array:
             row, label = sample
             return score(self.model.apply(params, self.take(pool, row[None]))[0], label)
 
@@ -327,7 +301,6 @@ class Trainer:
 
     Attributes:
       method: the method.
-      traces: number of traces of the training loop; it stays 1 after the first call.
     """
 
     def __init__(self, dataset: data.Dataset, method: Method, recipe: Recipe) -> None:
@@ -341,7 +314,7 @@ class Trainer:
         Raises:
           CommandError: a batch larger than the training set, or more samples than there are.
         """
-        self.method, self.traces = method, 0
+        self.method = method
         self._problem, self._recipe = problem(dataset, recipe), recipe
         self._uses_held_out = bool(recipe.held_out and method.evaluations)
         self._begin = jax.jit(jax.vmap(self._start))
@@ -374,10 +347,10 @@ class Trainer:
         Raises:
           CommandError: settings of another method.
         """
-        last = functools.reduce(lambda _, states: states, self.states(settings, seeds, advanced))
-        return self._problem.measure(
-            last.params, jnp.asarray(seeds, jnp.uint32), self._problem.draw(seeds), metrics
-        )
+        for states in self.states(settings, seeds, advanced):
+            params = states.params
+        lanes = jnp.asarray(seeds, jnp.uint32), self._problem.draw(seeds)
+        return self._problem.measure(params, *lanes, metrics)
 
     def states(
         self, settings: Settings, seeds: Seeds, advanced: Progress = lambda steps: None
@@ -395,11 +368,12 @@ class Trainer:
         Raises:
           CommandError: settings of another method.
         """
-        lanes, split = self._lanes(settings, np.asarray(seeds)), self._problem.draw(seeds)
-        states, steps = self._begin(lanes, self._problem.init(lanes["seed"])), self._recipe.steps
+        lanes, steps = self._lanes(settings, np.asarray(seeds)), self._recipe.steps
+        samples = self._problem.draw(seeds), self._problem.pool
+        states = self._begin(lanes, self._problem.init(lanes["seed"]))
         yield states
         for first in range(0, steps, _CHUNK):
-            states = self._advance(states, lanes, (split, self._problem.pool), first)
+            states = self._advance(states, lanes, samples, first)
             states.step.block_until_ready()
             advanced(len(seeds) * min(_CHUNK, steps - first))
             yield states
@@ -407,9 +381,8 @@ class Trainer:
     def flops(self) -> float:
         """Return XLA's count of floating-point operations of one step of one run."""
         lane = dict.fromkeys(self.method.settings, 1.0)
-        step = jax.jit(functools.partial(self._step, lane))
-        analysis: Any = step.lower(*self._example(lane)).compile().cost_analysis()
-        return float(analysis["flops"])
+        step: Any = jax.jit(functools.partial(self._step, lane))
+        return float(step.lower(*self._example(lane)).compile().cost_analysis()["flops"])
 
     def digest(self, settings: tuple[str, ...], metrics: Metrics | None = None) -> str:
         """Return a digest of initialization, step and metrics, including the user's own functions.
@@ -418,13 +391,14 @@ class Trainer:
           settings: names of the hyperparameters of the runs.
           metrics: as for a call.
         """
-        text = self._text(settings) + ("" if metrics is None else self._problem.program(metrics))
+        text = jax.jit(self._problem.model.init).lower(jax.random.key(0)).as_text()
+        text += self._text(settings)
+        text += "" if metrics is None else self._problem.program(metrics)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _program(self, settings: tuple[str, ...]) -> str:
         lane = {name: _setting(name, 1) for name in settings}
-        step = jax.jit(self._step).lower(lane, *self._example(lane))
-        return jax.jit(self._problem.model.init).lower(jax.random.key(0)).as_text() + step.as_text()
+        return jax.jit(self._step).lower(lane, *self._example(lane)).as_text()
 
     def _step(self, lane: Settings, state: gr.TrainState, batch: Any, held_out: Any) -> Any:
         return self._train_step(lane).step(state, batch, held_out=held_out)
@@ -444,40 +418,34 @@ class Trainer:
             raise CommandError(
                 f"{self.method.label} needs settings for {sorted(expected)}, got {sorted(given)}."
             )
-        lanes = {
-            name: jnp.broadcast_to(_setting(name, value), seeds.shape)
-            for name, value in settings.items()
-        }
+        lanes = {name: _setting(name, value) for name, value in settings.items()}
+        lanes = {name: jnp.broadcast_to(value, seeds.shape) for name, value in lanes.items()}
         return lanes | {"seed": jnp.asarray(seeds, jnp.uint32)}
 
     def _train_step(self, lane: Settings) -> gr.TrainStep:
-        chosen = {name: lane[name] for name in (*self.method.settings, "interval") if name in lane}
+        chosen = {name: value for name, value in lane.items() if name != "seed"}
+        fraction = self._recipe.penalty_fraction
+        if self.method.gradients == 1:  # no penalty that could be lazy
+            chosen.pop("interval", None)
+            fraction = 1.0
         regularizer = None if self.method.make is None else self.method.make(**chosen)
-        fraction = 1.0 if regularizer is None else self._recipe.penalty_fraction
-        options: dict[str, Any] = {"penalty_fraction": fraction, "donate": False}
-        optimizer = _optimizer(self._recipe)
-        return gr.make_train_step(self._problem.loss, optimizer, regularizer, **options)
+        loss, optimizer = self._problem.loss, _optimizer(self._recipe)
+        options: Any = {"penalty_fraction": fraction, "donate": False}
+        return gr.make_train_step(loss, optimizer, regularizer, **options)
 
     def _start(self, lane: Settings, params: PyTree) -> gr.TrainState:
         return self._train_step(lane).init(params)
 
     def _steps(
-        self,
-        states: gr.TrainState,
-        lanes: Settings,
-        samples: tuple[data.Split, Pool],
-        first: jax.Array,
+        self, states: gr.TrainState, lanes: Settings, samples: Any, first: jax.Array
     ) -> gr.TrainState:
         """Take up to ``_CHUNK`` steps of all lanes, starting with step ``first``."""
-        self.traces += 1
         splits, pool = samples
         task, size, batches = self._problem, self._recipe.batch_size, self._problem.batches
         epochs = first // batches + jnp.arange(_CHUNK // batches + 2)
         orders = jax.vmap(lambda seed: _shuffles(seed, epochs, task.size))(lanes["seed"])
 
-        def one(
-            state: gr.TrainState, lane: Settings, split: data.Split, rows: jax.Array
-        ) -> gr.TrainState:
+        def one(state: Any, lane: Settings, split: data.Split, rows: jax.Array) -> Any:
             held_out = None
             if self._uses_held_out:
                 key = jax.random.fold_in(_key(lane["seed"], 3), state.step)
@@ -485,7 +453,7 @@ class Trainer:
                 held_out = task.batch(pool, split, drawn)
             return self._step(lane, state, task.batch(pool, split, rows), held_out)[0]
 
-        def advance(step: jax.Array, states: gr.TrainState) -> gr.TrainState:
+        def advance(step: jax.Array, states: Any) -> Any:
             order = orders[:, step // batches - first // batches]
             rows = jax.lax.dynamic_slice_in_dim(order, step % batches * size, size, axis=1)
             return jax.vmap(one)(states, lanes, splits, rows)

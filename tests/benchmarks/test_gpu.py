@@ -27,7 +27,13 @@ def test_toy_run_has_times_of_every_method_in_both_precisions_and_a_sweep(tmp_pa
     assert "tuned on 1 seeds" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", gpu.SIZES["toy"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if "residual" not in name else pytest.param(name, marks=pytest.mark.slow)
+        for name in gpu.SIZES["toy"]
+    ],
+)
 def test_bfloat16_computes_in_bfloat16_and_returns_gradients_in_float32(name):
     problem = gpu.BUILDERS[name]("bfloat16", gpu.SIZES["toy"][name])
     gradient = jax.eval_shape(jax.grad(problem.loss_fn), problem.params, problem.batch)

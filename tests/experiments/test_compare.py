@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradreg_optax.experiments import compare, results, runs, statistics
+from gradreg_optax.experiments import compare, plots, results, runs, statistics
 from gradreg_optax.experiments.common import CommandError
 
 COMMITTED = Path(__file__).parents[2] / "notebooks/results/compare"
@@ -66,11 +66,16 @@ def test_regularization_finds_flatter_minima(found):
     assert (best["eigenvalue_residual"] < 0.01 * best["eigenvalue"]).all()
 
 
-def test_the_results_hold_calls_and_recipes(found):
-    call = "fd_gradreg(scheme='backward', gamma=5, epsilon=0.1)"
-    assert found["methods"]["digits"]["B-GR"] == call
-    recipe = found["recipes"]["digits"]
-    assert (recipe["model"], recipe["label_noise"]) == ("mlp", 0.3)
+def test_a_figure_separates_dots_of_equal_cost_and_marks_a_diverged_run():
+    lost = {"method": "DB", "gradients": 3.0, "accuracy": np.nan, "diverged": True, "seed": 0}
+    sound = lost | {"accuracy": 0.5, "diverged": False, "seed": 1}
+    _, (axis,) = plots.figure(1)
+    compare._draw_costs(axis, runs.columns([lost, sound, sound | {"method": "C-GR"}]))
+    texts = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert texts == ["DB (1 of 2 diverged)", "C-GR"]
+    first, second = (line for line in axis.lines if line.get_marker() == "o")
+    assert first.get_xdata() != second.get_xdata()
+    assert (first.get_fillstyle(), second.get_fillstyle()) == ("none", "full")
 
 
 def test_the_table_names_method_difference_cost_and_number_of_seeds(found):

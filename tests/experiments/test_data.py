@@ -3,6 +3,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import io
 import struct
 import threading
 
@@ -15,37 +16,35 @@ from gradreg_optax.experiments import data
 from gradreg_optax.experiments.common import CommandError
 
 SHAPES = {
-    "train-images-idx3-ubyte": (12, 4, 5),
-    "train-labels-idx1-ubyte": (12,),
-    "t10k-images-idx3-ubyte": (6, 4, 5),
-    "t10k-labels-idx1-ubyte": (6,),
+    "train-images-idx3": (12, 4, 5),
+    "train-labels-idx1": (12,),
+    "t10k-images-idx3": (6, 4, 5),
+    "t10k-labels-idx1": (6,),
 }
 
 
 def idx(array):
-    return (
-        struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
-        + array.astype(np.uint8).tobytes()
-    )
+    head = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+    return head + array.astype(np.uint8).tobytes()
 
 
 def idx_arrays(seed=0):
     rng = np.random.default_rng(seed)
-    return {
-        name: rng.integers(0, 256 if len(shape) == 3 else 10, shape)
-        for name, shape in SHAPES.items()
-    }
-
-
-def checksums(arrays):
-    return {f"{name}.gz": hashlib.md5(idx(array)).hexdigest() for name, array in arrays.items()}
+    return {name: rng.integers(0, 10, shape) for name, shape in SHAPES.items()}
 
 
 def write_idx(folder, arrays, packed=True):
     folder.mkdir(parents=True, exist_ok=True)
     for name, array in arrays.items():
-        path = folder / (f"{name}.gz" if packed else name)
+        path = folder / (f"{name}-ubyte.gz" if packed else f"{name}-ubyte")
         path.write_bytes(gzip.compress(idx(array), mtime=0) if packed else idx(array))
+
+
+def checksums(array):
+    return tuple(
+        hashlib.md5(content).hexdigest()
+        for content in (gzip.compress(idx(array), mtime=0), idx(array))
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +54,8 @@ def nowhere(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("GRADREG_DATA", raising=False)
     monkeypatch.setattr(data, "_URL", "http://127.0.0.1:9/")  # the discard port: refused at once
-    monkeypatch.setattr(data, "_MD5_UNPACKED", checksums(idx_arrays()))
+    md5 = {name: checksums(array) for name, array in idx_arrays().items()}
+    monkeypatch.setattr(data, "_MD5", md5)
 
 
 def small(samples=40, classes=10):
@@ -65,21 +65,16 @@ def small(samples=40, classes=10):
 
 
 @given(share=st.floats(0, 1), seed=st.integers(0, 2**31), classes=st.integers(2, 10))
-def test_exactly_the_given_fraction_of_labels_is_noisy(share, seed, classes):
+def test_a_seed_draws_one_split_with_exactly_the_given_fraction_of_noisy_labels(
+    share, seed, classes
+):
     dataset = small(classes=classes)
-    split = data.draw(dataset, seed, 20, 5, share)
-    wrong = split.train_labels != dataset.labels[split.train]
-    assert wrong.sum() == round(20 * share)
-    assert ((split.train_labels >= 0) & (split.train_labels < classes)).all()
-
-
-@given(seed=st.integers(0, 2**31))
-def test_a_seed_draws_the_same_split_and_the_next_seed_another(seed):
-    dataset = small()
-    first, again, other = (data.draw(dataset, s, 20, 5, 0.3) for s in (seed, seed, seed + 1))
+    first, again, other = (data.draw(dataset, s, 20, 5, share) for s in (seed, seed, seed + 1))
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a, b)
     assert (first.train != other.train).any()
+    assert (first.train_labels != dataset.labels[first.train]).sum() == round(20 * share)
+    assert ((first.train_labels >= 0) & (first.train_labels < classes)).all()
 
 
 @pytest.mark.parametrize("resplit", [False, True])
@@ -98,33 +93,27 @@ def test_the_digits_are_those_of_scikit_learn():
     assert len(data.draw(dataset, 0, 300, 1000).test) == 1000
 
 
-@pytest.mark.parametrize(
-    ("way", "folder", "packed"),
-    [
-        ("root", "", True),
-        ("environment", "fashion-mnist", False),
-        ("root", "FashionMNIST/raw", False),
-        ("environment", "", True),
-    ],
-)
-def test_idx_files_are_read_as_they_were_written(tmp_path, monkeypatch, way, folder, packed):
-    arrays = idx_arrays()
-    write_idx(tmp_path / "files" / folder, arrays, packed)
-    if way == "environment":
-        monkeypatch.setenv("GRADREG_DATA", str(tmp_path / "files"))
-    found = data.load("fashion-mnist", tmp_path / "files" if way == "root" else None)
-    np.testing.assert_array_equal(found.train_x[..., 0], arrays["train-images-idx3-ubyte"])
-    np.testing.assert_array_equal(found.test_y, arrays["t10k-labels-idx1-ubyte"])
+@pytest.mark.parametrize("folder", ["", "fashion-mnist", "FashionMNIST/raw"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_idx_files_are_read_as_they_were_written(tmp_path, monkeypatch, folder, packed):
+    arrays, root = idx_arrays(), tmp_path / "files"
+    write_idx(root / folder, arrays, packed)
+    if packed:
+        monkeypatch.setenv("GRADREG_DATA", str(root))
+    found = data.load("fashion-mnist", None if packed else root)
+    np.testing.assert_array_equal(found.train_x[..., 0], arrays["train-images-idx3"])
+    np.testing.assert_array_equal(found.test_y, arrays["t10k-labels-idx1"])
     assert (found.shape, found.classes, found.scale) == ((4, 5, 1), 10, 255)
-    assert found.mean == pytest.approx(arrays["train-images-idx3-ubyte"].mean() / 255)
+    assert found.mean == pytest.approx(arrays["train-images-idx3"].mean() / 255)
 
 
-def test_the_debian_folder_comes_before_the_cache(tmp_path):
+def test_the_debian_folder_comes_before_the_cache_and_a_given_folder_is_the_only_one(tmp_path):
     write_idx(tmp_path / "debian" / "fashion-mnist", idx_arrays())
     write_idx(data.cache() / "fashion-mnist", idx_arrays(seed=2))  # with other checksums
-    np.testing.assert_array_equal(
-        data.load("fashion-mnist").train_x[..., 0], idx_arrays()["train-images-idx3-ubyte"]
-    )
+    found = data.load("fashion-mnist").train_x[..., 0]
+    np.testing.assert_array_equal(found, idx_arrays()["train-images-idx3"])
+    with pytest.raises(FileNotFoundError, match=r"no train-images-idx3-ubyte\.gz in"):
+        data.load("fashion-mnist", tmp_path / "empty")
 
 
 PACKED = bytearray(gzip.compress(idx(np.arange(6) % 10), mtime=0))
@@ -136,7 +125,6 @@ PACKED[12] ^= 0xFF  # within the deflated data
     [
         (b"", "is not the published file"),
         (idx(np.arange(6)), "is not the published file"),  # as MNIST's file of the same name
-        (gzip.compress(idx(np.arange(6)), mtime=0), "is not the published file"),
         (bytes(PACKED), "cannot unpack"),
         (b"\x1f\x8b", "cannot unpack"),
     ],
@@ -146,10 +134,8 @@ def test_a_damaged_idx_file_is_refused_by_its_name(tmp_path, content, message):
     write_idx(tmp_path, idx_arrays(), packed)
     name = f"t10k-labels-idx1-ubyte{'.gz' if packed else ''}"
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CommandError) as error:
+    with pytest.raises(CommandError, match=f"{name} {message}|{message} .*{name}"):
         data.load("fashion-mnist", tmp_path)
-    assert message in str(error.value)
-    assert name in str(error.value)
 
 
 @pytest.mark.slow
@@ -165,20 +151,10 @@ def test_mnist1d_is_generated_once_and_leaves_the_global_generators_alone(monkey
     np.testing.assert_array_equal(data.load("mnist1d").train_x, first.train_x)
 
 
-def test_a_truncated_file_of_mnist1d_is_generated_again(monkeypatch):
-    def make(command, **_):
-        made.append(command[-1])
-        rng = np.random.default_rng(0)
-        arrays = {"x_train": rng.normal(size=(20, 3)), "y_train": np.arange(20) % 10}
-        np.savez(command[-1], **arrays, x_test=np.ones((10, 3)), y_test=np.arange(10))
-
-    made = []
-    monkeypatch.setattr(data.subprocess, "run", make)
-    data.load("mnist1d")
-    (kept,) = data.cache().iterdir()
-    kept.write_bytes(kept.read_bytes()[:100])
-    data.load("mnist1d")
-    assert (len(made), list(data.cache().iterdir())) == (2, [kept])
+def test_mnist1d_that_cannot_be_generated_names_its_file(monkeypatch):
+    monkeypatch.setattr(data.sys, "executable", "no such program")
+    with pytest.raises(CommandError, match=r"mnist1d: cannot generate .*mnist1d-.*\.npz"):
+        data.load("mnist1d")
 
 
 def test_a_file_of_the_user_is_read(tmp_path):
@@ -205,10 +181,10 @@ OWN |= {"x_test": np.ones((2, 3)), "y_test": np.arange(2)}
         ({"y_train": np.array([0, 1, 2, 3, 2**63], np.uint64)}, "training labels must be integers"),
         ({"y_train": np.array([0, 1, 2, 3, 7])}, "and below 7, the number of classes or of all"),
         ({"x_train": np.ones((5, 3), np.uint8)}, "type uint8, test inputs .* float64"),
-        ({"x_train": np.ones((5, 3), np.uint16)}, "must be uint8, from 0 to 255, or floats"),
-        ({"x_train": np.ones((5, 3), complex)}, "must be uint8, from 0 to 255, or floats"),
-        ({"x_train": np.full((5, 3), np.nan)}, "must be finite in float32"),
-        ({"x_test": np.full((2, 3), 1e300)}, "must be finite in float32"),
+        ({"x_train": np.ones((5, 3), np.uint16)}, "must be uint8 from 0 to 255, or floats"),
+        ({"x_train": np.ones((5, 3), complex)}, "must be uint8 from 0 to 255, or floats"),
+        ({"x_train": np.full((5, 3), np.nan)}, "that are finite in float32"),
+        ({"x_test": np.full((2, 3), 1e300)}, "that are finite in float32"),
         ({"x_test": np.ones((2, 4))}, r"training inputs have shape \(3,\) .* inputs \(4,\)"),
         ({"y_train": None}, "has no y_train"),
         ({"y_train": np.array([0, "a", 1, 2, 3], object)}, "not an .npz file of plain arrays"),
@@ -227,19 +203,13 @@ def test_a_damaged_archive_is_refused_by_its_name(tmp_path, save):
     save(path, **OWN)
     whole = path.read_bytes()
     cut = [whole[:end] for end in (0, 100, len(whole) // 2, -30)]
-    for content in [*cut, b"no archive", whole[:200] + b"\xff" * 20 + whole[220:]]:
+    array = io.BytesIO()
+    np.save(array, np.ones(3))
+    damaged = whole[:200] + b"\xff" * 20 + whole[220:]
+    for content in [*cut, b"no archive", damaged, array.getvalue()]:
         path.write_bytes(content)
         with pytest.raises(CommandError, match=r"mine\.npz"):
             data.load(str(path))
-
-
-def test_a_single_array_and_a_folder_are_no_data_set(tmp_path):
-    with (tmp_path / "one.npz").open("wb") as file:
-        np.save(file, np.ones(3))
-    (tmp_path / "folder.npz").mkdir()
-    for name in ("one.npz", "folder.npz"):
-        with pytest.raises(CommandError, match=name):
-            data.load(str(tmp_path / name))
 
 
 def test_without_a_network_the_error_names_the_remedies():
@@ -248,13 +218,7 @@ def test_without_a_network_the_error_names_the_remedies():
         data.load("fashion-mnist")
 
 
-def test_a_folder_without_the_files_is_not_replaced_by_another_source(tmp_path):
-    write_idx(tmp_path / "debian" / "fashion-mnist", idx_arrays())
-    with pytest.raises(FileNotFoundError, match=r"no train-images-idx3-ubyte\.gz in"):
-        data.load("fashion-mnist", tmp_path / "empty")
-
-
-@pytest.mark.parametrize("name", ["imagenet", "Digits", "missing.npz", "mnist", "cifar10"])
+@pytest.mark.parametrize("name", ["imagenet", "Digits", "missing.npz"])
 def test_an_unknown_data_set_is_named(name):
     with pytest.raises(CommandError, match=name):
         data.load(name)
@@ -275,11 +239,9 @@ def published(tmp_path, monkeypatch):
     write_idx(folder, idx_arrays())
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as publisher:
-        thread = threading.Thread(target=publisher.serve_forever)
+        serve = functools.partial(publisher.serve_forever, poll_interval=0.01)
+        thread = threading.Thread(target=serve)
         thread.start()
-        for name in data._MD5:
-            md5 = hashlib.md5((folder / name).read_bytes()).hexdigest()
-            monkeypatch.setitem(data._MD5, name, md5)
         monkeypatch.setattr(data, "_URL", f"http://127.0.0.1:{publisher.server_port}/")
         yield folder
         publisher.shutdown()
@@ -291,11 +253,11 @@ def test_files_are_fetched_once(published):
     for path in published.iterdir():
         path.unlink()
     np.testing.assert_array_equal(first.train_x, data.load("fashion-mnist").train_x)
-    np.testing.assert_array_equal(first.train_x[..., 0], idx_arrays()["train-images-idx3-ubyte"])
+    np.testing.assert_array_equal(first.train_x[..., 0], idx_arrays()["train-images-idx3"])
 
 
 def test_a_fetched_file_with_another_checksum_is_not_kept(published, monkeypatch):
-    monkeypatch.setattr(data, "_MD5", dict.fromkeys(data._MD5, "0" * 32))
+    monkeypatch.setattr(data, "_MD5", dict.fromkeys(data._MD5, ("0" * 32, "")))
     with pytest.raises(FileNotFoundError, match="cannot download"):
         data.load("fashion-mnist")
     assert not list(data.cache().rglob("*.gz"))

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,12 +22,11 @@ from gradreg_optax.experiments.common import CommandError
 )
 def test_every_network_gives_one_logit_per_class(name, shape):
     model = models.build(name, shape, 4, width=3, depth=1 if name == "resnet" else 2)
-    x = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
-
-    @jax.jit
-    def logits(x):
-        return model.apply(model.init(jax.random.key(0)), x)
-
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, *shape)).astype(np.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))  # to draw the weights takes seconds
+    params = jax.tree.map(lambda w: rng.normal(size=w.shape).astype(w.dtype) / 4, shapes)
+    logits = jax.jit(functools.partial(model.apply, params))
     found = np.asarray(logits(x))
     assert found.shape == (2, 4)
     assert np.isfinite(found).all()
@@ -66,7 +67,7 @@ def test_a_residual_block_adds_to_its_input_what_is_normalized(x64):
     (block,) = models._stage(jax.random.key(0), 3, 3, 1, 2)
     x = np.random.default_rng(1).normal(size=(2, 4, 4, 3))
     nothing = {"kernel": jnp.zeros((27, 3)), "bias": jnp.zeros(3)}
-    residual = jax.jit(models._residual)
+    residual = jax.jit(functools.partial(models._residual, models._convolution))
     np.testing.assert_array_equal(residual(block | {"second": nothing}, x), x)
     added = [residual(block, scale * x) - scale * x for scale in (1.0, 100.0)]
     np.testing.assert_allclose(*added, rtol=1e-3, atol=1e-3)
@@ -91,10 +92,12 @@ def test_networks_have_no_kinks(name, x64):
     assert second[0] / second[1] == pytest.approx(4, rel=0.05)  # the next term is relative O(h^2)
 
 
-def test_an_mlp_has_the_given_sizes():
-    init = models.build("mlp", (8, 8, 1), 10, width=64, depth=1).init
-    params = jax.eval_shape(init, jax.random.key(0))
+def test_an_mlp_has_the_given_sizes_and_outputs_of_order_one():
+    init, apply = models.build("mlp", (8, 8, 1), 10, width=64, depth=1)
+    params = init(jax.random.key(0))
     assert [layer["kernel"].shape for layer in params] == [(64, 64), (64, 10)]
+    logits = apply(params, np.random.default_rng(0).normal(size=(50, 8, 8, 1)))
+    assert 0.3 < np.std(logits) < 1
 
 
 def test_an_unknown_network_is_named():

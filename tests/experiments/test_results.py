@@ -3,8 +3,6 @@ import errno
 import json
 import os
 import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,7 +16,6 @@ from gradreg_optax.experiments import results
 from gradreg_optax.experiments.common import CommandError
 
 FLOATS = st.floats(-1e6, 1e6)
-CAPTURED = {"capture_output": True, "text": True, "check": True, "timeout": 60}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,14 +114,3 @@ def test_a_second_save_replaces_the_first_and_leaves_nothing_else(tmp_path):
         results.save(tmp_path, "test", Config(), {"a": value})
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
     assert results.load(tmp_path) == {"a": 2}
-
-
-def test_partial_files_of_killed_runs_are_removed_and_those_of_running_ones_are_not(tmp_path):
-    (tmp_path / "parts").mkdir()
-    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], **CAPTURED)
-    left = tmp_path / "parts" / f".F-GR.json.{int(done.stdout)}.partial"
-    living = tmp_path / f".results.json.{os.getpid()}.partial"
-    for path in (left, living):
-        path.write_text("{")
-    results.prepare(tmp_path)
-    assert (left.exists(), living.exists()) == (False, True)

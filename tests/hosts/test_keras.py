@@ -34,36 +34,21 @@ class Regularized(keras.Model):
         return gr.regularized_loss(whole, self.regularizer, has_aux=True)(*args, **kwargs)
 
 
-def stochastic(x):
-    x = keras.layers.Dense(32, activation="tanh")(x)
-    return keras.layers.Dropout(0.3)(keras.layers.BatchNormalization()(x))
-
-
-def deep(x):
-    for _ in range(2):
-        x = keras.layers.Dense(128, activation="gelu")(x)
-    return x
-
-
-def compiled(regularizer=None, hidden=stochastic, rate=None, seed=0):
-    """A classifier with SGD, or with Adam of this rate."""
-    keras.utils.set_random_seed(seed)
+def compiled(regularizer=None):
+    """A classifier with BatchNorm and dropout, to be trained by SGD."""
+    keras.utils.set_random_seed(0)
     inputs = keras.Input((64,))
-    outputs = keras.layers.Dense(10)(hidden(inputs))
-    model = Regularized(inputs, outputs, regularizer=regularizer)
-    optimizer = keras.optimizers.Adam(rate) if rate else keras.optimizers.SGD(0.1)
+    hidden = keras.layers.Dense(32, activation="tanh")(inputs)
+    hidden = keras.layers.Dropout(0.3)(keras.layers.BatchNormalization()(hidden))
+    model = Regularized(inputs, keras.layers.Dense(10)(hidden), regularizer=regularizer)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer, loss=loss, metrics=["accuracy"])
+    model.compile(keras.optimizers.SGD(0.1), loss=loss, metrics=["accuracy"])
     return model
 
 
-def digits(wrong=0.0, seed=0):
+def digits():
     x, y = load_digits(return_X_y=True)
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(y))
-    x, y = (x[order] / 16).astype(np.float32), y[order]
-    noisy = np.where(rng.random(len(y)) < wrong, rng.integers(0, 10, len(y)), y)
-    return x, y, noisy
+    return (x / 16).astype(np.float32), y
 
 
 def weights(model):
@@ -87,7 +72,7 @@ def by_hand(model, x, y):
 
 
 def test_a_step_of_fit_is_the_one_by_hand_with_batchnorm_and_dropout():
-    x, y, _ = digits()
+    x, y = digits()
     model = compiled(gr.fd_gradreg(gamma=GAMMA, epsilon=EPSILON))
     regularized, after = by_hand(model, x[:64], y[:64])
     before = weights(model)
@@ -99,7 +84,7 @@ def test_a_step_of_fit_is_the_one_by_hand_with_batchnorm_and_dropout():
 
 
 def test_evaluation_and_prediction_and_saving_stay_keras_own(tmp_path):
-    x, y, _ = digits()
+    x, y = digits()
     model, plain = compiled(gr.sam(rho=0.05)), compiled()
     assert model.evaluate(x[:64], y[:64], verbose=0) == plain.evaluate(x[:64], y[:64], verbose=0)
     model.fit(x[:256], y[:256], batch_size=64, epochs=1, verbose=0)
@@ -108,26 +93,10 @@ def test_evaluation_and_prediction_and_saving_stay_keras_own(tmp_path):
     np.testing.assert_array_equal(model.predict(x[:8], verbose=0), plain.predict(x[:8], verbose=0))
 
 
-def test_fit_on_digits_with_wrong_labels_gains_by_the_penalty():
-    """Five seeds; the paired difference in test accuracy, with its standard error."""
-
-    def accuracy(regularizer, seed):
-        x, y, noisy = digits(wrong=0.4, seed=seed)
-        model = compiled(regularizer, deep, 2e-3, seed)
-        model.fit(x[:800], noisy[:800], batch_size=50, epochs=60, verbose=0)
-        return 100 * model.evaluate(x[800:], y[800:], verbose=0)[1]
-
-    plain = np.array([accuracy(None, seed) for seed in range(5)])
-    gains = [accuracy(gr.fd_gradreg(gamma=1.0, epsilon=1.0), s) for s in range(5)] - plain
-    error = np.std(gains, ddof=1) / len(gains) ** 0.5
-    print(f"without {plain.mean():.1f}%, gain {np.mean(gains):.1f} +- {error:.1f} points")
-    assert np.mean(gains) > 10 * error > 0
-
-
 def test_the_code_of_the_page_trains():
     page = pathlib.Path(__file__).parents[2] / "docs" / "how-to" / "keras.md"
     (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
-    x, y, _ = digits()
+    x, y = digits()
     names = {"x": x[:100], "y": y[:100]}
     exec(code.replace("epochs=60", "epochs=2, verbose=0"), names)
     history = names["model"].history.history

@@ -132,22 +132,6 @@ def train_in_shard_map(mesh, local):
     return state[0], moved, True
 
 
-def train_in_pmap():
-    """The regularized loss inside ``pmap``: every device uses its own ascent direction."""
-    devices = jax.device_count()
-
-    def gradient(params, data):
-        return jax.lax.pmean(of_loss(loss_fn)(params, data), "data")
-
-    step = jax.pmap(functools.partial(plain_step, gradient), axis_name="data")
-    params = initial_params()
-    state = jax.tree.map(lambda x: jnp.stack([x] * devices), (params, ADAM.init(params)))
-    data = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch())
-    for _ in range(STEPS):
-        state, _ = jax.block_until_ready(step(state, data))
-    return jax.tree.map(lambda x: x[0], state[0]), {}, True
-
-
 def refusals():
     """Errors for parts that an explicit mesh of eight devices does not divide."""
     data = jax.device_put(batch(), NamedSharding(jax.sharding.get_mesh(), P("data")))
@@ -168,7 +152,6 @@ def main():
     ways = {
         "plain": functools.partial(train, loss_fn, None),
         "fd": functools.partial(train, loss_fn, FD),
-        "dbp": functools.partial(train, loss_fn, gr.dbp_gradreg(gamma=0.05)),
         "groups": functools.partial(train, loss_fn, FD, ascent_groups=8),
         "relative": functools.partial(train, loss_fn, gr.relative_gradreg(strength=0.5)),
         "self-tuned": functools.partial(train, loss_fn, tuned, held_out=True),
@@ -182,7 +165,6 @@ def main():
         "fd, FSDP": ("fd", ways["fd"](mesh, fsdp=True)),
         "groups, FSDP": ("groups", ways["groups"](mesh, fsdp=True)),
         "loss, FSDP": ("fd", wrapped(mesh, fsdp=True)),
-        "loss, pmap": ("groups", train_in_pmap()),
         "loss, shard_map, common ascent": ("fd", train_in_shard_map(mesh, False)),
         "function, shard_map, own ascent": ("groups", train_in_shard_map(mesh, True)),
     }

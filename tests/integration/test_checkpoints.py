@@ -104,15 +104,3 @@ def test_resuming_after_five_steps_is_bitwise_the_uninterrupted_run(run, tmp_pat
     assert jax.tree.structure(resumed) == jax.tree.structure(state)
     for found, expected in zip(bits(resumed), bits(state), strict=True):
         np.testing.assert_array_equal(found, expected)
-
-
-def test_a_checkpoint_without_the_counter_is_another_run():
-    """It is part of the state: the test above would notice if it were lost."""
-    start, step = chain_run()
-    state = start()
-    for number in range(6):  # the seventh step carries a penalty
-        state = step(state, number)
-    first = start()["opt_state"]["gradreg"]
-    changed = state | {"opt_state": state["opt_state"] | {"gradreg": first}}
-    found, expected = step(changed, 6)["params"], step(state, 6)["params"]
-    assert (found["w1"] != expected["w1"]).any()

@@ -254,16 +254,6 @@ def test_an_object_from_outside_is_read_and_its_change_refused_as_by_the_plain_l
     cases.assert_close(cases.numbers(outside), cases.numbers(nnx.grad(loss)(model, X, teacher)))
 
 
-def test_a_model_may_be_a_variable():
-    scale = nnx.Param(jnp.asarray([1.0, 2.0, 3.0]))
-    gradient = compiled(
-        nnx_regularized_loss(lambda scale, x: cases.square(x * scale), FD), scale, X
-    )
-    curvature = 2 * np.mean(X**2, axis=0) / 3
-    expected = (1 + cases.GAMMA * curvature) * curvature * np.asarray([1.0, 2.0, 3.0])
-    np.testing.assert_allclose(gradient[...], expected, rtol=1e-5)
-
-
 @pytest.mark.parametrize("evaluate", [lambda f: f, jax.grad, jax.jit], ids=["value", "grad", "jit"])
 def test_micro_batches_of_a_loss_that_changes_its_model_need_a_wrapper_for_modules(evaluate):
     model, x = nnx.BatchNorm(3, rngs=nnx.Rngs(0)), jnp.ones((4, 3))

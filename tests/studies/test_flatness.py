@@ -3,7 +3,6 @@ noise and the same second task."""
 
 import copy
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradreg_optax.experiments import data, results, runs, trainer
+from gradreg_optax.experiments import data, runs, trainer
 from gradreg_optax.experiments.trainer import Recipe
 from studies import flatness
 from study import Study, patched
@@ -55,16 +54,6 @@ def test_rounding_leaves_few_values_near_by_and_rounds_once(seed, bits, scale):
     step = np.max(np.abs(w)) / (2 ** (bits - 1) - 1)
     assert np.max(np.abs(once - w)) <= step * (0.5 + 1e-5)  # float32, in 127 steps at most
     np.testing.assert_array_equal(rounded(once, bits), once)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_network_on_the_grid_stays_as_it_is_tensor_by_tensor(bits):
-    levels = 2 ** (bits - 1) - 1
-    grid = np.arange(-levels, levels + 1, dtype=np.float32)
-    params = {"kernel": jnp.asarray(grid / 8), "bias": jnp.asarray(grid * 4), "none": jnp.zeros(3)}
-    jax.tree.map(np.testing.assert_array_equal, rounded(params, bits), params)
-    coarse = rounded({"a": jnp.array([1.0, 0.01]), "b": jnp.array([0.01])}, bits)
-    assert coarse["b"][0] == np.float32(0.01)  # a scale of its own
 
 
 @pytest.fixture(scope="module")
@@ -153,27 +142,3 @@ class TestStudy(Study):
             assert f"  {name}" in text
         clean = {"digits": {**found["recipes"]["digits"], "label_noise": 0.0}}
         assert "ECE, noisy  " not in flatness.table({**found, "recipes": clean})
-
-
-def test_a_diverged_run_enters_no_difference_and_is_missed():
-    found = results.load(pathlib.Path(flatness.__file__).parent / "results/flatness")
-    broken = {name: values.copy() for name, values in found["runs"].items()}
-    place = (broken["method"] == "F-GR") & (broken["seed"] == 1)
-    for name, values in broken.items():
-        if values.dtype == float and name not in ("gamma", "epsilon"):
-            values[place] = np.nan
-    assert "F-GR minus SGD, 9 seeds  " in flatness.table({**found, "runs": broken})
-    assert "F-GR minus SGD, " not in flatness.table(found)
-
-
-def test_what_is_taken_off_is_taken_off_the_same_network():
-    rows = {"accuracy": [0.75, 0.5], "train_loss": [1.0, 2.0], "test_loss": [3.0, 4.0]}
-    rows |= {"accuracy_4_bits": [0.25, 0.5], "train_loss_4_bits": [1.5, 2.25]}
-    rest = ("confidence", "calibration_error", "calibration_error_noisy", "accuracy_second")
-    names = ("8_bits", "noise_0.25", "noise_0.5", "noise_1", "after")
-    rest += ("train_loss_8_bits", *(f"accuracy_{name}" for name in names))
-    rows |= {name: [0.0, 0.0] for name in rest}
-    made = flatness.quantities({name: np.array(values) for name, values in rows.items()})
-    assert made["4 bits"].tolist() == [-50, 0]
-    assert made["4 bits, loss"].tolist() == [0.5, 0.25]
-    assert made["forgetting"].tolist() == [-75, -50]

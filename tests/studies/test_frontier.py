@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +9,9 @@ import numpy as np
 import pytest
 
 from gradreg_optax import fd_gradreg
-from gradreg_optax.experiments import results, runs, trainer
+from gradreg_optax.experiments import runs
 from gradreg_optax.experiments.common import CommandError
-from gradreg_optax.experiments.trainer import METHODS, Recipe
+from gradreg_optax.experiments.trainer import METHODS
 from studies import frontier
 from study import Study
 
@@ -77,21 +75,6 @@ class TestStudy(Study):
     rows = ("F-GR",)
 
 
-def test_the_table_has_every_cell_and_every_accuracy_of_the_search():
-    found = results.load(pathlib.Path(frontier.__file__).parent / "results/frontier_digits")
-    text, (axes, search) = frontier.table(found), frontier.searched(found, "sgd")
-    # six cells by search, five by rule: the full penalty only once
-    assert text[: text.index("\n\n")].count("\nF-GR ") == 11
-    assert "twice the steps" in text
-    assert "factor on gamma for f = 0.25" in text
-    lines = text[text.index("on the tuning seeds") :].splitlines()[2:8]
-    rows = [line.split() for line in lines]
-    cells = itertools.product(axes["fraction"], axes["interval"])
-    assert [row[:2] for row in rows] == [[f"{f:g}", str(k)] for f, k in cells]
-    shown = [[float(value) for value in row[2::2]] for row in rows]
-    np.testing.assert_allclose(shown, 100 * search.reshape(6, -1), atol=0.05 + 1e-9)
-
-
 def test_kappa_is_one_minus_the_factor_of_a_penalised_step_on_a_quadratic():
     curvature, gammas, intervals, rate = np.array([0.5, 2.0]), (0.5, 3.0), (1, 4), 0.2
     axes = {"optimizer": ["sgd"], "fraction": [1.0, 0.5], "interval": intervals, "gamma": gammas}
@@ -131,44 +114,6 @@ def test_the_share_of_the_gain_is_one_for_the_full_penalty_and_zero_for_the_plai
     plain, full, half = ({"accuracy": np.array(value)} for value in values)
     gains = [frontier.relative_gain(one, full, plain) for one in (plain, full, half)]
     assert gains == pytest.approx([0, 1, 0.5])
-
-
-@pytest.mark.parametrize(
-    ("start", "expected"),
-    [
-        ("gamma from the start", [3, 3, 3]),
-        ("gamma rises", [0.3, 1.5, 3]),
-        ("gamma switched on", [0, 0, 3]),
-        ("epsilon rises", [3, 3, 3]),
-    ],
-)
-def test_each_start_reaches_the_full_penalty_after_the_warm_up(start, expected):
-    # On a quadratic the difference is exact for every epsilon, so that the update shows gamma.
-    (way,) = (way for way in frontier.starts(10) if way.label == start)
-    tx = way.make(gamma=3.0, epsilon=2.0)
-    params = jnp.array([1.0, 2.0])
-
-    @jax.jit
-    def update(state):
-        return tx.update(params, state, params, value_fn=lambda p: jnp.sum(p**2) / 2)
-
-    state, seen = tx.init(params), []
-    for _ in range(12):
-        updates, state = update(state)
-        seen.append(float((updates[0] - params[0]) / params[0]))
-    # float32 rounding of a difference
-    np.testing.assert_allclose([seen[0], seen[4], seen[10]], expected, rtol=1e-5)
-
-
-def test_the_learning_rate_warms_up_along_a_line_and_falls_along_a_cosine():
-    optimizer = trainer._optimizer(Recipe(steps=30, warmup_steps=10, learning_rate=0.5))
-    params, rates = jnp.float32(0.0), []
-    update, state = jax.jit(optimizer.update), optimizer.init(params)
-    for _ in range(31):
-        change, state = update(jnp.float32(-1.0), state, params)
-        rates.append(float(change))
-    found = [rates[i] for i in (0, 5, 10, 20, 30)]
-    np.testing.assert_allclose(found, [0, 0.25, 0.5, 0.25, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -76,14 +76,6 @@ def test_a_schedule_penalises_the_updates_of_its_name(label, due):
     assert changed == list(due)
 
 
-def test_one_learning_rate_is_the_first_of_the_schedule():
-    tx = late.sgd_at_one_rate(optax.cosine_decay_schedule(0.5, 10))
-    state = tx.init(1.0)
-    for _ in range(3):
-        update, state = tx.update(jnp.float32(1.0), state)
-    np.testing.assert_allclose(update, -0.5)
-
-
 def test_the_parts_are_those_that_are_paid_for():
     for label, kept in {"part": 1 / 8, "lazy on a part": 1 / 4, "lazy": 1, "late": 1}.items():
         assert schedule(label, 4)[0].recipe.penalty_fraction == kept

@@ -104,14 +104,6 @@ def test_what_is_held_out_is_not_trained_on():
     np.testing.assert_array_equal(*losses)
 
 
-def test_source_code_continues_itself():
-    text = corpus.source_code(16)
-    for x, y in ((text.train_x, text.train_y), (text.test_x, text.test_y)):
-        np.testing.assert_array_equal(x[:, 1:], y[:, :-1])
-        assert x.shape[1] == 16
-        assert 0 <= x.min() <= x.max() < text.classes
-
-
 @pytest.mark.slow
 def test_the_transformer_does_not_look_ahead():
     network = corpus.transformer(11, 8, width=8)
