@@ -10,7 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from gradreg_optax._leaves import combine, partition, split
 from gradreg_optax._numerics import widen
-from gradreg_optax._sharding import axes_of_value, varying
+from gradreg_optax._sharding import axes_of, axes_of_value, varying
 from gradreg_optax._types import PyTree
 from gradreg_optax._validation import is_inexact
 
@@ -33,10 +33,8 @@ class Rule(NamedTuple):
     from_gradient: bool
 
 
-def with_gradient(
-    plain: Plain, rule: Rule, numbers: Leaves, inputs: PyTree
-) -> tuple[jax.Array, Leaves]:
-    """Evaluate ``plain``, with a custom gradient with respect to ``numbers``.
+def with_gradient(plain: Plain, rule: Rule, numbers: Leaves) -> tuple[jax.Array, Leaves]:
+    """Evaluate ``plain``, with a custom gradient with respect to its argument ``numbers``.
 
     Derivatives of the further arrays, and derivatives with respect to values that ``plain`` closes
     over, are those of ``plain``. Forward mode, reverse mode and higher derivatives work. Each
@@ -44,23 +42,16 @@ def with_gradient(
 
     In a call under ``jax.jit``, ``jax.lax.scan``, ... the derivative may be taken after tracing has
     ended, so no function may close over a traced value. The functions are then traced here, and the
-    values that they close over become arguments.
-
-    Args:
-      plain: ``numbers -> (value, arrays)``.
-      rule: the custom gradient.
-      numbers: real or complex arrays.
-      inputs: the arguments of the call. If they vary over the axes of a mesh, the numbers are cast
-        to vary over those of the value, and their gradients sum over devices.
+    values that they close over become arguments. In ``jax.shard_map`` the numbers are cast to vary
+    over the axes of the value, so that their gradients sum over devices.
     """
-    numbers = varying(numbers, axes_of_value(plain, numbers, inputs))
-    penalised = [True for _ in numbers]
+    numbers = varying(numbers, axes_of_value(plain, numbers))
     if isinstance(jax.lax.add(0.0, 0.0), jax.core.Tracer):  # under jit, scan, ...
-        return _with_arguments(plain, rule, numbers, penalised)
+        return _with_arguments(plain, rule, numbers)
     try:
-        return _with_gradient(plain, rule, numbers, penalised)
+        return _with_gradient(plain, rule, numbers, [True for _ in numbers])
     except jax.errors.UnexpectedTracerError:  # a function closes over a differentiated value
-        return _with_arguments(plain, rule, numbers, penalised)
+        return _with_arguments(plain, rule, numbers)
 
 
 class StaticPart:
@@ -78,12 +69,12 @@ class StaticPart:
         return arrays
 
 
-def _with_arguments(plain: Plain, rule: Rule, leaves: Leaves, penalised: Sequence[bool]) -> Output:
+def _with_arguments(plain: Plain, rule: Rule, numbers: Leaves) -> Output:
     """Evaluate with functions whose closed-over arrays have become arguments."""
-    explicit, constants, (value, _) = _closed(plain, leaves)
-    count, last = len(leaves), len(leaves) + len(constants)  # closures must not hold the tracers
-    inputs = (value, partition(leaves, penalised)[0]) if rule.from_gradient else ()
-    function, further, _ = _closed(rule.function, leaves, *inputs)
+    explicit, constants, (value, _) = _closed(plain, numbers)
+    count, last = len(numbers), len(numbers) + len(constants)  # closures must not hold the tracers
+    inputs = (value, numbers) if rule.from_gradient else ()
+    function, further, _ = _closed(rule.function, numbers, *inputs)
 
     def of_arguments(leaves: Leaves, *inputs: Any) -> Any:
         return function(leaves[last:], leaves[:count], *inputs)
@@ -91,8 +82,8 @@ def _with_arguments(plain: Plain, rule: Rule, leaves: Leaves, penalised: Sequenc
     return _with_gradient(
         lambda leaves: explicit(leaves[count:last], leaves[:count]),
         rule._replace(function=of_arguments),
-        [*leaves, *constants, *further],
-        [*penalised, *(False for _ in (*constants, *further))],
+        [*numbers, *constants, *further],
+        [*(True for _ in numbers), *(False for _ in (*constants, *further))],
     )
 
 
@@ -103,37 +94,40 @@ def _with_gradient(plain: Plain, rule: Rule, leaves: Leaves, penalised: Sequence
     def jvp(primals: Any, tangents: Any) -> Any:
         (leaves,), (tangents,) = primals, tangents
         asked = [_is_asked(x, t) for x, t in zip(leaves, tangents, strict=True)]
-        if not any(a and p for a, p in zip(asked, penalised, strict=True)):
-            output, gradients, push = _linearized(plain, leaves, asked)
+        both = [a and p for a, p in zip(asked, penalised, strict=True)]
+        others = [a and not p for a, p in zip(asked, penalised, strict=True)]
+        gradients = partition(leaves, penalised)[0]
+        if not any(both):
+            output, push = _linearized(plain, leaves, asked)
         elif rule.from_gradient:
             output, gradients, push = _regularized(plain, rule, leaves, penalised, asked)
         else:
             output, gradients, push = _accumulated(plain, rule, leaves, penalised, asked)
-        of_value = _inner_product(gradients, tangents, asked).astype(output[0].dtype)
-        return output, (of_value, _tangents_of_arrays(push, leaves, tangents, asked, output[1]))
+        of_numbers = partition(tangents, penalised)[0], partition(both, penalised)[0]
+        of_value = _inner_product(gradients, *of_numbers, output[0])
+        if any(others):
+            of_value += push(_chosen(others, tangents, leaves))[0]
+        of_arrays = [SymbolicZero(jax.typeof(x).to_tangent_aval()) for x in output[1]]
+        inexact = list(map(is_inexact, output[1]))
+        if any(inexact) and any(asked):
+            moved = push(_chosen(asked, tangents, leaves))[1]
+            some, zeros = partition(moved, inexact)[0], partition(of_arrays, inexact)[1]
+            of_arrays = combine(some, zeros, inexact)
+        return output, (of_value.astype(output[0].dtype), of_arrays)
 
     output: Output = evaluate(leaves)
     return output
 
 
-# A pushforward: tangents of the leaves, including zeros -> tangents of the arrays
-_Push: TypeAlias = Callable[[Leaves], Leaves]
+# A pushforward: tangents of all leaves -> tangents of the output
+_Push: TypeAlias = Callable[[Leaves], Output]
 
 
-def _linearized(
-    plain: Plain, leaves: Leaves, chosen: Sequence[bool]
-) -> tuple[Output, Leaves, _Push]:
-    """Return the output, its gradient (None for leaves not chosen) and its pushforward."""
+def _linearized(plain: Plain, leaves: Leaves, chosen: Sequence[bool]) -> tuple[Output, _Push]:
+    """Return the output and its pushforward along the chosen leaves."""
     some, others = partition(leaves, chosen)
     output, linear = jax.linearize(lambda some: plain(combine(some, others, chosen)), some)
-    transposed = jax.linear_transpose(lambda some: linear(some)[0], some)
-    (gradient,) = transposed(jnp.ones_like(output[0]))
-
-    def push(tangents: Leaves) -> Leaves:
-        arrays: Leaves = linear(partition(tangents, chosen)[0])[1]
-        return arrays
-
-    return output, combine(gradient, [None for _ in others], chosen), push
+    return output, lambda tangents: linear(partition(tangents, chosen)[0])
 
 
 def _regularized(
@@ -141,10 +135,14 @@ def _regularized(
 ) -> tuple[Output, Leaves, _Push]:
     """Evaluate ``plain``, and apply the rule to its gradient in the penalised leaves."""
     needed = [a or p for a, p in zip(asked, penalised, strict=True)]
-    output, gradients, push = _linearized(plain, leaves, needed)
-    penalty, others = partition(gradients, penalised)
-    penalty = rule.function(leaves, output[0], penalty)
-    return output, combine(penalty, others, penalised), push
+    output, push = _linearized(plain, leaves, needed)
+    numbers, others = partition(leaves, penalised)
+    fixed = list(map(_zeros_like, others))
+    transposed = jax.linear_transpose(
+        lambda tangents: push(combine(tangents, fixed, penalised))[0], numbers
+    )
+    (gradients,) = transposed(jnp.ones_like(output[0]))
+    return output, rule.function(leaves, output[0], gradients), push
 
 
 def _accumulated(
@@ -152,18 +150,15 @@ def _accumulated(
 ) -> tuple[Output, Leaves, _Push]:
     """Evaluate output and gradient together; other derivatives evaluate ``plain`` again."""
     output, gradients = _recomputed(rule.function)(leaves)
-    others = [a and not p for a, p in zip(asked, penalised, strict=True)]
-    _, of_others, _ = _linearized(plain, leaves, others) if any(others) else (0, leaves, 0)
-    full = combine(gradients, partition(of_others, penalised)[1], penalised)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def along(leaves: Leaves, given: Leaves) -> Leaves:
+    def along(leaves: Leaves, given: Leaves) -> Output:
         chosen, rest = partition(leaves, asked)
-        arrays: Leaves
-        arrays = jax.jvp(lambda some: plain(combine(some, rest, asked))[1], (chosen,), (given,))[1]
-        return arrays
+        moved: Output
+        moved = jax.jvp(lambda some: plain(combine(some, rest, asked)), (chosen,), (given,))[1]
+        return moved
 
-    return output, full, lambda tangents: along(leaves, partition(tangents, asked)[0])
+    return output, gradients, lambda tangents: along(leaves, partition(tangents, asked)[0])
 
 
 def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -204,21 +199,25 @@ def _is_asked(leaf: Any, tangent: Any) -> bool:
     return is_inexact(leaf) and not isinstance(tangent, SymbolicZero)
 
 
-def _inner_product(gradients: Leaves, tangents: Leaves, asked: list[bool]) -> jax.Array:
-    """Return the derivative along the tangents, whose transpose returns the gradients."""
-    pairs = [(widen(g), t) for g, t, a in zip(gradients, tangents, asked, strict=True) if a]
-    products = [jnp.sum((g * widen(t).astype(g.dtype)).real) for g, t in pairs]
+def _inner_product(
+    gradients: Leaves, tangents: Leaves, asked: Sequence[bool], value: jax.Array
+) -> jax.Array:
+    """Return the derivative of the value along the tangents, whose transpose is the gradients."""
+
+    def product(gradient: Any, tangent: Any) -> jax.Array:
+        wide = widen(gradient)
+        local = jnp.sum((wide * widen(tangent).astype(wide.dtype)).real)
+        axes = axes_of(local) - axes_of(value)  # of parameters that differ between devices
+        return jax.lax.psum(local, tuple(axes)) if axes else local
+
+    products = map(product, partition(gradients, asked)[0], partition(tangents, asked)[0])
     return functools.reduce(jnp.add, products, jnp.zeros([]))
 
 
-def _tangents_of_arrays(
-    push: _Push, leaves: Leaves, tangents: Leaves, asked: list[bool], arrays: Leaves
-) -> list[Any]:
-    """Return the tangents of the arrays."""
-    zeros = [SymbolicZero(jax.typeof(x).to_tangent_aval()) for x in arrays]
-    inexact = [is_inexact(x) for x in arrays]
-    if not (any(inexact) and any(asked)):
-        return zeros
-    triples = zip(leaves, tangents, asked, strict=True)
-    full = [t if a or not is_inexact(x) else jnp.zeros_like(x) for x, t, a in triples]
-    return combine(partition(push(full), inexact)[0], partition(zeros, inexact)[1], inexact)
+def _chosen(chosen: Sequence[bool], tangents: Leaves, leaves: Leaves) -> Leaves:
+    """Return the chosen tangents, and zeros in place of the others."""
+    return [t if c else _zeros_like(x) for t, x, c in zip(tangents, leaves, chosen, strict=True)]
+
+
+def _zeros_like(leaf: Any) -> Any:
+    return varying(jnp.zeros_like(leaf), axes_of(leaf)) if is_inexact(leaf) else leaf

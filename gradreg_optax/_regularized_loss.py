@@ -120,7 +120,7 @@ class RegularizedLoss(TransformedLoss):
             updates, _ = self._pass.regularize(call, params, state, gradient, value=value)
             return jax.tree.leaves(updates)
 
-        value, arrays = with_gradient(plain, Rule(regularized, True), numbers, (args, kwargs))
+        value, arrays = with_gradient(plain, Rule(regularized, True), numbers)
         weight, aux = static.whole(arrays)
         return value, weight, aux
 

@@ -14,9 +14,9 @@ def axes_of(tree: PyTree) -> frozenset[str]:
     return frozenset().union(*(_axes(leaf) for leaf in jax.tree.leaves(tree)))
 
 
-def axes_of_value(fun: Callable[[PyTree], Any], argument: PyTree, inputs: PyTree) -> frozenset[str]:
-    """Return the axes over which the first result of a function of inputs varies."""
-    if not axes_of(inputs):
+def axes_of_value(fun: Callable[[PyTree], Any], argument: PyTree) -> frozenset[str]:
+    """Return the axes over which the first result of a function varies, after its reductions."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:  # not in jax.shard_map
         return frozenset()
     return _of_type(jax.make_jaxpr(fun)(argument).out_avals[0])
 
