@@ -132,6 +132,46 @@ def train_in_shard_map(mesh, local):
     return state[0], moved, True
 
 
+def derivatives(mesh):
+    """Errors of derivatives in ``shard_map``, in parameters, a sharded batch and a further one.
+
+    A loss that is averaged over the devices has the regularized gradient of the whole batch.
+    Without a penalty every loss has JAX's own derivatives.
+    """
+
+    def local(params, x, scale):
+        return scale**2 * jnp.mean(jnp.tanh(x @ params) ** 2)
+
+    def common(*args):
+        return jax.lax.pmean(local(*args), "data")
+
+    def in_shard_map(loss):
+        gradient, specs = jax.grad(loss, argnums=(0, 1, 2)), (P(), P("data"), P())
+        return jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=specs))(*inputs)
+
+    rng = np.random.default_rng(2)
+    inputs = (
+        jnp.float32(rng.normal(size=3)),
+        jnp.float32(rng.normal(size=(32, 3))),
+        jnp.float32(1.5),
+    )
+    off = gr.fd_gradreg(gamma=0.0, epsilon=0.1)
+    ways = {
+        "regularized": gr.regularized_loss,
+        "micro-batches": lambda loss, _: gr.microbatched(loss, 2),
+        "both": lambda loss, tx: gr.regularized_loss(gr.microbatched(loss, 2), tx),
+    }
+    pairs = {}
+    for name, way in ways.items():
+        whole = jax.grad(way(local, FD), argnums=(0, 1, 2))(*inputs)
+        pairs[name, "common"] = in_shard_map(way(common, FD)), whole
+        pairs[name, "local"] = in_shard_map(way(local, off)), in_shard_map(local)
+    return {
+        " ".join(names): max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(*pair, strict=True))
+        for names, pair in pairs.items()
+    }
+
+
 def refusals():
     """Errors for parts that an explicit mesh of eight devices does not divide."""
     data = jax.device_put(batch(), NamedSharding(jax.sharding.get_mesh(), P("data")))
@@ -179,6 +219,7 @@ def main():
         found = np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)])
         error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
         report["runs"][name] = {"error": error, "stayed": stayed, **moved}
+    report["derivatives"] = derivatives(mesh)
     print(json.dumps(report))
 
 

@@ -42,6 +42,12 @@ def test_the_answer_does_not_change_with_the_number_of_devices(report):
         assert run["stayed"], name
 
 
+def test_derivatives_in_shard_map_in_every_argument(report):
+    assert len(report["derivatives"]) == 6
+    for name, error in report["derivatives"].items():
+        assert error < 1e-5, name
+
+
 ALL_REDUCES = {
     "plain, data-parallel": 1,
     "fd, data-parallel": 2,
