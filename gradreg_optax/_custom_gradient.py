@@ -107,13 +107,7 @@ def _with_gradient(plain: Plain, rule: Rule, leaves: Leaves, penalised: Sequence
         of_value = _inner_product(gradients, *of_numbers, output[0])
         if any(others):
             of_value += push(_chosen(others, tangents, leaves))[0]
-        of_arrays = [SymbolicZero(jax.typeof(x).to_tangent_aval()) for x in output[1]]
-        inexact = list(map(is_inexact, output[1]))
-        if any(inexact) and any(asked):
-            moved = push(_chosen(asked, tangents, leaves))[1]
-            some, zeros = partition(moved, inexact)[0], partition(of_arrays, inexact)[1]
-            of_arrays = combine(some, zeros, inexact)
-        return output, (of_value.astype(output[0].dtype), of_arrays)
+        return output, (of_value, _of_arrays(push, asked, tangents, leaves, output[1]))
 
     output: Output = evaluate(leaves)
     return output
@@ -211,7 +205,19 @@ def _inner_product(
         return jax.lax.psum(local, tuple(axes)) if axes else local
 
     products = map(product, partition(gradients, asked)[0], partition(tangents, asked)[0])
-    return functools.reduce(jnp.add, products, jnp.zeros([]))
+    return functools.reduce(jnp.add, products, jnp.zeros([])).astype(value.dtype)
+
+
+def _of_arrays(
+    push: _Push, asked: Sequence[bool], tangents: Leaves, leaves: Leaves, arrays: Leaves
+) -> list[Any]:
+    """Return the tangents of the further arrays."""
+    zeros = [SymbolicZero(jax.typeof(x).to_tangent_aval()) for x in arrays]
+    inexact = list(map(is_inexact, arrays))
+    if not (any(inexact) and any(asked)):
+        return zeros
+    moved = push(_chosen(asked, tangents, leaves))[1]
+    return combine(partition(moved, inexact)[0], partition(zeros, inexact)[1], inexact)
 
 
 def _chosen(chosen: Sequence[bool], tangents: Leaves, leaves: Leaves) -> Leaves:

@@ -246,7 +246,7 @@ def test_the_step_comes_as_a_keyword(name):
     assert loss(two.P) == 17  # the value does not need the step
 
 
-@pytest.mark.parametrize("options", ONLY_LATE, ids=str)
+@pytest.mark.parametrize("options", ONLY_LATE)
 def test_without_the_step_there_is_no_gradient(options):
     loss = regularized_loss(two.quartic, gr.fd_gradreg(**{"gamma": 0.3, "epsilon": 0.2} | options))
     with two.says(TypeError, "needs the step"):
