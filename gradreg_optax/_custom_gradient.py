@@ -94,19 +94,13 @@ def _with_gradient(plain: Plain, rule: Rule, leaves: Leaves, penalised: Sequence
     def jvp(primals: Any, tangents: Any) -> Any:
         (leaves,), (tangents,) = primals, tangents
         asked = [_is_asked(x, t) for x, t in zip(leaves, tangents, strict=True)]
-        both = [a and p for a, p in zip(asked, penalised, strict=True)]
-        others = [a and not p for a, p in zip(asked, penalised, strict=True)]
-        gradients = partition(leaves, penalised)[0]
-        if not any(both):
-            output, push = _linearized(plain, leaves, asked)
+        if not any(a and p for a, p in zip(asked, penalised, strict=True)):
+            output, gradients, push = _linearized(plain, leaves, asked)
         elif rule.from_gradient:
             output, gradients, push = _regularized(plain, rule, leaves, penalised, asked)
         else:
             output, gradients, push = _accumulated(plain, rule, leaves, penalised, asked)
-        of_numbers = partition(tangents, penalised)[0], partition(both, penalised)[0]
-        of_value = _inner_product(gradients, *of_numbers, output[0])
-        if any(others):
-            of_value += push(_chosen(others, tangents, leaves))[0]
+        of_value = _along(push, gradients, asked, tangents, leaves, value=output[0])
         return output, (of_value, _of_arrays(push, asked, tangents, leaves, output[1]))
 
     output: Output = evaluate(leaves)
@@ -117,11 +111,15 @@ def _with_gradient(plain: Plain, rule: Rule, leaves: Leaves, penalised: Sequence
 _Push: TypeAlias = Callable[[Leaves], Output]
 
 
-def _linearized(plain: Plain, leaves: Leaves, chosen: Sequence[bool]) -> tuple[Output, _Push]:
-    """Return the output and its pushforward along the chosen leaves."""
+def _linearized(
+    plain: Plain, leaves: Leaves, chosen: Sequence[bool]
+) -> tuple[Output, Leaves, _Push]:
+    """Return the output, its gradient (None for leaves not chosen) and its pushforward."""
     some, others = partition(leaves, chosen)
     output, linear = jax.linearize(lambda some: plain(combine(some, others, chosen)), some)
-    return output, lambda tangents: linear(partition(tangents, chosen)[0])
+    (gradient,) = jax.linear_transpose(lambda some: linear(some)[0], some)(jnp.ones_like(output[0]))
+    full = combine(gradient, [None for _ in others], chosen)
+    return output, full, lambda tangents: linear(partition(tangents, chosen)[0])
 
 
 def _regularized(
@@ -129,14 +127,10 @@ def _regularized(
 ) -> tuple[Output, Leaves, _Push]:
     """Evaluate ``plain``, and apply the rule to its gradient in the penalised leaves."""
     needed = [a or p for a, p in zip(asked, penalised, strict=True)]
-    output, push = _linearized(plain, leaves, needed)
-    numbers, others = partition(leaves, penalised)
-    fixed = list(map(_zeros_like, others))
-    transposed = jax.linear_transpose(
-        lambda tangents: push(combine(tangents, fixed, penalised))[0], numbers
-    )
-    (gradients,) = transposed(jnp.ones_like(output[0]))
-    return output, rule.function(leaves, output[0], gradients), push
+    output, gradients, push = _linearized(plain, leaves, needed)
+    penalty, others = partition(gradients, penalised)
+    penalty = rule.function(leaves, output[0], penalty)
+    return output, combine(penalty, others, penalised), push
 
 
 def _accumulated(
@@ -144,6 +138,9 @@ def _accumulated(
 ) -> tuple[Output, Leaves, _Push]:
     """Evaluate output and gradient together; other derivatives evaluate ``plain`` again."""
     output, gradients = _recomputed(rule.function)(leaves)
+    others = [a and not p for a, p in zip(asked, penalised, strict=True)]
+    _, of_others, _ = _linearized(plain, leaves, others) if any(others) else (0, leaves, 0)
+    full = combine(gradients, partition(of_others, penalised)[1], penalised)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def along(leaves: Leaves, given: Leaves) -> Output:
@@ -152,7 +149,7 @@ def _accumulated(
         moved = jax.jvp(lambda some: plain(combine(some, rest, asked)), (chosen,), (given,))[1]
         return moved
 
-    return output, gradients, lambda tangents: along(leaves, partition(tangents, asked)[0])
+    return output, full, lambda tangents: along(leaves, partition(tangents, asked)[0])
 
 
 def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,19 +190,32 @@ def _is_asked(leaf: Any, tangent: Any) -> bool:
     return is_inexact(leaf) and not isinstance(tangent, SymbolicZero)
 
 
-def _inner_product(
-    gradients: Leaves, tangents: Leaves, asked: Sequence[bool], value: jax.Array
+def _along(
+    push: _Push,
+    gradients: Leaves,
+    asked: Sequence[bool],
+    tangents: Leaves,
+    leaves: Leaves,
+    *,
+    value: jax.Array,
 ) -> jax.Array:
-    """Return the derivative of the value along the tangents, whose transpose is the gradients."""
+    """Return the derivative of the value along the tangents, whose transpose is the gradients.
 
-    def product(gradient: Any, tangent: Any) -> jax.Array:
-        wide = widen(gradient)
-        local = jnp.sum((wide * widen(tangent).astype(wide.dtype)).real)
-        axes = axes_of(local) - axes_of(value)  # of parameters that differ between devices
-        return jax.lax.psum(local, tuple(axes)) if axes else local
-
-    products = map(product, partition(gradients, asked)[0], partition(tangents, asked)[0])
-    return functools.reduce(jnp.add, products, jnp.zeros([])).astype(value.dtype)
+    In ``jax.shard_map``, if the value differs between devices and a leaf does not, the gradient in
+    this leaf is a sum over devices, but the derivative is that of each device: it is pushed
+    forward.
+    """
+    axes = axes_of(value)
+    summed = [a and bool(axes - axes_of(x)) for a, x in zip(asked, leaves, strict=True)]
+    products = jnp.zeros([])
+    for gradient, tangent, a, s in zip(gradients, tangents, asked, summed, strict=True):
+        if a and not s:
+            wide = widen(gradient)
+            local = jnp.sum((wide * widen(tangent).astype(wide.dtype)).real)
+            more = axes_of(local) - axes  # the leaf differs between devices, and the value does not
+            products = jnp.add(products, jax.lax.psum(local, tuple(more)) if more else local)
+    of_value = products.astype(value.dtype)
+    return of_value + push(_chosen(summed, tangents, leaves))[0] if any(summed) else of_value
 
 
 def _of_arrays(

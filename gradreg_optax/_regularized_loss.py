@@ -48,8 +48,7 @@ def regularized_loss(
 
     Cost:
       An evaluation costs the same as that of the loss, and a gradient the same as the
-      transformation. Gradients with respect to other arguments are computed only if requested;
-      without ``jax.jit`` by one more backward pass.
+      transformation. Gradients with respect to other arguments are computed only if requested.
 
     Args:
       loss_fn: ``loss_fn(params, *args, **kwargs)``, which returns a real scalar, or ``(scalar,

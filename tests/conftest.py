@@ -1,6 +1,7 @@
 """The strict environment of the tests: nothing broadcasts by accident, nothing depends on chance,
 nothing opens a window."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +20,9 @@ unoptimized = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 jax.config.update("jax_disable_most_optimizations", unoptimized == "1")
 if unoptimized == "1":
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+# Traces make many objects and few cycles: with Python's thresholds a tenth of the time is the
+# garbage collector's.
+gc.set_threshold(50_000, 20, 20)
 hypothesis.settings.register_profile(
     "strict", derandomize=True, deadline=None, database=None, max_examples=10
 )
@@ -26,6 +30,11 @@ hypothesis.settings.register_profile(
     "nightly", hypothesis.settings.get_profile("strict"), max_examples=100
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "strict"))
+
+
+def pytest_collection_finish() -> None:
+    """Keep what the imports made out of later collections."""
+    gc.freeze()
 
 
 @pytest.fixture
