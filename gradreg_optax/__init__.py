@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gradreg_optax._public import *  # noqa: F403
+    from gradreg_optax._public import *  # noqa: F403 (the names, for type checkers)
 
 __version__ = "0.2.0"
 

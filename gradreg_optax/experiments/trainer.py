@@ -147,7 +147,12 @@ class Recipe:
         if not callable(self.optimizer):
             common.some_of("optimizer", [self.optimizer], OPTIMIZERS)
         if not isinstance(self.model, str):
-            object.__setattr__(self, "model", Model(*self.model))  # hashable, even if it was a list
+            pair: Any = tuple(self.model)
+            if len(pair) != 2 or not all(map(callable, pair)):
+                raise CommandError(
+                    f"model must be a name or a pair of functions (init, apply), got {self.model}."
+                )
+            object.__setattr__(self, "model", Model(*pair))  # hashable, even if it was a list
 
     def describe(self) -> dict[str, Any]:
         """Return the fields, with functions replaced by their names."""
