@@ -24,7 +24,7 @@ from stacks import FD, LEAVES, TRANSFORMATIONS, WAYS, assert_same, batch_of, clo
 
 @pytest.fixture
 def without_foreign_rules(monkeypatch):
-    """JAX alone: lineax, once imported, adds a transposition that hides errors from everybody."""
+    """JAX alone: lineax, once imported, adds a transposition to it, which hides errors."""
     for primitive in list(ad.primitive_transposes):
         if primitive.name == "stop_gradient":
             monkeypatch.delitem(ad.primitive_transposes, primitive)
