@@ -1,7 +1,7 @@
 """Plants faults in the core, one at a time, and asks which of them the tests find.
 
-    uv run --with pytest-cov python tests/mutation --faults 150
-    uv run --with pytest-cov python tests/mutation --again    # the survivors, with today's tests
+    uv run --with pytest-cov python tools/mutation --faults 150
+    uv run --with pytest-cov python tools/mutation --again    # the survivors, with today's tests
 
 A first run of the core's tests under coverage says which test executes which line. Then each fault
 is planted in a copy of the repository, and the tests that execute its line run there until one
@@ -31,8 +31,10 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 # Neither the site, the wheel nor the notebooks, nor what trains networks: they are not the core's.
 IGNORED = ["gradreg_optax/experiments", "tests/integration/test_processes.py"]
-IGNORED += [f"tests/{name}" for name in ("experiments", "studies", "hosts", "mutation")]
-IGNORED += [f"tests/test_{name}.py" for name in ("site", "release", "examples")]
+IGNORED += [f"tests/{name}" for name in ("experiments", "studies", "hosts")]
+IGNORED += [
+    f"tests/test_{name}.py" for name in ("site", "release", "examples", "mutation_operators")
+]
 PYTEST = ["-m", "pytest", "-o", "addopts=", "--doctest-modules", "--import-mode=importlib", "-q"]
 PYTEST += ["-p", "no:cacheprovider"]
 # What runs in processes of its own is not seen by coverage.
