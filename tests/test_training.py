@@ -13,8 +13,6 @@ import gradreg_optax as gr
 import problems
 import two_parameters as two
 from gradreg_optax import dbp_gradreg, fd_gradreg, flooding, make_train_step, sam
-from gradreg_optax._batching import first_fraction
-from gradreg_optax._validation import fraction
 from problems import add, batch_of, correction, flat, loss_fn
 
 SGD = optax.sgd(0.1)
@@ -79,6 +77,7 @@ STEPS = {  # (the optimizer, the regularizer, gamma at each step)
     "adamw": (optax.adamw(1e-2), FD, [0.3] * 3),
     "schedule_free": (optax.contrib.schedule_free(SGD, learning_rate=0.1), FD, [0.3] * 3),
     "polyak": (optax.polyak_sgd(max_learning_rate=0.1), FD, [0.3] * 3),
+    "line search": (optax.chain(SGD, optax.scale_by_backtracking_linesearch(5)), FD, [0.3] * 3),
     "no regularizer": (SGD, None, [0.0] * 3),
     "interval and schedule": (SGD, RAMP, [0.2, 0.0, 0.6]),
 }
@@ -93,45 +92,16 @@ def test_a_step_is_the_loop_written_by_hand(x64, name):
     assert_same(train(steps, batches), hand_loop(optimizer, batches, gammas))
 
 
-@pytest.mark.parametrize(("size", "fraction", "kept"), [(8, 0.7, 6), (7, 1e-12, 1)])
+# in binary numbers 100 * 0.07 is more than 7
+PARTS = [(8, 0.7, 6), (7, 1e-12, 1), (100, 0.07, 7), (100, np.float16(0.07), 7)]
+
+
+@pytest.mark.parametrize(("size", "fraction", "kept"), PARTS)
 def test_penalty_fraction_takes_the_first_samples_rounded_up(x64, size, fraction, kept):
     batches = [batch_of(i, size) for i in range(3)]
     regularizer = fd_gradreg(gamma=0.3, epsilon=0.2, interval=2)
     steps = make_train_step(loss_fn, SGD, regularizer, penalty_fraction=fraction)
     assert_same(train(steps, batches), hand_loop(SGD, batches, [0.6, 0.0, 0.6], kept))
-
-
-def test_penalty_fraction_is_that_of_the_sub_batch_for_a_product_too(x64):
-    tx = dbp_gradreg(gamma=0.3)
-
-    @jax.jit
-    def expected(params, batch):
-        part = jax.tree.map(lambda x: x[:2], batch)
-        gradient, own = jax.grad(loss_fn)(params, batch), jax.grad(loss_fn)(params, part)
-        regularized = problems.update_of(tx, own, params, value_fn=lambda p: loss_fn(p, part))
-        return add(params, add(gradient, add(regularized, own, -1.0)), -0.1)
-
-    state, _ = one_step(regularizer=tx, penalty_fraction=0.25)
-    close(state.params, expected(params_of(), batch_of()))
-
-
-def test_ascent_groups_average_the_updates_of_the_groups(x64):
-    groups, batch = 4, batch_of()
-
-    @jax.jit
-    def expected(params):
-        parts = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), batch)
-        gradients = jax.vmap(jax.grad(loss_fn), (None, 0))(params, parts)
-        penalties = jax.vmap(lambda part: correction(params, part, gamma=0.9))(parts)
-        mean = jax.tree.map(lambda x: x.mean(axis=0), add(gradients, penalties))
-        squares = optax.tree.norm(gradients, squared=True)
-        return add(params, mean, -0.1), loss_fn(params, batch), jnp.sqrt(squares / groups)
-
-    regularizer = fd_gradreg(gamma=0.3, epsilon=0.2, interval=3)
-    state, info = one_step(regularizer=regularizer, ascent_groups=groups)
-    params, *others = expected(params_of())
-    close(state.params, params)
-    close([info.loss, info.grad_norm], others, rtol=1e-13, atol=0)
 
 
 def test_aux_is_that_of_the_clean_pass():
@@ -171,9 +141,15 @@ def test_a_regularizer_with_its_own_loss_gets_its_arguments_by_name(x64):
         change = add(grad(add(params, own, 0.2), 0.5, part), own, -1.0)
         return add(params, add(jax.grad(loss_fn)(params, batch, 0.5), change, 1.5), -0.1)
 
+    def by_keywords(params, batch, **options):
+        return loss_fn(params, batch, options["shift"])
+
     regularizer = fd_gradreg(other_loss, gamma=0.3, epsilon=0.2, reuse_updates=False)
-    state, _ = one_step(regularizer=regularizer, args=(0.5,), penalty_fraction=0.5)
-    close(state.params, expected(params_of(), batch_of()))
+    init, step = make_train_step(loss_fn, SGD, regularizer, penalty_fraction=0.5)
+    _, other = make_train_step(by_keywords, SGD, regularizer, penalty_fraction=0.5)
+    after = expected(params_of(), batch_of())
+    close(step(init(params_of()), batch_of(), 0.5)[0].params, after)
+    close(other(init(params_of()), batch_of(), shift=0.5)[0].params, after)
 
 
 def test_flooding_and_chains_of_regularizers_take_the_value_of_the_step(counter):
@@ -273,24 +249,11 @@ def test_gamma_can_be_traced_through_a_step(x64):
     close(slope, jax.tree.map(lambda c: -0.1 * c, expected), rtol=1e-10)
 
 
-def test_line_searches_find_what_they_need():
-    search = optax.chain(SGD, optax.scale_by_backtracking_linesearch(5))
-    init, step = make_train_step(loss_fn, search, fd_gradreg(gamma=0.01, epsilon=0.1))
-    state, losses = init(params_of()), []
-    for _ in range(5):
-        state, info = step(state, batch_of())
-        losses.append(float(info.loss))
-    assert losses[-1] < losses[0] / 2
-
-
 def test_penalty_fraction_takes_a_batch_of_symbolic_size(x64):
     init, step = make_train_step(loss_fn, SGD, FD, penalty_fraction=0.5, donate=False)
-    state, (size,) = init(params_of()), jax.export.symbolic_shape("n")
-    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, batch_of()))
-    symbolic = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), structs[1]
-    )
-    exported = jax.export.export(step)(structs[0], symbolic)
+    state = init(params_of())
+    shapes = jax.export.symbolic_args_specs((state, batch_of()), ("...", "n, ..."))
+    exported = jax.export.export(step)(*shapes)
     batch = batch_of(size=3)
     found, expected = exported.call(state, batch)[0], step(state, batch)[0]
     close(found.params, expected.params, rtol=1e-12, atol=1e-14)
@@ -309,17 +272,6 @@ def test_a_word_among_the_arguments_is_static():
         _, info = step(init(two.P), two.BATCH, *args, **kwargs)
         assert set(seen) == {"train"}
         np.testing.assert_allclose(info.loss, two.mean_square(two.P, two.BATCH), rtol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float64, jnp.float32])
-def test_a_fraction_is_the_decimal_that_was_written(dtype):
-    """Of n samples the first percent * n / 100 are kept, rounded up, in whole numbers."""
-    for size in (1, 3, 7, 10, 64, 100, 999, 1000):
-        batch = np.arange(size)
-        for percent in range(1, 101):
-            kept = fraction("f", "penalty_fraction", dtype(percent / 100))
-            part = first_fraction("f", "penalty_fraction", batch, kept)
-            assert len(part) == -(-percent * size // 100), (size, percent)
 
 
 def counting_signs(updates, state, params=None):
@@ -342,53 +294,49 @@ def chained(*several, **options):
 SIGNS = optax.GradientTransformation(lambda params: jnp.int32(0), counting_signs)
 FOREIGN = optax.with_extra_args_support(optax.identity())
 PENALISED = gr.regularized_loss(two.mean_square, two.FD)
+IN_THE_LOSS = {"loss": PENALISED, "regularizer": None}
+TUNED, ODD = gr.relative_gradreg(strength=None), two.BATCH[:3]
+IN_PARTS = gr.microbatched(two.mean_square, 2)
 in_the_loss = functools.partial(two.one_step, regularizer=sam(rho=0.1))
-REFUSED = [  # (error, its text, a call)
-    (TypeError, "held_out=", lambda: held_out(two.FD)),
-    (TypeError, "held_out=", lambda: held_out(gr.relative_gradreg(strength=0.5))),
-    (TypeError, "held_out=", lambda: held_out(None)),
-    (
-        ValueError,
-        "with ascent_groups, counters and keys in the regularizer's state must",
-        lambda: two.one_step(regularizer=optax.chain(two.FD, SIGNS), ascent_groups=2),
-    ),
-    (
-        TypeError,
-        "penalty_fraction needs a transformation of this package",
-        lambda: two.one_step(regularizer=FOREIGN, penalty_fraction=0.5),
-    ),
-    (ValueError, "penalise twice ... optax.chain", chained(sam(rho=0.1))),
-    (ValueError, "penalise twice ... optax.chain", chained(gr.relative_gradreg())),
-    (ValueError, "penalise twice ... optax.chain", chained(optax.chain(optax.identity(), two.FD))),
-    (ValueError, "penalise twice ... Remove one", lambda: in_the_loss(PENALISED)),
-    (ValueError, "penalise twice ... Remove one", lambda: in_the_loss(jax.jit(PENALISED))),
-    (ValueError, "penalise twice ... Remove one", lambda: in_the_loss(jax.checkpoint(PENALISED))),
-    (
-        ValueError,
-        "penalise twice ... Remove one",
-        chained(two.FD, loss=PENALISED, regularizer=None),
-    ),
-    (TypeError, "argument 'held_out' ... Rename", lambda: make_train_step(with_held_out, SGD)),
-    (TypeError, "argument 'held_out' ... Rename", lambda: gr.make_nnx_train_step(with_held_out)),
-]
+REFUSED = {  # an error and its text -> calls
+    (TypeError, "train_step: ... held_out="): [
+        lambda: held_out(gr.relative_gradreg(strength=0.5)),
+        lambda: held_out(None),
+    ],
+    (ValueError, "held_out=: microbatched: count"): [lambda: held_out(TUNED, IN_PARTS, ODD)],
+    (ValueError, "train_step: ... with ascent_groups, counters and keys in the ... state must"): [
+        lambda: two.one_step(regularizer=optax.chain(two.FD, SIGNS), ascent_groups=2)
+    ],
+    (TypeError, "train_step: ... penalty_fraction needs a transformation of this package"): [
+        lambda: two.one_step(regularizer=FOREIGN, penalty_fraction=0.5)
+    ],
+    (ValueError, "train_step: ... penalise twice ... optax.chain"): [
+        chained(gr.relative_gradreg()),
+        chained(optax.chain(optax.identity(), two.FD)),
+    ],
+    (ValueError, "train_step: ... penalise twice ... Remove one"): [
+        lambda: in_the_loss(jax.jit(PENALISED)),
+        lambda: in_the_loss(jax.checkpoint(PENALISED)),
+        chained(two.FD, **IN_THE_LOSS),
+    ],
+    (TypeError, "train_step: ... argument 'held_out' ... Rename"): [
+        lambda: make_train_step(with_held_out, SGD),
+        lambda: gr.make_nnx_train_step(with_held_out),
+    ],
+}
 
 
-@pytest.mark.parametrize(("error", "text", "call"), REFUSED)
-def test_what_a_step_cannot_do_is_refused(error, text, call):
-    with two.says(error, "train_step: ", *text.split(" ... ")):
-        call()
-
-
-def test_a_held_out_batch_that_does_not_divide_is_named():
-    tuned, loss = gr.relative_gradreg(strength=None), gr.microbatched(two.mean_square, 2)
-    with two.says(ValueError, "held_out=: microbatched: count"):
-        held_out(tuned, loss, two.BATCH[:3])
+@pytest.mark.parametrize(("error", "text"), REFUSED)
+def test_what_a_step_cannot_do_is_refused(error, text):
+    for call in REFUSED[error, text]:
+        with two.says(error, *text.split(" ... ")):
+            call()
 
 
 def test_a_penalty_in_the_loss_or_in_the_optimizer_alone_is_that_of_the_step():
     expected, _ = two.one_step()
     for options in (
-        {"loss": PENALISED, "regularizer": None},
+        IN_THE_LOSS,
         {"optimizer": optax.chain(two.FD, SGD), "regularizer": None},
         # no penalty in the loss
         {"loss": gr.regularized_loss(two.mean_square, optax.clip(100.0))},
