@@ -110,16 +110,12 @@ NO_SAMPLES, NO_AXIS = two.BATCH[:0], (np.ones(4, np.float32), 1.0)
 SHARE = "needs a batch whose leaves share their leading axis"
 
 
-def split(batch=two.BATCH, loss=two.mean_square, **options):
-    return two.one_step(loss, batch=batch, **options)
+def split(batch=two.BATCH, **options):
+    return two.one_step(lambda p, batch: jnp.sum(p), batch=batch, **options)
 
 
-def in_parts(batch, count=2):
-    return gr.microbatched(two.mean_square, count)(two.P, batch)
-
-
-def unshared(**options):
-    return split(NO_AXIS, lambda p, batch: jnp.sum(p), **options)
+def in_parts(batch, count=2, loss=two.mean_square):
+    return gr.microbatched(loss, count)(two.P, batch)
 
 
 def directed(make, ascent):
@@ -130,7 +126,6 @@ WHOLE, MOMENTUM = np.asarray([3, 4]), optax.trace(0.9)
 MASK = gr.masked({"a": np.ones((3, 1), bool), "b": True})
 THREE = {"a": np.ones(3), "b": np.ones(3)}
 VALUE_ERRORS = {  # the error, with ... for what is left out -> a call
-    "fd_gradreg: gamma must be finite ... got nan": lambda: fd(gamma=NAN),
     # concrete values raise their error under jit as well, and a schedule where it is concrete
     "fd_value_and_grad: gamma must be ... got -1": lambda: traced_epsilon(np.ones(2), 0.1),
     "fd_gradreg: gamma must be finite and >= 0, got -1": lambda: update(
@@ -145,9 +140,7 @@ VALUE_ERRORS = {  # the error, with ... for what is left out -> a call
     "relative_gradreg: decay must lie in [0, 1)": lambda: relative(decay=1.0),
     "relative_gradreg: interval must be a whole number >= 1": lambda: relative(interval=0),
     f"fd_gradreg: {SCHEME}": lambda: fd(scheme="centered"),
-    f"fd_value_and_grad: {SCHEME}": lambda: by_difference(loss_fn, scheme="centered"),
     f"difference_error: {SCHEME}": lambda: at_one(0.1, "centered"),
-    f"dbp_gradreg: {MODE}": lambda: dbp(mode="reverse"),
     f"dbp_value_and_grad: {MODE}": lambda: by_product(loss_fn, mode="reverse"),
     "hessian_trace: num_samples must be a whole number >= 2, got 1": lambda: (
         curvature.hessian_trace(two.quartic, two.P, KEY, num_samples=1)
@@ -173,10 +166,8 @@ VALUE_ERRORS = {  # the error, with ... for what is left out -> a call
     "ascent_groups must be a whole number >= 1, got 0": lambda: train_step(fd(), ascent_groups=0),
     "penalty_fraction and ... need a regularizer": lambda: train_step(penalty_fraction=0.5),
     "ascent_groups need a regularizer ... regularizer=": lambda: train_step(ascent_groups=2),
-    f"penalty_fraction {SHARE} ... (4,) ... ()": lambda: unshared(penalty_fraction=0.5),
-    f"ascent_groups {SHARE} ... (4,) ... ()": lambda: unshared(ascent_groups=2),
+    f"penalty_fraction {SHARE} ... (4,) ... ()": lambda: split(NO_AXIS, penalty_fraction=0.5),
     "ascent_groups must ... divide the batch size 4, got 3": lambda: split(ascent_groups=3),
-    "ascent_groups needs a batch with samples": lambda: split(NO_SAMPLES, ascent_groups=2),
     "microbatched: count must ... divide the batch size 4, got 3": lambda: in_parts(two.BATCH, 3),
     "microbatched: count needs a batch with samples": lambda: in_parts(NO_SAMPLES),
     f"microbatched: count {SHARE}": lambda: in_parts(np.float32(1)),
@@ -191,22 +182,15 @@ TYPE_ERRORS = {
     "gamma must be a number, got a schedule ... gamma=schedule(step)": lambda: by_difference(
         loss_fn, gamma=lambda step: 0.1
     ),
-    "epsilon must be a number, got a schedule ... epsilon=schedule(step)": lambda: by_difference(
-        loss_fn, epsilon=lambda step: 0.1
-    ),
     "relative_gradreg: ... held_out_fn= ... held_out=": lambda: two.updated(
         relative(strength=None)
     ),
-    "fd_gradreg: start must": lambda: fd(start="3"),
     "fd_gradreg: ascent must be a function ... dict": lambda: fd(ascent={"a": True, "b": False}),
-    "fd_value_and_grad: ascent must be a ... tuple": lambda: by_difference(linear, ascent=(MASK,)),
     "dbp_value_and_grad: ascent must be a function": lambda: by_product(linear, ascent="momentum"),
     "fd_value_and_grad: ascent must not keep state": lambda: by_difference(linear, ascent=MOMENTUM)(
         PARAMS
     ),
-    "dbp_value_and_grad: ascent must not keep": lambda: by_product(linear, ascent=MOMENTUM)(PARAMS),
     "dtype int ... have a gradient": lambda: gr.normalized(WHOLE, two.P),
-    "adaptive: ... dtype int ... have a gradient": lambda: gr.adaptive(WHOLE, two.P),
     "adaptive: the parameters ... dtype int ... have a gradient": lambda: gr.adaptive(two.P, WHOLE),
     "updates['a'] must be real, like its parameter": lambda: update(
         fd(linear), updates=PARAMS | {"a": BATCH + 1j}
@@ -218,9 +202,6 @@ TYPE_ERRORS = {
     "fd_value_and_grad: with has_aux=True the loss must return (value, aux)": lambda: by_difference(
         linear, has_aux=True
     )(PARAMS),
-    "microbatched: the loss must return a real scalar, got shape (2,)": lambda: gr.microbatched(
-        lambda p, b: b @ p, 2
-    )(two.P, two.BATCH),
     "fd_value_and_grad: the parameters has dtype": lambda: by_difference(two.quartic)(
         np.ones(2, np.longdouble)
     ),
@@ -298,13 +279,10 @@ def test_parameters_hidden_by_a_wrapper_are_named(function):
 
 BAD_LOSSES = {
     "shape (2,). Take its mean or sum": lambda p: p["a"],
-    "shape (1,)": lambda p: p["a"][:1],
     "dtype complex64. Take its real part": lambda p: jnp.sum(p["a"]) + 1j,
     "dtype int32": lambda p: 3,
     "NoneType": lambda p: None,
-    "list": lambda p: [jnp.sum(p["a"])],
     "dict": lambda p: {"loss": jnp.sum(p["a"])},
-    "str": lambda p: "low",
     "a tuple. If it returns (value, aux), pass has_aux=True": lambda p: (1.0, 1),
 }
 
@@ -317,6 +295,7 @@ def test_a_loss_that_is_no_real_scalar_is_described(got):
         "fd_value_and_grad": lambda: by_difference(loss)(PARAMS),
         "dbp_value_and_grad": lambda: by_product(loss)(PARAMS),
         "make_train_step": lambda: two.one_step(lambda p, batch: loss({"a": p})),
+        "microbatched": lambda: in_parts(two.BATCH, loss=lambda p, batch: loss({"a": p})),
     }
     for function, call in calls.items():
         with says(TypeError, function + text):
@@ -386,17 +365,12 @@ def test_double_backpropagation_says_why_it_cannot_without_second_derivatives(mo
             (jax.jit(call) if jit else call)(params)
 
 
-def its_own(params):
-    raise ValueError("the mistake of the loss itself")
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_a_mistake_inside_the_loss_shows_as_itself(mode):
     for mistake in (
         lambda p: jnp.sum(p @ jnp.ones((3, 3))),
         lambda p: jnp.sum(p, axis="rows"),
         lambda p: p.no_such_thing,
-        its_own,
     ):
         try:
             jax.grad(mistake)(jnp.ones(2))
