@@ -13,15 +13,13 @@ import pytest
 import gradreg_optax as gr
 import two_parameters as two
 from gradreg_optax import regularized_loss
-from problems import flat
+from problems import batch_of, flat, loss_fn, params_of
 
 FD = gr.fd_gradreg(gamma=0.3, epsilon=0.2)
 FAMILIES = {
-    "forward": FD,
     "central": gr.fd_gradreg(
         gamma=0.3, epsilon=0.2, scheme="central", ascent=optax.scale_by_trust_ratio()
     ),
-    "product": gr.dbp_gradreg(gamma=0.3),
     "product, reverse": gr.dbp_gradreg(gamma=0.3, mode="reverse_over_reverse"),
     "flooding": gr.flooding(level=10.0),
     "chain": optax.chain(FD, gr.flooding(level=10.0), optax.clip_by_global_norm(0.5)),
@@ -31,30 +29,10 @@ GRADIENTS = {"central": 3, "flooding": 1}
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
 
 
-def loss_fn(params, batch, key, label, *, weight=1.0, mode="train"):
-    """Integers and a key in the batch, a word and a None among the arguments."""
-    assert mode == "train"
-    assert label is None
-    x, y = batch["x"], batch["y"]
-    x = jnp.where(jax.random.bernoulli(key, 0.8, x.shape), x, 0)
-    logits = jnp.tanh(x @ params["w"]) @ params["v"]
-    return weight * optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-
-def loss_and_aux(*args, **kwargs):
-    value = loss_fn(*args, **kwargs)
-    return value, {"loss": value, "word": "text", "none": None, "size": 5}
-
-
-def problem(seed=0):
-    rng, key = np.random.default_rng(seed), jax.random.key(seed, impl="unsafe_rbg")
-    w, v, x = (rng.normal(size=size).astype(np.float32) for size in [(3, 6), (6, 4), (5, 3)])
-    return {"w": w, "v": v}, ({"x": x, "y": rng.integers(4, size=5)}, key, None), {"weight": 2.0}
-
-
-def small():
-    params, (batch, *_), _ = problem()
-    return params, batch["x"]
+def with_aux(params, batch):
+    """Aux that depends on the parameters, and that is no array."""
+    hidden = jnp.tanh(batch["x"] @ params["kernel"])
+    return loss_fn(params, batch), {"hidden": hidden, "word": "text", "none": None, "size": 5}
 
 
 def transformed(tx, value_fn, params, state):
@@ -70,29 +48,28 @@ def by_transformation(tx, value_fn, params):
 @pytest.mark.parametrize("name", ["central", "product, reverse", "flooding", "chain"])
 def test_gradient_and_value_are_those_of_the_transformation_and_of_the_loss(counter, name):
     """Bit for bit in the value, with as many gradients as the transformation takes."""
-    params, args, kwargs = problem()
-    tx, alone, of_the_key = FAMILIES[name], type(counter)(), type(counter)()
+    tx, alone, of_the_scale = FAMILIES[name], type(counter)(), type(counter)()
 
     @jax.jit
-    def ways(params, batch, key):
+    def ways(params, batch):
         def closed(p):
-            return loss_fn(p, batch, key, None, **kwargs)
+            return loss_fn(p, batch, scale=2.0)
 
         def ours(counter):
             return regularized_loss(counter.wrap(loss_fn), tx)
 
-        found = jax.value_and_grad(ours(counter))(params, batch, key, None, **kwargs)
-        value = ours(alone)(params, batch, key, None, **kwargs)
-        by_weight = jax.grad(lambda w: ours(of_the_key)(params, batch, key, None, weight=w))(2.0)
-        return found, value, by_weight, closed(params), by_transformation(tx, closed, params)
+        found = jax.value_and_grad(ours(counter))(params, batch, scale=2.0)
+        value = ours(alone)(params, batch, scale=2.0)
+        by_scale = jax.grad(lambda scale: ours(of_the_scale)(params, batch, scale=scale))(2.0)
+        return found, value, by_scale, closed(params), by_transformation(tx, closed, params)
 
-    (value, gradient), again, by_weight, expected, updates = ways(params, *args[:2])
+    (value, gradient), again, by_scale, expected, updates = ways(params_of(), batch_of())
     assert value == again == expected
     close(flat(gradient), flat(updates))
-    close(2 * by_weight, value)
+    close(2 * by_scale, value)
     gradients = GRADIENTS.get(name, 2)
     assert counter.read() == (gradients, gradients)
-    assert alone.read() == of_the_key.read() == (1, 0)  # nothing that is not asked for
+    assert alone.read() == of_the_scale.read() == (1, 0)  # nothing that is not asked for
 
 
 def penalised_quartic(p, factor=1.0, gamma=0.3, epsilon=0.2):
@@ -101,48 +78,30 @@ def penalised_quartic(p, factor=1.0, gamma=0.3, epsilon=0.2):
     return gradient + gamma / epsilon * (4 * factor * (p + epsilon * gradient) ** 3 - gradient)
 
 
-def test_without_jit_they_are_too():
-    loss = regularized_loss(two.quartic, FD)
-    value, gradient = jax.value_and_grad(loss)(two.P)
-    assert value == loss(two.P) == two.quartic(two.P)
-    close(gradient, penalised_quartic(np.asarray(two.P)))
-
-
-def test_aux_is_that_of_the_clean_pass_whatever_it_holds():
-    params, args, kwargs = problem()
-    loss = regularized_loss(loss_and_aux, FAMILIES["chain"], has_aux=True)
+def test_aux_is_that_of_the_clean_pass_and_its_gradient_is_added_unregularized():
+    """Whatever aux holds."""
+    loss = regularized_loss(with_aux, FAMILIES["chain"], has_aux=True)
     plain = regularized_loss(loss_fn, FAMILIES["chain"])
 
     @jax.jit
-    def both(params, batch, key):
-        args = params, batch, key, None
-        (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(*args, **kwargs)
-        assert (aux["word"], aux["none"], aux["size"]) == ("text", None, 5)
-        expected = jax.value_and_grad(plain)(*args, **kwargs)
-        return (value, aux["loss"], gradient), (expected[0], expected[0], expected[1])
-
-    np.testing.assert_array_equal(*map(flat, both(params, *args[:2])))
-
-
-def test_what_aux_contributes_to_a_gradient_is_added_unregularized():
-    def with_logits(params, x):
-        hidden = jnp.tanh(x @ params["w"])
-        return jnp.mean((hidden @ params["v"]) ** 2), {"hidden": hidden, "n": 5}
-
-    loss = regularized_loss(with_logits, FD, has_aux=True)
-
-    @jax.jit
-    def gradients(params, x):
-        def contrast(loss, weight, params):
-            value, aux = loss(params, x)
+    def ways(params, batch):
+        def contrast(params, loss, weight):
+            value, aux = loss(params, batch)
             return weight * value + jnp.sum(aux["hidden"] ** 2)
 
-        regularized = jax.grad(lambda p: loss(p, x)[0])(params)
-        of_aux = jax.grad(functools.partial(contrast, with_logits, 0.0))(params)
-        return regularized, of_aux, jax.grad(functools.partial(contrast, loss, 3.0))(params)
+        (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch)
+        assert (aux["word"], aux["none"], aux["size"]) == ("text", None, 5)
+        found = value, aux["hidden"], gradient
+        expected = jax.value_and_grad(plain)(params, batch)
+        of_aux = jax.grad(contrast)(params, with_aux, 0.0)
+        both = jax.grad(contrast)(params, loss, 3.0)
+        clean = with_aux(params, batch)[1]["hidden"]
+        return found, (expected[0], clean, expected[1]), of_aux, both
 
-    regularized, of_aux, both = map(flat, gradients(*small()))
-    np.testing.assert_allclose(both, 3 * regularized + of_aux, rtol=1e-5, atol=1e-6)
+    found, expected, of_aux, both = ways(params_of(), batch_of())
+    np.testing.assert_array_equal(flat(found), flat(expected))
+    total = 3 * flat(expected[2]) + flat(of_aux)
+    np.testing.assert_allclose(flat(both), total, rtol=1e-5, atol=1e-6)
 
 
 def split_loss(x, w, y, v):
@@ -151,8 +110,8 @@ def split_loss(x, w, y, v):
 
 
 def split_problem():
-    params, x = small()
-    return x, params["w"], np.ones((5, 4), np.float32), params["v"]
+    params, batch = params_of(), batch_of()
+    return batch["x"], params["kernel"], batch["y"], params["out"]
 
 
 @pytest.mark.parametrize("argnums", [-1, (3, 1), [1, -1]])
@@ -190,33 +149,19 @@ def test_a_keyword_reaches_the_argument_that_argnums_counts_in_the_signature():
     np.testing.assert_array_equal(*gradients(*split_problem()))
 
 
-# the difference: see test_transformations; flooding: the counts above
-def test_a_product_costs_what_its_gradient_function_costs():
-    args = [jnp.ones((16, 16))] * 2, jnp.ones((32, 16))
-
-    def dense_loss(kernels, x):
-        return jnp.mean(jnp.tanh(jnp.tanh(x @ kernels[0]) @ kernels[1]) ** 2)
-
-    def flops(function):
-        return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
-
-    loss = regularized_loss(dense_loss, FAMILIES["product"])
-    by_function = gr.dbp_value_and_grad(dense_loss, gamma=0.3)
-    assert flops(jax.value_and_grad(loss)) <= 1.01 * flops(by_function)
-
-
-def test_the_wrapper_has_name_and_signature_of_the_loss_for_trainers_that_bind_keywords():
-    params, (batch, key, label), _ = problem()
-    loss_fn.note = "of the user"
+def test_the_wrapper_has_name_and_signature_of_the_loss_for_trainers_that_bind_keywords(
+    monkeypatch,
+):
+    monkeypatch.setattr(loss_fn, "note", "of the user", raising=False)
     loss = regularized_loss(loss_fn, FD)
     for made in (loss, gr.fd_value_and_grad(loss_fn, gamma=0.1, epsilon=0.1)):
         assert inspect.signature(made) == inspect.signature(loss_fn)
         assert (made.__name__, made.__doc__) == (loss_fn.__name__, loss_fn.__doc__)
         assert not hasattr(made, "note")
-    by_name = {"label": label, "key": key, "batch": batch, "params": params, "weight": 2.0}
-    partial = regularized_loss(functools.partial(loss_fn, label=None, weight=2.0), FD)
-    found, expected = jax.jit(lambda: (loss(**by_name), partial(params, batch, key)))()
-    assert found == expected
+    partial = regularized_loss(functools.partial(loss_fn, scale=2.0), FD)
+    params, batch = params_of(), batch_of()
+    ways = jax.jit(lambda: (loss(scale=2.0, batch=batch, params=params), partial(params, batch)))
+    assert operator.eq(*ways())
 
 
 SCHEDULE = optax.piecewise_constant_schedule(0.1, {2: 3.0})
@@ -286,20 +231,15 @@ def test_a_step_of_the_loss_may_be_anything_where_the_regularizer_needs_none():
 
 
 def test_a_weighted_mean_and_a_loss_in_micro_batches_are_losses_like_others():
-    def squares(params, x):
-        return jnp.mean((jnp.tanh(x @ params["w"]) @ params["v"]) ** 2, axis=1)
-
-    def weighted(params, x):
-        return gr.Weighted(squares(params, x).sum(), len(x))
-
-    losses = [lambda p, x: squares(p, x).mean(), weighted, gr.microbatched(weighted, 4)]
+    def weighted(params, batch):
+        return gr.Weighted(len(batch["y"]) * loss_fn(params, batch), len(batch["y"]))
 
     @jax.jit
-    def ways(params, x):
-        return [jax.value_and_grad(regularized_loss(loss, FD))(params, x) for loss in losses]
+    def ways(*args):
+        losses = loss_fn, weighted, gr.microbatched(weighted, 4)
+        return [jax.value_and_grad(regularized_loss(loss, FD))(*args) for loss in losses]
 
-    params, x = small()
-    plain, *found = map(flat, ways(params, np.concatenate([x, x[::-1], x[:2]])))
+    plain, *found = map(flat, ways(params_of(), batch_of()))
     for one in found:
         close(one, plain)
 
