@@ -4,13 +4,12 @@ A command is a module with ``Config``, ``run``, ``table`` and ``plot``. This mod
 JAX nor a command before one is chosen, so that ``--help`` and ``--version`` answer at once.
 """
 
-import difflib
+import argparse
 import importlib
 import importlib.metadata
 import os
 import signal
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -49,28 +48,6 @@ class Program(NamedTuple):
     def module(self, command: str) -> Any:
         """Import the module of a command."""
         return importlib.import_module(f"{self.package}.{command.replace('-', '_')}")
-
-    def listing(self) -> str:
-        """Text of ``--help``."""
-        options = {"--help": "Show this message.", "--version": "Show the version."}
-        summaries = {name: command.summary for name, command in self.commands.items()}
-        width = max(map(len, {**summaries, **options}))
-        lines = [f"usage: {self.name} COMMAND [OPTIONS]", "", textwrap.fill(self.summary, 100)]
-        for title, part in (("commands", summaries), ("options", options)):
-            lines += [
-                "",
-                f"{title}:",
-                *(f"  {name:<{width}}  {text}" for name, text in part.items()),
-            ]
-        return "\n".join([*lines, "", f"Run {self.name} COMMAND --help for its options."])
-
-    def unknown(self, command: str) -> str:
-        """Error for a name that is not a command."""
-        close = difflib.get_close_matches(command, self.commands, 1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        return (
-            f"{self.name}: unknown command {command!r}.{hint} Run {self.name} --help for the list."
-        )
 
 
 def main(program: Program) -> None:
@@ -113,31 +90,32 @@ def run(program: Program, arguments: Sequence[str]) -> None:
 
 def parse(program: Program, arguments: Sequence[str]) -> tuple[str, Any]:
     """Return the command and its configuration."""
-    if not arguments:
-        sys.exit(f"{program.listing()}\n\n{program.name}: a command is required.")
-    command, *options = arguments
-    if command in ("--help", "-h", "--version"):
-        version = f"{program.name} {importlib.metadata.version('gradreg-optax')}"
-        print(version if command == "--version" else program.listing())
-        sys.exit()
-    if command not in program.commands:
-        print(program.unknown(command), file=sys.stderr)
-        sys.exit(2)
-    return command, _config(program, command, options)
+    parser = argparse.ArgumentParser(
+        program.name,
+        description=program.summary,
+        epilog=f"Run {program.name} COMMAND --help for the options of a command.",
+    )
+    version = f"{program.name} {importlib.metadata.version('gradreg-optax')}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", dest="name", required=True
+    )
+    for name, command in program.commands.items():
+        commands.add_parser(name, help=command.summary, add_help=False)
+    chosen: str = parser.parse_args(arguments[:1]).name
+    return chosen, _config(program, chosen, arguments[1:])
 
 
 def _config(program: Program, command: str, arguments: Sequence[str]) -> Any:
     """Parse the options of a command."""
     import tyro
 
-    config, (summary, duration, example) = program.module(command).Config, program.commands[command]
+    summary, duration, example = program.commands[command]
     called = f"{program.name} {command}"
     text = f"{summary}\n\nTakes about {duration}.\n\nExample: {called} {example}"
-    # a subclass without validation, because tyro prints its errors with the name of the class
-    unchecked = {"__post_init__": lambda self: None, "__doc__": config.__doc__}
-    options = type("Options", (config,), unchecked)
+    config = program.module(command).Config
     try:
-        return config(**vars(tyro.cli(options, prog=called, description=text, args=arguments)))
+        return tyro.cli(config, prog=called, description=text, args=arguments)
     except CommandError as error:
         print(f"{called}: {error} See {called} --help.", file=sys.stderr)
         sys.exit(2)

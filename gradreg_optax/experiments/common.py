@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 
-class CommandError(ValueError):
+class CommandError(Exception):
     """An error of the user: settings, data or files that a command cannot use."""
 
 

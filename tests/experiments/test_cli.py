@@ -44,13 +44,12 @@ def test_help_lists_every_command_with_what_it_does(program, capsys):
         with pytest.raises(SystemExit) as stop:
             cli.run(program, [option])
         assert not stop.value.code
-        shown.append(capsys.readouterr().out)
+        shown.append(" ".join(capsys.readouterr().out.split()))
     assert shown[0] == shown[1]
     assert "--version" in shown[0]
     for name, command in program.commands.items():
-        assert f"  {name} " in shown[0]
-        assert command.summary in shown[0]
-    assert shown[2] == f"{program.name} {importlib.metadata.version('gradreg-optax')}\n"
+        assert f"{name} {command.summary}" in shown[0]
+    assert shown[2] == f"{program.name} {importlib.metadata.version('gradreg-optax')}"
 
 
 @every_command
@@ -89,9 +88,8 @@ OTHERS = [f"gradreg {name}" for name in PROGRAM.commands if name != "compare"]
 @pytest.mark.parametrize(
     ("arguments", "shown", "absent"),
     [
-        (["comprae"], ["Did you mean compare?"], []),
-        (["xyz"], ["gradreg --help"], ["Did you mean"]),
-        ([], ["a command is required"], []),
+        (["comprae"], ["invalid choice: 'comprae'", *PROGRAM.commands], []),
+        ([], ["required: COMMAND"], []),
         (["compare", "--sedes", "3"], ["--seeds", "gradreg compare --help"], OTHERS),
         (["sweep", "--model", "vit"], ["--model"], []),
         (["compare", "--steps", "many"], ["--steps"], []),
