@@ -80,7 +80,6 @@ def run(config: Config) -> dict[str, Any]:
             evaluation,
             store,
             score=lambda rows: float(np.mean(rows["score"])),
-            required=False,
             metrics=functools.partial(measure, task),
             what=name,
         )

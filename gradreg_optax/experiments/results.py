@@ -1,7 +1,6 @@
 """Results on disk: JSON files with the command, versions, machine and a digest of the sources."""
 
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -17,7 +16,6 @@ import numpy as np
 from gradreg_optax.experiments.common import CommandError, MissingError
 
 FILE = "results.json"
-LAYOUT = 2  # of the file; layout 1 had a nested dict for each method
 PACKAGES = [Path(__file__).parents[1]]  # the numbers depend on these sources
 
 
@@ -44,7 +42,7 @@ def save(output: Path, command: str, config: Any, results: dict[str, Any]) -> Pa
       The path of the file.
     """
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "output"}
-    document = {"command": command, "layout": LAYOUT, "config": settings}
+    document = {"command": command, "layout": 2, "config": settings}
     document |= {"versions": versions(), "sources": sources(), "machine": machine()}
     write(output / FILE, document | {"results": results})
     return output / FILE
@@ -59,7 +57,7 @@ def load(path: Path, command: str | None = None) -> dict[str, Any]:
 
     Raises:
       MissingError: there is no file.
-      CommandError: the file is broken, of another layout, or of another command.
+      CommandError: the file is broken or of another command.
     """
     path = path / FILE if path.is_dir() else path
     remedy = "Run the command without --redraw"
@@ -67,13 +65,11 @@ def load(path: Path, command: str | None = None) -> dict[str, Any]:
         raise MissingError(f"no results at {path}. {remedy} first.")
     try:
         document = read(path)
-        made, layout, results = document["command"], document.get("layout", 1), document["results"]
+        made, results = document["command"], dict(document["results"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CommandError(f"{path} is broken or not a results file. {remedy}.") from error
     if command is not None and made.split()[-1] != command:
         raise CommandError(f"{path} holds results of {made!r}, not of {command!r}.")
-    if layout != LAYOUT or not isinstance(results, dict):
-        raise CommandError(f"{path} has layout {layout!r}, expected {LAYOUT}. {remedy}.")
     return results
 
 
@@ -120,13 +116,8 @@ def versions() -> dict[str, str]:
 
 def sources() -> str:
     """Return a digest of all modules of :data:`PACKAGES`."""
-    return _digest(*PACKAGES)
-
-
-@functools.cache
-def _digest(*packages: Path) -> str:
     digest = hashlib.sha256()
-    for package in packages:
+    for package in PACKAGES:
         for path in sorted(package.rglob("*.py")):
             digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
             digest.update(path.read_bytes() + b"\0")

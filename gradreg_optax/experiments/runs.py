@@ -11,9 +11,10 @@ import functools
 import hashlib
 import itertools
 import json
+import pickle
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -110,7 +111,6 @@ def select_then_report(
     store: "Store | None" = None,
     *,
     score: Callable[[Columns], float] | None = None,
-    required: bool = True,
     **options: Any,
 ) -> Columns:
     """Tune every candidate on some seeds and evaluate its best setting on others.
@@ -121,38 +121,30 @@ def select_then_report(
     Args:
       dataset: the data.
       candidates: the methods to compare.
-      tuning: seeds for all settings; if empty, every candidate must have one setting.
-      evaluation: other seeds, for the best setting.
+      tuning: seeds for all settings.
+      evaluation: other seeds, for the best setting of each candidate, unless all of them diverged.
       store: see :func:`train`.
       score: function from the runs of a setting to the number to maximize; by default the mean
         accuracy.
-      required: raise an error if all settings of a candidate diverged, instead of omitting its
-        evaluation.
       **options: further arguments of :func:`train`.
 
     Returns:
       One row per run, as from :func:`train`, with a "role": "choose" (tuning) or "report".
 
     Raises:
-      CommandError: a seed in both sets, or a candidate whose settings all diverged.
+      CommandError: a seed in both sets.
     """
     if set(tuning) & set(evaluation):
         raise common.CommandError("tuning and evaluation seeds must differ.")
     tried = [one.runs(tuning, "choose") for one in candidates]
     found = train(dataset, [run for runs in tried for run in runs], store, **options)
-    chosen, start = list[Run](), 0
+    chosen, first = list[Run](), 0
     for candidate, runs in zip(candidates, tried, strict=True):
-        rows = {name: values[start : start + len(runs)] for name, values in found.items()}
-        start += len(runs)
-        setting = best(rows, *candidate.names, score=score) if runs else {}
-        if setting is not None:
-            chosen += candidate.runs(evaluation, "report", setting)
-        elif required:
-            raise common.CommandError(
-                f"{candidate.method.label} diverged with every setting. Choose smaller values."
-            )
-    again = train(dataset, chosen, store, **options)
-    return stack(*(part for part in (found, again) if part))
+        rows = {name: values[first : first + len(runs)] for name, values in found.items()}
+        setting = best(rows, *candidate.names, score=score)
+        chosen += [] if setting is None else candidate.runs(evaluation, "report", setting)
+        first += len(runs)
+    return stack(found, train(dataset, chosen, store, **options))
 
 
 class Store:
@@ -241,7 +233,7 @@ def train(
 
     def advance(steps: int) -> None:
         if stopped.is_set():
-            raise _StoppedError
+            raise CancelledError
         bar.update(steps)
 
     # one part compiles while another one trains
@@ -255,13 +247,8 @@ def train(
     return columns([_row(run) | metrics for run, metrics in zip(runs, found, strict=True)])
 
 
-class _StoppedError(Exception):
-    """Another part failed."""
-
-
-def flops(dataset: Dataset, method: Method, recipe: Recipe, store: Store | None = None) -> float:
+def flops(dataset: Dataset, method: Method, recipe: Recipe, store: Store) -> float:
     """Return the floating-point operations of a penalised step, relative to a plain one."""
-    store = store or Store(None)
 
     def count(method: Method, recipe: Recipe) -> float:
         trainer = _trainer(dataset, method, recipe)
@@ -276,12 +263,7 @@ def flops(dataset: Dataset, method: Method, recipe: Recipe, store: Store | None 
 @functools.lru_cache(maxsize=4)
 def fingerprint(dataset: Dataset) -> str:
     """Return a digest of all inputs and labels and of their interpretation."""
-    kind = f"{dataset.shape} {dataset.classes} {dataset.scale} {dataset.resplit}"
-    digest = hashlib.sha256(kind.encode())
-    for array in (dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y):
-        digest.update(f"{array.shape} {array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
+    return hashlib.sha256(pickle.dumps(dataclasses.astuple(dataset))).hexdigest()
 
 
 def select(columns: Mapping[str, Any], **where: Any) -> Columns:
@@ -399,8 +381,7 @@ def _part(
     method, recipe, names = runs[0].method, runs[0].recipe, sorted(runs[0].settings)
     trainer, seeds = _trainer(dataset, method, recipe), np.array([run.seed for run in runs])
     settings = {name: np.array([run.settings[name] for run in runs]) for name in names}
-    options: dict[str, Any] = {} if metrics is None else {"metrics": metrics}
-    what = {"recipe": recipe.describe(), "program": trainer.digest(tuple(names), **options)}
+    what = {"recipe": recipe.describe(), "program": trainer.digest(tuple(names), metrics)}
     what |= {"settings": settings, "seeds": seeds, "data": fingerprint(dataset)}
     completed: list[int] = []
 
@@ -408,7 +389,7 @@ def _part(
         completed.append(steps)
         advanced(steps)
 
-    found = store.keep(method.label, what, lambda: trainer(settings, seeds, advance, **options))
+    found = store.keep(method.label, what, lambda: trainer(settings, seeds, advance, metrics))
     if not completed:  # read from disk
         advanced(len(runs) * recipe.steps)
     return found

@@ -93,7 +93,6 @@ def run(config: Config) -> dict[str, Any]:
         range(config.seed, first),
         range(first, first + config.report_seeds),
         runs.Store(config.output),
-        required=False,
         lanes=config.lanes,
         what="sweep",
     )

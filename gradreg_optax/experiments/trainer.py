@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -25,13 +25,11 @@ from gradreg_optax.experiments.common import CommandError
 from gradreg_optax.experiments.data import Array
 from gradreg_optax.experiments.models import Model, PyTree
 
-Settings: TypeAlias = Mapping[str, Any]
 Transformation: TypeAlias = optax.GradientTransformation
 Pool: TypeAlias = tuple[jax.Array, jax.Array]  # all inputs and all labels of the data set
 Metrics: TypeAlias = Callable[
     ["Problem", PyTree, jax.Array, data.Split, Pool], dict[str, jax.Array]
 ]  # (problem, params, seed, split, pool) of one lane -> its metrics, including "diverged"
-_Score: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]  # (logits, label) -> number
 Seeds: TypeAlias = Sequence[int] | Array
 Progress: TypeAlias = Callable[[int], Any]  # called with a number of completed steps
 OptimizerName: TypeAlias = Literal["sgd", "momentum", "adam", "adamw"]
@@ -146,13 +144,10 @@ class Recipe:
         common.at_most(self, self.steps - 1, "warmup_steps")
         if not callable(self.optimizer):
             common.some_of("optimizer", [self.optimizer], OPTIMIZERS)
-        if not isinstance(self.model, str):
-            pair: Any = tuple(self.model)
-            if len(pair) != 2 or not all(map(callable, pair)):
-                raise CommandError(
-                    f"model must be a name or a pair of functions (init, apply), got {self.model}."
-                )
-            object.__setattr__(self, "model", Model(*pair))  # hashable, even if it was a list
+        if not isinstance(self.model, str) and list(map(callable, self.model)) != [True, True]:
+            raise CommandError(
+                f"model must be a name or a pair of functions (init, apply), got {self.model}."
+            )
 
     def describe(self) -> dict[str, Any]:
         """Return the fields, with functions replaced by their names."""
@@ -205,19 +200,16 @@ class Problem:
         self.pool = (jnp.asarray(dataset.inputs), jnp.asarray(dataset.labels))
         self._init = jax.jit(lambda seed: self.model.init(_key(seed, 0)))
         self._jitted = functools.cache(lambda metrics: jax.jit(functools.partial(metrics, self)))
-        self.program = functools.cache(self._program)
 
     def init(self, seeds: jax.Array) -> PyTree:
         """Return the stacked initial parameters of some seeds."""
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(self._init, seeds))
+        return stacked(map(self._init, seeds))
 
     def draw(self, seeds: Seeds) -> data.Split:
         """Return the stacked splits of some seeds."""
         sizes = self.recipe.train_size, self.recipe.test_size, self.recipe.label_noise
         draw = functools.cache(lambda seed: data.draw(self.dataset, seed, *sizes))
-        splits = [draw(int(seed)) for seed in seeds]
-        stacked: data.Split = jax.tree.map(lambda *parts: jnp.stack(parts), *splits)
-        return stacked
+        return data.Split(*stacked(draw(int(seed)) for seed in seeds))
 
     def take(self, pool: Pool, rows: jax.Array) -> jax.Array:
         """Return inputs by index, scaled and centred."""
@@ -246,11 +238,11 @@ class Problem:
         found = {name: np.where(diverged, np.nan, values) for name, values in found.items()}
         return found | {"diverged": diverged}
 
-    def _program(self, metrics: Metrics) -> str:
-        """Return metrics as the text of a program."""
+    def lowered(self, metrics: Metrics) -> Any:
+        """Return the lowered program of metrics."""
         params = jax.eval_shape(self.model.init, jax.random.key(0))
         split = jax.tree.map(lambda x: x[0], self.draw([0]))
-        return self._jitted(metrics).lower(params, jnp.uint32(0), split, self.pool).as_text()
+        return self._jitted(metrics).lower(params, jnp.uint32(0), split, self.pool)
 
     def metrics(
         self, params: PyTree, seed: jax.Array, split: data.Split, pool: Pool
@@ -275,7 +267,7 @@ class Problem:
             found |= {"eigenvalue": top.value, "eigenvalue_residual": top.residual}
         return found
 
-    def _mean(self, params: PyTree, pool: Pool, samples: Pool, score: _Score) -> jax.Array:
+    def _mean(self, params: PyTree, pool: Pool, samples: Pool, score: Any) -> jax.Array:
         """Return the mean score over samples, given by index and label."""
 
         def one(sample: Pool) -> jax.Array:
@@ -284,6 +276,11 @@ class Problem:
 
         size = min(_EVALUATION_BATCH, len(samples[0]))
         return jnp.mean(jax.lax.map(one, samples, batch_size=size))
+
+
+def stacked(trees: Iterable[PyTree]) -> PyTree:
+    """Stack the leaves of trees along a new leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def problem(dataset: data.Dataset, recipe: Recipe) -> Problem:
@@ -306,6 +303,7 @@ class Trainer:
 
     Attributes:
       method: the method.
+      digest: see :meth:`_digest`; each program is lowered once.
     """
 
     def __init__(self, dataset: data.Dataset, method: Method, recipe: Recipe) -> None:
@@ -324,11 +322,11 @@ class Trainer:
         self._uses_held_out = bool(recipe.held_out and method.evaluations)
         self._begin = jax.jit(jax.vmap(self._start))
         self._advance = jax.jit(self._steps, donate_argnums=0)
-        self._text = functools.cache(self._program)
+        self.digest = functools.cache(self._digest)
 
     def __call__(
         self,
-        settings: Settings,
+        settings: Mapping[str, Any],
         seeds: Seeds,
         advanced: Progress = lambda steps: None,
         metrics: Metrics | None = None,
@@ -358,7 +356,7 @@ class Trainer:
         return self._problem.measure(params, *lanes, metrics)
 
     def states(
-        self, settings: Settings, seeds: Seeds, advanced: Progress = lambda steps: None
+        self, settings: Mapping[str, Any], seeds: Seeds, advanced: Progress = lambda steps: None
     ) -> Iterator[gr.TrainState]:
         """Yield the states of all lanes: at the start, after every 100 steps, and at the end.
 
@@ -389,26 +387,25 @@ class Trainer:
         step: Any = jax.jit(functools.partial(self._step, lane))
         return float(step.lower(*self._example(lane)).compile().cost_analysis()["flops"])
 
-    def digest(self, settings: tuple[str, ...], metrics: Metrics | None = None) -> str:
+    def _digest(self, settings: tuple[str, ...], metrics: Metrics | None = None) -> str:
         """Return a digest of initialization, step and metrics, including the user's own functions.
 
         Args:
           settings: names of the hyperparameters of the runs.
           metrics: as for a call.
         """
-        text = jax.jit(self._problem.model.init).lower(jax.random.key(0)).as_text()
-        text += self._text(settings)
-        text += "" if metrics is None else self._problem.program(metrics)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def _program(self, settings: tuple[str, ...]) -> str:
         lane = {name: _setting(name, 1) for name in settings}
-        return jax.jit(self._step).lower(lane, *self._example(lane)).as_text()
+        programs = [jax.jit(self._problem.model.init).lower(jax.random.key(0))]
+        programs.append(jax.jit(self._step).lower(lane, *self._example(lane)))
+        programs += [self._problem.lowered(metrics)] if metrics else []
+        return hashlib.sha256("".join(one.as_text() for one in programs).encode()).hexdigest()
 
-    def _step(self, lane: Settings, state: gr.TrainState, batch: Any, held_out: Any) -> Any:
+    def _step(
+        self, lane: Mapping[str, Any], state: gr.TrainState, batch: Any, held_out: Any
+    ) -> Any:
         return self._train_step(lane).step(state, batch, held_out=held_out)
 
-    def _example(self, lane: Settings) -> tuple[Any, Any, Any]:
+    def _example(self, lane: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         """Return a state, a batch and held-out samples with the shapes of a step."""
         init, dataset = self._problem.model.init, self._problem.dataset
         state = jax.eval_shape(lambda key: self._start(lane, init(key)), jax.random.key(0))
@@ -417,7 +414,7 @@ class Trainer:
         batch = (x if dataset.tokens else x.astype(jnp.float32)), y
         return state, batch, batch if self._uses_held_out else None
 
-    def _lanes(self, settings: Settings, seeds: Array) -> dict[str, jax.Array]:
+    def _lanes(self, settings: Mapping[str, Any], seeds: Array) -> dict[str, jax.Array]:
         expected, given = set(self.method.settings), set(settings) - {"interval"}
         if expected != given:
             raise CommandError(
@@ -427,7 +424,7 @@ class Trainer:
         lanes = {name: jnp.broadcast_to(value, seeds.shape) for name, value in lanes.items()}
         return lanes | {"seed": jnp.asarray(seeds, jnp.uint32)}
 
-    def _train_step(self, lane: Settings) -> gr.TrainStep:
+    def _train_step(self, lane: Mapping[str, Any]) -> gr.TrainStep:
         chosen = {name: value for name, value in lane.items() if name != "seed"}
         fraction = self._recipe.penalty_fraction
         if self.method.gradients == 1:  # no penalty that could be lazy
@@ -438,11 +435,11 @@ class Trainer:
         options: Any = {"penalty_fraction": fraction, "donate": False}
         return gr.make_train_step(loss, optimizer, regularizer, **options)
 
-    def _start(self, lane: Settings, params: PyTree) -> gr.TrainState:
+    def _start(self, lane: Mapping[str, Any], params: PyTree) -> gr.TrainState:
         return self._train_step(lane).init(params)
 
     def _steps(
-        self, states: gr.TrainState, lanes: Settings, samples: Any, first: jax.Array
+        self, states: gr.TrainState, lanes: Mapping[str, Any], samples: Any, first: jax.Array
     ) -> gr.TrainState:
         """Take up to ``_CHUNK`` steps of all lanes, starting with step ``first``."""
         splits, pool = samples
@@ -450,7 +447,7 @@ class Trainer:
         epochs = first // batches + jnp.arange(_CHUNK // batches + 2)
         orders = jax.vmap(lambda seed: _shuffles(seed, epochs, task.size))(lanes["seed"])
 
-        def one(state: Any, lane: Settings, split: data.Split, rows: jax.Array) -> Any:
+        def one(state: Any, lane: Mapping[str, Any], split: data.Split, rows: jax.Array) -> Any:
             held_out = None
             if self._uses_held_out:
                 key = jax.random.fold_in(_key(lane["seed"], 3), state.step)

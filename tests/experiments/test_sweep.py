@@ -19,10 +19,10 @@ class Pretended:
     def __init__(self, dataset, method, recipe):
         self.method, self.recipe = method, recipe
 
-    def digest(self, settings):
+    def digest(self, settings, metrics):
         return self.method.label
 
-    def __call__(self, settings, seeds, advanced):
+    def __call__(self, settings, seeds, advanced, metrics):
         Pretended.calls += 1
         advanced(len(seeds) * self.recipe.steps)
         nothing = np.zeros(len(seeds))
@@ -88,7 +88,7 @@ def test_methods_without_a_gamma_or_an_epsilon_are_drawn_too(tmp_path, pretended
 
 
 def test_a_method_that_always_diverges_is_named(tmp_path, monkeypatch):
-    def diverge(self, settings, seeds, advanced):
+    def diverge(self, settings, seeds, advanced, metrics):
         lost = np.full(len(seeds), np.nan)
         return {"accuracy": lost, "diverged": np.ones(len(seeds), bool)}
 
