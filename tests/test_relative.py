@@ -1,7 +1,5 @@
 """The relative strength: its definition, its invariances, and the self-tuned one."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,31 +10,14 @@ from hypothesis import strategies as st
 
 import gradreg_optax as gr
 from gradreg_optax import _self_tuning, relative_gradreg
+from problems import batch_of, flat, loss_fn, params_of
 
 TWO = jnp.array([1.0, 2.0])
 close = np.testing.assert_allclose
 
 
-def network_loss(params, batch):
-    x, y = batch
-    return jnp.mean((jnp.tanh(x @ params["in"]) @ params["out"] - y) ** 2)
-
-
-def network(seed=0):
-    rng = np.random.default_rng(seed)
-    first, second = rng.normal(size=(4, 8)) / 2, rng.normal(size=8) / 3
-    return {"in": first.astype(np.float32), "out": second.astype(np.float32)}
-
-
-def batches(count, size=16):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(count, size, 4)).astype(np.float32)
-    noise = 0.3 * rng.normal(size=(count, size)).astype(np.float32)
-    return x, np.sin(np.sum(x, axis=-1)) + noise
-
-
-def close_trees(a, b, **tolerances):
-    jax.tree.map(functools.partial(close, **tolerances), a, b)
+def batches(count):
+    return jax.tree.map(lambda *x: np.stack(x), *(batch_of(i, size=16) for i in range(count)))
 
 
 def train(tx, rate, data, scale=1.0, size=1.0):
@@ -45,7 +26,7 @@ def train(tx, rate, data, scale=1.0, size=1.0):
     """
 
     def loss(params, batch):
-        return scale * network_loss(jax.tree.map(lambda p: p / size, params), batch)
+        return scale * loss_fn(jax.tree.map(lambda p: p / size, params), batch)
 
     def step(carry, batch):
         params, state = carry
@@ -60,46 +41,56 @@ def train(tx, rate, data, scale=1.0, size=1.0):
         params = optax.tree.add_scale(params, -rate, updates)
         return (params, state), (params, state.strength)
 
-    start = jax.tree.map(lambda p: p * size, network())
+    start = jax.tree.map(lambda p: p * size, params_of())
     _, (path, strength) = jax.lax.scan(step, (start, tx.init(start)), data)
     return jax.tree.map(lambda p: p / size, path), strength
 
 
-@jax.jit
-def on_a_quadratic(params, curvature, strength, interval):
-    """The updates of five steps at the same parameters, by each scheme."""
+DIRECTIONS = {
+    None: "central",
+    gr.normalized: "forward",
+    gr.adaptive: "backward",
+    gr.masked(np.array([True, False, True])): "forward",
+}
 
-    def updates(scheme):
-        tx = relative_gradreg(strength=strength, scheme=scheme, interval=interval)
+
+@jax.jit
+def on_a_quadratic(hessian, params, strength, interval):
+    """The updates of five steps at the same parameters, and the direction of each."""
+
+    def updates(**options):
+        tx = relative_gradreg(
+            lambda p: p @ hessian @ p / 2, strength=strength, interval=interval, **options
+        )
 
         def step(state, _):
-            def loss(x):
-                return curvature * jnp.sum(x**2) / 2
-
-            updates, state = tx.update(curvature * params, state, params, value_fn=loss)
+            updates, state = tx.update(gradient, state, params)
             return state, updates
 
         return jax.lax.scan(step, tx.init(params), length=5)[1]
 
-    return [updates(scheme) for scheme in ("forward", "backward", "central")]
+    gradient = hessian @ params
+    return [
+        (updates(ascent=ascent, scheme=scheme), ascent(gradient, params) if ascent else gradient)
+        for ascent, scheme in DIRECTIONS.items()
+    ]
 
 
 @pytest.mark.usefixtures("x64")
-@given(
-    seed=st.integers(0, 99),
-    curvature=st.floats(1e-3, 1e3),
-    strength=st.floats(0.0, 1.5),
-    interval=st.integers(1, 4),
-)
-def test_on_an_isotropic_quadratic_the_update_is_one_plus_strength_times_the_gradient(
+@given(st.integers(0, 99), st.floats(1e-3, 1e3), st.floats(0.0, 1.5), st.integers(1, 4))
+def test_on_a_quadratic_the_correction_has_its_share_along_the_product_with_the_direction(
     seed, curvature, strength, interval
 ):
-    params = np.random.default_rng(seed).normal(size=4)
-    due = np.arange(5) % interval == 0
-    expected = np.outer(1 + interval * strength * due, curvature * params)
-    for found in on_a_quadratic(params, curvature, strength, interval):
+    rng = np.random.default_rng(seed)
+    root, params = rng.normal(size=(2, 3, 3)), rng.normal(size=3)
+    hessian = curvature * (np.eye(3) + root[0] @ root[0].T)
+    gradient, due = hessian @ params, np.arange(5) % interval == 0
+    size = np.linalg.norm(gradient)
+    for found, direction in on_a_quadratic(hessian, params, strength, interval):
+        product = hessian @ direction
+        correction = np.outer(due * interval * strength, size / np.linalg.norm(product) * product)
         # rounding of a difference over a hundredth of the parameters' length
-        close(found, expected, rtol=1e-10)
+        close(found, gradient + correction, atol=1e-10 * size)
 
 
 @pytest.mark.parametrize(("strength", "interval"), [(0.5, 3), (None, 1)])
@@ -115,14 +106,14 @@ def test_units_of_the_loss_and_of_the_parameters_do_not_matter(strength, interva
 
 @pytest.mark.parametrize(("fraction", "interval"), [(1.0, 1), (0.25, 4)])
 def test_the_correction_has_the_strength_as_its_share_on_average(fraction, interval):
-    strength, params = 0.4, network()
+    strength, params = 0.4, params_of()
     tx = relative_gradreg(strength=strength, interval=interval, reuse_updates=False)
 
     def step(carry, batch):
         params, state = carry
-        gradient = jax.grad(network_loss)(params, batch)
+        gradient = jax.grad(loss_fn)(params, batch)
         few = jax.tree.map(lambda b: b[: int(16 * fraction)], batch)
-        updates, state = tx.update(gradient, state, params, value_fn=lambda p: network_loss(p, few))
+        updates, state = tx.update(gradient, state, params, value_fn=lambda p: loss_fn(p, few))
         correction = optax.tree.norm(optax.tree.sub(updates, gradient))
         params = optax.tree.add_scale(params, -0.02, updates)
         return (params, state), (correction, optax.tree.norm(gradient))
@@ -154,11 +145,10 @@ def test_a_flat_batch_does_not_carry_the_scale_away():
 @jax.jit
 def along_the_gradient(params, strength):
     """The gradient's inner product with the updates and with itself, on a loss concave in places"""
-    first = jax.tree.map(lambda x: x[0], batches(1))
     tx = relative_gradreg(strength=strength, decay=0.0)
 
     def value_fn(p):
-        return -network_loss(p, first)
+        return -loss_fn(p, batch_of())
 
     gradient = jax.grad(value_fn)(params)
     updates, _ = tx.update(gradient, tx.init(params), params, value_fn=value_fn)
@@ -167,7 +157,7 @@ def along_the_gradient(params, strength):
 
 @given(seed=st.integers(0, 99), strength=st.floats(0.0, 1.0))
 def test_up_to_one_the_update_does_not_ascend_where_the_scale_is_exact(seed, strength):
-    inner, squared = along_the_gradient(network(seed), strength)
+    inner, squared = along_the_gradient(params_of(seed), strength)
     assert inner >= -1e-4 * squared
 
 
@@ -229,19 +219,20 @@ HARDER = FALLING + np.minimum(0.6, 6 * (2.3 - FALLING))  # a gap of its own, soo
 REMEMBERED = 2.3 - 0.4 * (2.3 - FALLING)  # a gap that grows with the progress
 
 
-@pytest.mark.parametrize(
-    ("held_out", "least", "most"),
-    [
-        pytest.param(FALLING, 0.0, 0.01, id="all progress carries over"),
-        pytest.param(CONSTANT, 0.99, 1.0, id="nothing carries over"),
-        pytest.param(HARDER, 0.0, 0.05, id="harder by itself"),
-        pytest.param(REMEMBERED, 0.95, 1.0, id="a gap that grows"),
-        # recently nothing carries over, and it is little
-        pytest.param(np.maximum(FALLING, 0.08), 0.0, 0.05, id="a small share is memorised"),
-    ],
-)
-def test_the_strength_follows_what_does_not_carry_over(held_out, least, most):
-    assert least <= tuned(FALLING, held_out)[-1] <= most
+HELD_OUT = {  # losses, the strength that they lead to, and its tolerance
+    "all progress carries over": (FALLING, 0, 0.01),
+    "nothing carries over": (CONSTANT, 1, 0.01),
+    "harder by itself": (HARDER, 0, 0.05),
+    "a gap that grows": (REMEMBERED, 1, 0.05),
+    # recently nothing carries over, and it is little
+    "a small share is memorised": (np.maximum(FALLING, 0.08), 0, 0.05),
+}
+
+
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_the_strength_follows_what_does_not_carry_over(name):
+    held_out, strength, tolerance = HELD_OUT[name]
+    assert tuned(FALLING, held_out)[-1] == pytest.approx(strength, abs=tolerance)
 
 
 @pytest.mark.usefixtures("x64")  # the first progress is the difference of almost equal losses
@@ -363,55 +354,28 @@ def test_the_state_reads_the_strength_of_a_schedule():
         close(updates, (1 + 0.1 * step) * TWO, rtol=1e-4)
 
 
-def test_the_correction_goes_along_the_product_with_the_ascent_direction(x64):
-    root = np.random.default_rng(0).normal(size=(3, 3))
-    hessian, params = root @ root.T, np.array([1.0, -2.0, 0.5])
-    ascents = None, gr.normalized, gr.adaptive, gr.masked(np.array([True, False, True]))
-
-    @jax.jit
-    def updates_and_directions(gradient):
-        for ascent in ascents:
-            options = {"strength": 0.3, "decay": 0.0, "ascent": ascent}
-            tx = relative_gradreg(lambda p: p @ hessian @ p / 2, **options)
-            updates, _ = tx.update(gradient, tx.init(params), params)
-            found.append((updates, gradient if ascent is None else ascent(gradient, params)))
-        return found
-
-    found, gradient = [], hessian @ params
-    for updates, direction in updates_and_directions(gradient):
-        product = hessian @ direction
-        size = np.linalg.norm(gradient) / np.linalg.norm(product)
-        close(updates, gradient + 0.3 * size * product, rtol=1e-9)
-
-
 def test_equal_groups_are_the_whole_batch_and_a_part_is_a_penalty_on_its_own_gradient():
-    twice, ends = jax.tree.map(lambda b: np.concatenate([b[0], b[0]]), batches(1)), []
+    twice, ends = jax.tree.map(lambda b: np.concatenate([b, b]), batch_of()), []
     # the part is the first half, which is the same samples
     for options in ({}, {"ascent_groups": 2}, {"penalty_fraction": 0.5}):
-        init, step = gr.make_train_step(network_loss, optax.sgd(0.1), relative_gradreg(), **options)
-        state = init(network())
+        init, step = gr.make_train_step(loss_fn, optax.sgd(0.1), relative_gradreg(), **options)
+        state = init(params_of())
         for _ in range(3):
             state, _ = step(state, twice)
         ends.append((state.params, optax.tree.get(state.opt_state, "scale")))
     (whole, scale), *others = ends
     for params, other_scale in others:
         # float32: the same sums in another order, over three steps
-        close_trees(params, whole, rtol=1e-4, atol=1e-5)
+        close(flat(params), flat(whole), rtol=1e-4, atol=1e-5)
         close(other_scale, scale, rtol=1e-3)
 
 
 def test_the_train_step_hands_it_the_held_out_batch_and_the_part():
-    (x, held_out_x), (y, held_out_y) = batches(2)
-    tx = relative_gradreg(strength=None, interval=2)
-    init, step = gr.make_train_step(network_loss, optax.adam(0.01), tx, penalty_fraction=0.25)
-    state = init(network())
-    for _ in range(3):
-        state, _ = step(state, (x, y), held_out=(held_out_x, held_out_y))
-        if int(state.step) == 1:
-            expected = network_loss(network(), (held_out_x, held_out_y))
-            close(optax.tree.get(state.opt_state, "last")[1], expected, rtol=1e-6)
-    assert float(optax.tree.get(state.opt_state, "strength")) >= 0.0
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state.params))
+    tx, batch, held_out = relative_gradreg(strength=None), batch_of(0), batch_of(1)
+    init, step = gr.make_train_step(loss_fn, optax.adam(0.01), tx, penalty_fraction=0.25)
+    state, _ = step(init(params_of()), batch, held_out=held_out)
+    expected = [loss_fn(params_of(), each) for each in (batch, held_out)]
+    close(optax.tree.get(state.opt_state, "last"), expected, rtol=1e-6)
 
 
 def fourth(p):
