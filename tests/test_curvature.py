@@ -14,26 +14,14 @@ from jax.flatten_util import ravel_pytree
 import gradreg_optax as gr
 import two_parameters as two
 from gradreg_optax import curvature
-from gradreg_optax.curvature import (
-    difference_error,
-    gradient_norm,
-    hessian_trace,
-    hessian_vector_product,
-    perturbed_sharpness,
-    top_hessian_eigenvalue,
-)
+from gradreg_optax.curvature import hessian_trace, top_hessian_eigenvalue
+from problems import batch_of, flat, loss_fn, params_of
 
 KEY, RADII = jax.random.key(0), (1, -0.2)
 
 
 def value_fn(params):
-    inputs = jnp.asarray(np.random.default_rng(5).normal(size=(6, 3)))
-    return jnp.mean((jnp.tanh(inputs @ params["kernel"]) @ params["out"] - 1) ** 2)
-
-
-def params_of(seed=0):
-    rng = np.random.default_rng(seed)
-    return {"kernel": jnp.asarray(rng.normal(size=(3, 4))), "out": jnp.asarray(rng.normal(size=4))}
+    return loss_fn(params, batch_of())
 
 
 @functools.cache
@@ -56,10 +44,6 @@ def quadratic(hessian):
     return lambda x: x @ jnp.asarray(hessian) @ x / 2
 
 
-def flat(tree):
-    return np.asarray(ravel_pytree(tree)[0])
-
-
 def unit(gradient):
     return gradient / np.linalg.norm(gradient)
 
@@ -67,12 +51,12 @@ def unit(gradient):
 def every_measure(loss, params, vector):
     """Each measure once, as one program."""
     return {
-        "product": hessian_vector_product(loss, params, vector),
-        "norm": gradient_norm(loss, params),
+        "product": curvature.hessian_vector_product(loss, params, vector),
+        "norm": curvature.gradient_norm(loss, params),
         "top": top_hessian_eigenvalue(loss, params, KEY),
         "trace": hessian_trace(loss, params, KEY),
-        "sharpness": [perturbed_sharpness(loss, params, rho) for rho in RADII],
-        "difference": difference_error(loss, params, 0.1),
+        "sharpness": [curvature.perturbed_sharpness(loss, params, rho) for rho in RADII],
+        "difference": curvature.difference_error(loss, params, 0.1),
     }
 
 
@@ -102,15 +86,11 @@ ROTATION, _ = np.linalg.qr(rng.normal(size=(40, 40)))
 SPECTRA = {
     "one parameter": np.asarray([-3.0]),
     "zero": np.zeros(5),
-    "identity": np.ones(5),
     "negative multiple of the identity": -2 * np.ones(5),
-    "negative definite": -1 - np.arange(5.0),
-    "indefinite": np.asarray([-7.0, -1.0, 0.5, 0.7, 3.0]),
     "repeated top": np.asarray([2.0, 2.0, 2.0, -5.0, 1.0]),
     "tiny": 1e-12 * np.asarray([1.0, 1.0, -2.0, -2.0, -2.0]),
     "huge": 1e12 * np.asarray([1.0, 1.0, -2.0, -2.0, -2.0]),
     "projection": np.asarray([100.0] * 15 + [0.0] * 25),
-    "low rank": np.asarray([4.0, -9.0] + [0.0] * 38),
     "negative of low rank": np.asarray([-4.0] + [0.0] * 39),
     "few distinct, larger than the Krylov space": np.repeat([3.0, -2.0, 1.0, 0.0], 10),
 }
@@ -230,8 +210,9 @@ DIFFERENCES = {  # (loss, parameters, epsilon, scheme), (relative error, share t
 
 
 def test_the_difference_error_is_that_of_the_step_taken_and_finite_everywhere():
-    found = jax.jit(lambda: {n: difference_error(*args) for n, (args, _) in DIFFERENCES.items()})()
-    for name, (relative_error, unmoved) in found.items():
+    cases = DIFFERENCES.values()
+    found = jax.jit(lambda: [curvature.difference_error(*arguments) for arguments, _ in cases])()
+    for name, (relative_error, unmoved) in zip(DIFFERENCES, found, strict=True):
         error, share = DIFFERENCES[name][1]
         assert unmoved == np.float32(share), name
         if error is not None:
@@ -239,10 +220,7 @@ def test_the_difference_error_is_that_of_the_step_taken_and_finite_everywhere():
 
 
 def test_a_number_that_shapes_the_program_cannot_be_traced():
-    for function, name in (
-        (top_hessian_eigenvalue, "num_matvecs"),
-        (hessian_trace, "num_samples"),
-    ):
+    for function, name in ((top_hessian_eigenvalue, "num_matvecs"), (hessian_trace, "num_samples")):
         with two.says(TypeError, f"{name} must be a concrete number, got a traced one"):
             jax.jit(lambda n, f=function, k=name: f(two.quartic, two.P, KEY, **{k: n}))(4)
 
@@ -260,27 +238,19 @@ def test_the_standard_error_is_that_of_the_samples():
 
 @pytest.mark.parametrize("leaf", [1, True, jnp.asarray(1), np.bool_(True), jax.random.key(0)])
 def test_leaves_without_a_gradient_are_named_by_every_curvature(leaf):
-    params = {"w": two.P, "n": leaf}
-
-    def loss(params):
-        return jnp.sum(params["w"] ** 2)
-
-    for function, *rest in (
-        (hessian_vector_product, params),
-        (gradient_norm,),
-        (top_hessian_eigenvalue, KEY),
-        (hessian_trace, KEY),
-        (perturbed_sharpness, 0.1),
-        (difference_error, 0.1),
-    ):
-        must = f"{function.__name__}: the parameters['n'] has dtype"
-        with two.says(TypeError, must, "have a gradient"):
-            function(loss, params, *rest)
-    for name, call in {
+    params, loss = {"w": two.P, "n": leaf}, two.quartic  # never evaluated
+    calls = {
+        "hessian_vector_product": lambda p: curvature.hessian_vector_product(loss, p, p),
+        "gradient_norm": lambda p: curvature.gradient_norm(loss, p),
+        "top_hessian_eigenvalue": lambda p: top_hessian_eigenvalue(loss, p, KEY),
+        "hessian_trace": lambda p: hessian_trace(loss, p, KEY),
+        "perturbed_sharpness": lambda p: curvature.perturbed_sharpness(loss, p, 0.1),
+        "difference_error": lambda p: curvature.difference_error(loss, p, 0.1),
         "fd_value_and_grad": gr.fd_value_and_grad(loss, **two.PENALTY),
         "fd_gradreg": two.FD.init,
         "make_train_step": gr.make_train_step(loss, optax.sgd(0.1)).init,
-    }.items():
+    }
+    for name, call in calls.items():
         with two.says(TypeError, f"{name}: the parameters['n'] has dtype", "have a gradient"):
             call(params)
 
@@ -288,7 +258,7 @@ def test_leaves_without_a_gradient_are_named_by_every_curvature(leaf):
 @pytest.mark.parametrize("rho", [[0.1, 0.2], True, 1j, float("nan"), float("inf"), None, "0.1"])
 def test_a_radius_of_sharpness_is_a_finite_real_scalar(rho):
     with two.says((TypeError, ValueError), "perturbed_sharpness: rho must be"):
-        perturbed_sharpness(two.quartic, two.P, rho)
+        curvature.perturbed_sharpness(two.quartic, two.P, rho)
 
 
 def test_without_parameters_there_is_no_hessian_and_nothing_to_penalise():

@@ -79,7 +79,6 @@ def penalised_quartic(p, factor=1.0, gamma=0.3, epsilon=0.2):
 
 
 def test_aux_is_that_of_the_clean_pass_and_its_gradient_is_added_unregularized():
-    """Whatever aux holds."""
     loss = regularized_loss(with_aux, FAMILIES["chain"], has_aux=True)
     plain = regularized_loss(loss_fn, FAMILIES["chain"])
 
