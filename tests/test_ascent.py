@@ -13,7 +13,7 @@ import pytest
 
 import gradreg_optax as gr
 import two_parameters as two
-from problems import flat
+from problems import flat, update_of
 
 GAMMA, EPSILON, RATE, STEPS = 0.3, 0.2, 0.1, 5
 
@@ -35,68 +35,41 @@ ASCENTS = {
     "trust ratio": optax.scale_by_trust_ratio(),
     "unit momentum": optax.chain(optax.trace(0.9), optax.stateless(gr.normalized)),
 }
-OPTIONS = {
-    "momentum": {"scheme": "product"},
-    "Adam's moments": {"start": 1, "interval": 3},
-    "clipped": {"scheme": "backward"},
-    "trust ratio": {"scheme": "central"},
-    "unit momentum": {"interval": 2},
+fd = functools.partial(gr.fd_gradreg, gamma=GAMMA, epsilon=EPSILON)
+dbp = functools.partial(gr.dbp_gradreg, gamma=GAMMA)
+CASES = {  # ascent -> (regularizer, interval, start)
+    "momentum": (dbp, 1, 0),
+    "Adam's moments": (fd, 3, 1),
+    "clipped": (functools.partial(fd, scheme="backward"), 1, 0),
+    "noisy": (fd, 1, 0),
+    "trust ratio": (functools.partial(fd, scheme="central"), 1, 0),
+    "unit momentum": (fd, 2, 0),
 }
-
-
-def fd(ascent, **options):
-    return gr.fd_gradreg(gamma=GAMMA, epsilon=EPSILON, ascent=ascent, **options)
-
-
-def train(tx):
-    """(parameters, state) after some steps of plain descent."""
-
-    def step(carry, _):
-        params, state = carry
-        updates, state = tx.update(jax.grad(loss_fn)(params), state, params, value_fn=loss_fn)
-        return (optax.tree.add_scale(params, -RATE, updates), state), None
-
-    return jax.lax.scan(step, (initial(), tx.init(initial())), length=STEPS)[0]
-
-
-DIFFERENCES = {
-    "forward": [(1, EPSILON), (-1, 0)],
-    "backward": [(1, 0), (-1, -EPSILON)],
-    "central": [(0.5, EPSILON), (-0.5, -EPSILON)],
-}
-
-
-def by_hand(ascent, scheme="forward", interval=1, start=0):
-    """The parameters after the same steps."""
-
-    def step(carry, i):
-        (params, memory), grad = carry, jax.grad(loss_fn)
-        due = (i >= start) & ((i - start) % interval == 0)
-        g = grad(params)
-        d, after = ascent.update(g, memory, params)
-        if scheme == "product":
-            correction = jax.jvp(grad, (params,), (d,))[1]
-        else:
-            correction = optax.tree.zeros_like(g)
-            for sign, width in DIFFERENCES[scheme]:
-                there = grad(optax.tree.add_scale(params, width, d))
-                correction = optax.tree.add_scale(correction, sign / EPSILON, there)
-        updates = optax.tree.add_scale(g, due * interval * GAMMA, correction)
-        memory = jax.tree.map(lambda new, old: jnp.where(due, new, old), after, memory)
-        return (optax.tree.add_scale(params, -RATE, updates), memory), None
-
-    start_of_all = initial(), ascent.init(initial())
-    return jax.lax.scan(step, start_of_all, jnp.arange(STEPS))[0][0]
 
 
 @pytest.mark.parametrize("name", ASCENTS)
 def test_every_ascent_is_the_one_written_by_hand_and_advances_with_the_penalty(x64, name):
-    options = OPTIONS.get(name, {})
-    if options.get("scheme") == "product":
-        tx = gr.dbp_gradreg(gamma=GAMMA, ascent=ASCENTS[name])
-    else:
-        tx = fd(ASCENTS[name], **options)
-    (found, state), expected = jax.jit(lambda: (train(tx), by_hand(ASCENTS[name], **options)))()
+    """By hand: the penalty without state, along the direction that the ascent makes."""
+    ascent, (make, interval, start) = ASCENTS[name], CASES[name]
+    tx = make(ascent=ascent, interval=interval, start=start)
+
+    def step(carry, i):
+        params, state, expected, memory = carry
+        gradient = jax.grad(loss_fn)(params)
+        updates, state = tx.update(gradient, state, params, value_fn=loss_fn)
+        params = optax.tree.add_scale(params, -RATE, updates)
+
+        gradient, due = jax.grad(loss_fn)(expected), (i >= start) & ((i - start) % interval == 0)
+        direction, after = ascent.update(gradient, memory, expected)
+        alone = make(gamma=due * interval * GAMMA, ascent=lambda *_: direction)
+        updates = update_of(alone, gradient, expected, value_fn=loss_fn)
+        expected = optax.tree.add_scale(expected, -RATE, updates)
+        memory = jax.tree.map(lambda new, old: jnp.where(due, new, old), after, memory)
+        return (params, state, expected, memory), None
+
+    start_of_all = initial(), tx.init(initial()), initial(), ascent.init(initial())
+    steps = jax.jit(lambda: jax.lax.scan(step, start_of_all, jnp.arange(STEPS))[0])
+    found, state, expected, _ = steps()
     np.testing.assert_allclose(flat(found), flat(expected), rtol=1e-10)
     assert int(state.step) == STEPS
 
@@ -104,7 +77,7 @@ def test_every_ascent_is_the_one_written_by_hand_and_advances_with_the_penalty(x
 @pytest.mark.parametrize("name", ["noisy", "Adam's moments"])
 def test_the_state_keeps_its_structure_and_dtypes(name):
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), initial())
-    tx = fd(ASCENTS[name], interval=2, start=1)
+    tx = fd(ascent=ASCENTS[name], interval=2, start=1)
     state = jax.eval_shape(tx.init, params)
     updates, after = jax.eval_shape(
         functools.partial(tx.update, value_fn=loss_fn), params, state, params
@@ -118,29 +91,24 @@ def test_the_state_keeps_its_structure_and_dtypes(name):
 
 
 @pytest.mark.parametrize(
-    ("make", "extra", "start", "interval"),
+    ("tx", "counts"),
     [
-        (lambda **o: fd(optax.scale_by_adam(), scheme="central", **o), 2, 1, 2),
-        (lambda **o: gr.relative_gradreg(strength=0.5, **o), 1, 2, 1),
+        (fd(ascent=ASCENTS["momentum"], scheme="central", start=1, interval=2), [0, 2, 0, 2]),
+        (gr.relative_gradreg(strength=0.5, start=2), [0, 0, 1, 1]),
     ],
     ids=["central", "relative"],
 )
-def test_before_its_start_a_penalty_evaluates_nothing(counter, make, extra, start, interval):
-    tx, loss = make(start=start, interval=interval), counter.wrap(loss_fn)
-    params = initial()
+def test_before_its_start_a_penalty_evaluates_nothing(counter, tx, counts):
+    loss, params = counter.wrap(loss_fn), initial()
     gradient = jax.jit(jax.grad(loss_fn))(params)
     update = jax.jit(lambda state: tx.update(gradient, state, params, value_fn=loss))
-    state, evaluated = tx.init(params), []
-    for step in range(4):
+    state = tx.init(params)
+    for count in counts:
         updates, state = update(state)
-        values, gradients = counter.read()
-        assert values == gradients
-        evaluated.append(gradients)
-        if step < start:
+        assert counter.read() == (count, count)
+        if not count:
             np.testing.assert_array_equal(flat(updates), flat(gradient))
-    due = [n >= start and (n - start) % interval == 0 for n in range(4)]
-    assert evaluated == [extra if d else 0 for d in due]
-    assert int(state.step) == 4
+    assert int(state.step) == len(counts)
 
 
 def test_the_groups_of_a_train_step_share_their_mean_and_a_bad_one_keeps_all_from_contributing():
@@ -149,7 +117,7 @@ def test_the_groups_of_a_train_step_share_their_mean_and_a_bad_one_keeps_all_fro
 
     batch = jax.random.normal(jax.random.key(0), (8, 3))
     guarded = optax.apply_if_finite(optax.sgd(RATE), 3)
-    tx = fd(optax.trace(0.9))
+    tx = fd(ascent=ASCENTS["momentum"])
     init, step = gr.make_train_step(loss, guarded, tx, ascent_groups=4, donate=False)
     state, trace, grad = init(jnp.ones(3)), np.zeros(3), jax.jit(jax.grad(loss))
     for _ in range(2):
@@ -168,7 +136,7 @@ def test_a_memory_keeps_the_dtype_in_which_it_began():
         lambda params: jnp.zeros([], jnp.bfloat16),
         lambda gradient, state, params=None: (gradient, state + jnp.sum(gradient)),
     )
-    params, tx = jnp.ones(4), fd(summed, interval=2)
+    params, tx = jnp.ones(4), fd(ascent=summed, interval=2)
     update = jax.jit(functools.partial(tx.update, value_fn=lambda p: jnp.sum(p**2) / 2))
     _, state = update(params, tx.init(params), params)
     assert state.ascent == 4
@@ -184,21 +152,18 @@ def poisoned(params, bad):
     return loss_fn(params) * jnp.where(bad, jnp.nan, 1.0)
 
 
-FAMILIES = {
-    "fd lazy": lambda ascent: fd(ascent, interval=2),
-    "fd": fd,
-    "dbp": lambda ascent: gr.dbp_gradreg(gamma=GAMMA, ascent=ascent),
-    "relative": lambda ascent: gr.relative_gradreg(ascent=ascent),
-    "self-tuned": lambda ascent: gr.relative_gradreg(strength=None, ascent=ascent),
-}
-
-
-@pytest.mark.parametrize(("family", "name"), [("fd lazy", "noisy"), ("self-tuned", "momentum")])
-def test_a_bad_batch_leaves_no_trace_but_in_the_counter(x64, name, family):
+@pytest.mark.parametrize(
+    "tx",
+    [
+        fd(ascent=ASCENTS["noisy"], interval=2),
+        gr.relative_gradreg(strength=None, ascent=ASCENTS["momentum"]),
+    ],
+    ids=["lazy noise", "self-tuned momentum"],
+)
+def test_a_bad_batch_leaves_no_trace_but_in_the_counter(x64, tx):
     """With NaN at a step that takes the penalty the update is NaN, so that a guard behind it skips
     the step, and state and parameters continue as if that batch had not been.
     """
-    tx = FAMILIES[family](ASCENTS[name])
     chain = optax.chain(tx, optax.apply_if_finite(optax.sgd(RATE), 3))
 
     @jax.jit
@@ -230,13 +195,13 @@ def test_a_bad_batch_leaves_no_trace_but_in_the_counter(x64, name, family):
     assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize("family", ["fd", "dbp", "relative"])
-def test_what_is_not_finite_does_not_enter_wherever_it_comes_from(x64, family):
+@pytest.mark.parametrize("make", [fd, dbp, gr.relative_gradreg], ids=["fd", "dbp", "relative"])
+def test_what_is_not_finite_does_not_enter_wherever_it_comes_from(x64, make):
     """In the first batch, an infinity of which clipping would make a finite direction, or only at
     the perturbed parameters.
     """
     ascent = optax.chain(optax.clip(1.0), optax.scale_by_adam())
-    tx, params = FAMILIES[family](ascent), initial()
+    tx, params = make(ascent=ascent), initial()
 
     @jax.jit
     def update(state, added, ahead):
@@ -247,12 +212,12 @@ def test_what_is_not_finite_does_not_enter_wherever_it_comes_from(x64, family):
         return tx.update(gradient, state, params, value_fn=loss)
 
     places = {"first": (jnp.nan, 0.0), "infinite": (jnp.inf, 0.0), "ahead": (0.0, jnp.inf)}
-    if family == "dbp":
+    if make is dbp:
         del places["ahead"]  # it evaluates nothing there
     state = tx.init(params)
     for where, bad in places.items():
         updates, after = update(state, *bad)
-        if family != "relative" or where != "ahead":  # it passes the updates through there
+        if make is fd or where != "ahead":  # it passes the updates through there
             assert not np.all(np.isfinite(flat(updates)))
         for a, b in zip(jax.tree.leaves(after.ascent), jax.tree.leaves(state.ascent), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -267,7 +232,7 @@ def test_an_infinity_that_was_there_from_the_start_may_stay_and_go(x64):
     def init(params):
         return {"least": jnp.asarray(jnp.inf), "none yet": jnp.asarray(jnp.nan)}
 
-    tx, params = fd(optax.GradientTransformation(init, update)), initial()
+    tx, params = fd(ascent=optax.GradientTransformation(init, update)), initial()
     gradient = jax.jit(jax.grad(loss_fn))(params)
     advance = jax.jit(functools.partial(tx.update, value_fn=loss_fn))
     _, state = advance(jax.tree.map(lambda g: g * jnp.nan, gradient), tx.init(params), params)
