@@ -12,7 +12,6 @@ import pytest
 import gradreg_optax as gr
 import two_parameters as two
 from gradreg_optax import curvature
-from gradreg_optax._estimators import difference
 from problems import relative_error
 
 GAMMA = 0.1
@@ -79,13 +78,13 @@ def test_difference_error_tells_in_one_call_whether_epsilon_is_lost_in_rounding(
     def error(dtype, params, epsilon):
         return curvature.difference_error(lambda p: loss_in(dtype)(p, x, y), params, epsilon)
 
-    assert error(jnp.float32, params, 1e-2).relative_error < 0.5
-    assert error(jnp.float32, params, 1e-7).relative_error > 0.5
-    assert error(jnp.bfloat16, params, 0.3).relative_error < 0.5
-    assert error(jnp.bfloat16, params, 1e-3).relative_error > 0.5
-    narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)  # that do not move
-    assert error(jnp.bfloat16, narrow, 1e-3).unmoved > 0.9
-    assert error(jnp.bfloat16, narrow, 3.0).unmoved < 0.5
+    for dtype, epsilon, lost in (
+        (jnp.float32, 1e-2, False),
+        (jnp.float32, 1e-7, True),
+        (jnp.bfloat16, 0.3, False),
+        (jnp.bfloat16, 1e-3, True),
+    ):
+        assert (error(dtype, params, epsilon).relative_error > 0.5) == lost
 
 
 TINY = 1e-7  # the cotangents of such a loss are lost in float16, whose smallest number is 6e-8
@@ -115,17 +114,3 @@ def test_a_count_in_float16_does_not_end_at_65504():
 
     value, _ = gr.fd_value_and_grad(loss, **two.PENALTY)(jnp.asarray(1.0, jnp.float16))
     np.testing.assert_allclose(value, 0.5, rtol=2e-3)
-
-
-def test_a_difference_of_narrow_gradients_is_not_rounded_before_it_is_divided():
-    """Gradients 258 and 0.25 differ by 257.75, which in bfloat16 is 258."""
-    ahead, here = jnp.asarray(258.0, jnp.bfloat16), jnp.asarray(0.25, jnp.bfloat16)
-    product = difference(
-        lambda p: (jnp.where(p > 1, ahead, here), None),
-        jnp.asarray(1.0, jnp.bfloat16),
-        lambda gradient: (gradient, ()),
-        epsilon=jnp.float32(0.3),
-        scheme="forward",
-    ).product
-    assert product.dtype == jnp.float32
-    np.testing.assert_allclose(product, 257.75 / 0.3, rtol=1e-6)
