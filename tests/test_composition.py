@@ -121,9 +121,8 @@ def test_injected_hyperparameters_can_be_changed_between_steps(x64):
     np.testing.assert_allclose(flat(first), expected, **ROUNDING)
     second, state = update(state)
     np.testing.assert_array_equal(flat(second), flat(gradient))
-    state.hyperparams.update(
-        gamma=np.asarray(0.1), epsilon=np.asarray(0.4), interval=jnp.asarray(1)
-    )
+    changed = {"gamma": jnp.float64(0.1), "epsilon": jnp.float64(0.4), "interval": jnp.asarray(1)}
+    state.hyperparams.update(changed)
     third, state = update(state)
     expected = flat(regularized(params, batch, gamma=0.1, epsilon=0.4))
     np.testing.assert_allclose(flat(third), expected, **ROUNDING)
