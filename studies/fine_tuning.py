@@ -25,7 +25,7 @@ from gradreg_optax.experiments.models import PyTree
 from gradreg_optax.experiments.report import Report, Table
 from gradreg_optax.experiments.runs import Columns, select
 from gradreg_optax.experiments.trainer import METHODS, SELF_TUNED, Method, cross_entropy
-from studies import flatness, networks
+from studies import fashion_mnist, flatness, networks
 from studies.comparison import F_GR, Way, best
 
 CLASSES, RANK = 5, 4  # of each half, and of the low-rank updates
@@ -66,7 +66,8 @@ class Config(common.Common):
     validation_size: int = 2000
     """Images of the second half that the tuning runs are scored on."""
     data_dir: Path | None = None
-    """Folder with the files of fashion-mnist; see gradreg sweep."""
+    """Directory with the files of Fashion-MNIST; by default $GRADREG_DATA, the Debian package, the
+    cache, or a download."""
 
 
 class Halves(NamedTuple):
@@ -102,7 +103,7 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
       CommandError: data that are not there.
     """
-    lab = Lab(config, halves(data.load("fashion-mnist", config.data_dir)))
+    lab = Lab(config, halves(fashion_mnist.load(config.data_dir)))
     store, found = runs.Store(config.output), []
     for layers, labels in itertools.product(LAYERS, config.labels):
         what = common.settings(dataclasses.replace(config, labels=(labels,), data_dir=None))

@@ -45,10 +45,12 @@ _FULL: dict[str, Any] = {"method": "F-GR", "fraction": 1.0, "interval": 1, "choi
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.OnData):
+class Config(common.Training):
     """Settings of ``python -m studies frontier``."""
 
     output: Path = Path("results/frontier")
+    dataset: str = "digits"
+    """digits, mnist1d, or the path of an .npz file, see gradreg sweep."""
     optimizers: tuple[OptimizerName, ...] = ("sgd", "momentum", "adam")
     """Optimizers; each is compared with itself."""
     gammas: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0)
@@ -93,7 +95,7 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
       CommandError: settings that do not fit the data.
     """
-    dataset = data.load(config.dataset, config.data_dir)
+    dataset = data.load(config.dataset)
     seeds = config.seed + np.arange(config.report_seeds + config.choose_seeds)
     report, choose = seeds[: config.report_seeds], seeds[config.report_seeds :]
     study = _Study(config, dataset, runs.Store(config.output), report.tolist(), choose.tolist())

@@ -22,7 +22,7 @@ from gradreg_optax.experiments.data import Array
 from gradreg_optax.experiments.report import Number, Report
 from gradreg_optax.experiments.runs import Columns, select
 from gradreg_optax.experiments.trainer import METHODS, cross_entropy
-from studies import networks
+from studies import fashion_mnist, networks
 from studies.comparison import F_GR, Way, best
 
 RATE, DECAY, SHIFT = 0.1, 5e-4, 2  # learning rate, weight decay, pixels
@@ -60,7 +60,8 @@ class Config(common.Common):
     batch_size: int = 128
     """Images in a step."""
     data_dir: Path | None = None
-    """Folder with the files of fashion-mnist; see gradreg sweep."""
+    """Directory with the files of Fashion-MNIST; by default $GRADREG_DATA, the Debian package, the
+    cache, or a download."""
 
 
 class Task(NamedTuple):
@@ -86,7 +87,7 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
       CommandError: data that are not there.
     """
-    dataset, rows = data.load("fashion-mnist", config.data_dir), []
+    dataset, rows = fashion_mnist.load(config.data_dir), []
     one = functools.partial(_kept, config, dataset, runs.Store(config.output))
     chosen = dict[tuple[float, str], float]()
     for noise in config.noises:

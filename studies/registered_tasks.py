@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn import datasets
 
-from gradreg_optax.experiments import data, models
+from gradreg_optax.experiments import models
 from gradreg_optax.experiments.data import Array, Dataset
-from studies import networks
+from studies import fashion_mnist, networks
 
 GRID = np.arange(-8, 8.125, 0.25)  # the targets of regression, in standard deviations
 MODULES = ("argparse", "dataclasses", "difflib", "inspect", "pickle", "tarfile", "turtle", "typing")
@@ -126,7 +126,7 @@ def source_code(_: Path | None) -> Dataset:
 
 def fashion(folder: Path | None) -> Dataset:
     """Return Fashion-MNIST."""
-    return data.load("fashion-mnist", folder)
+    return fashion_mnist.load(folder)
 
 
 def _recipe(train: int, held_out: int, optimizer: str = "sgd", **given: Any) -> dict[str, Any]:

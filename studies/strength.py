@@ -27,7 +27,7 @@ from gradreg_optax.experiments.trainer import (
     Trainer,
     problem,
 )
-from studies import corpus
+from studies import corpus, fashion_mnist
 from studies.comparison import tied
 
 PARTS = {"full": (1.0, 1), "lazy": (0.25, 4)}  # fraction of the batch, interval
@@ -107,7 +107,8 @@ class Config(common.Common):
     steps: int | None = None
     """Number of training steps; by default that of each task."""
     data_dir: Path | None = None
-    """Directory with the files of fashion-mnist; see gradreg sweep."""
+    """Directory with the files of Fashion-MNIST; by default $GRADREG_DATA, the Debian package, the
+    cache, or a download."""
 
     def __post_init__(self) -> None:
         """Check the values and the names as well."""
@@ -144,7 +145,9 @@ def run(config: Config) -> dict[str, Any]:
 def _dataset(task: Task, config: Config) -> data.Dataset:
     if task.dataset == "text":
         return corpus.source_code(_WINDOW)
-    return data.load(task.dataset, config.data_dir)
+    if task.dataset == "fashion-mnist":
+        return fashion_mnist.load(config.data_dir)
+    return data.load(task.dataset)
 
 
 def _recipe(task: Task, dataset: data.Dataset, optimizer: str, config: Config) -> Recipe:

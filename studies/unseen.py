@@ -43,7 +43,8 @@ class Config(common.Common):
     steps: int | None = None
     """Training steps; by default those of each task."""
     data_dir: Path | None = None
-    """Folder with the files of fashion-mnist; see gradreg sweep."""
+    """Directory with the files of Fashion-MNIST; by default $GRADREG_DATA, the Debian package, the
+    cache, or a download."""
 
     def __post_init__(self) -> None:
         """Check the numbers and the names."""

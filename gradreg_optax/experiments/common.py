@@ -43,7 +43,7 @@ class Training(Common):
     """Options of every command that trains networks on a data set."""
 
     train_size: int | None = None
-    """Number of training samples; by default 300 for digits, 1000 for fashion-mnist, else all."""
+    """Number of training samples; by default 300 for digits, else all."""
     test_size: int | None = None
     """Number of test samples; by default 1000 for digits, else all."""
     label_noise: float | None = None
@@ -54,27 +54,12 @@ class Training(Common):
     def sizes(self, dataset: str) -> dict[str, Any]:
         """Return sizes, label noise and steps, as arguments of :class:`trainer.Recipe`."""
         values = {"train_size": None, "test_size": None, "label_noise": 0.0, "steps": self.steps}
-        values |= _SIZES.get(dataset, {})
+        values |= _DIGITS if dataset == "digits" else {}
         given = {name: getattr(self, name) for name in values}
         return values | {name: value for name, value in given.items() if value is not None}
 
 
-_SIZES: dict[str, dict[str, Any]] = {
-    "digits": {"train_size": 300, "test_size": 1000, "label_noise": 0.3},
-    "fashion-mnist": {"train_size": 1000},
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class OnData(Training):
-    """Options of every command that takes any data set."""
-
-    dataset: str = "digits"
-    """digits, mnist1d, fashion-mnist, or the path of an .npz file with x_train, y_train, x_test,
-    y_test."""
-    data_dir: Path | None = None
-    """Directory with the files of fashion-mnist; by default $GRADREG_DATA, the Debian package, the
-    cache, or a download."""
+_DIGITS = {"train_size": 300, "test_size": 1000, "label_noise": 0.3}
 
 
 def at_least(config: Any, least: float, *names: str) -> None:

@@ -2,15 +2,12 @@
 
 import dataclasses
 import functools
-import gzip
-import hashlib
 import importlib.metadata
 import os
 import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,15 +19,6 @@ from gradreg_optax.experiments.common import CommandError, MissingError
 Array: TypeAlias = npt.NDArray[Any]
 
 _PARTS = ("x_train", "y_train", "x_test", "y_test")
-_FASHION = "fashion-mnist"
-_DEBIAN = Path("/usr/share/datasets")
-_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-_MD5 = {  # of each published file, and of its content
-    "train-images-idx3": ("8d4fb7e6c68d591d4c3dfef9ec88bf0d", "f4a8712d7a061bf5bd6d2ca38dc4d50a"),
-    "train-labels-idx1": ("25c81989df183df01b3e8a0aad5dffbe", "9018921c3c673c538a1fc5bad174d6f9"),
-    "t10k-images-idx3": ("bef4ecab320f06d8554ea6380940ec79", "8181f5470baa50b63fa0f6fddb340f0a"),
-    "t10k-labels-idx1": ("bb300cfdad3c16e7a12a480ee83cd310", "15d484375f8d13e6eb1aabb0c3f46965"),
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,28 +83,23 @@ class Split(NamedTuple):
     test: Any
 
 
-def load(name: str, root: Path | str | None = None) -> Dataset:
+def load(name: str) -> Dataset:
     """Read a data set.
 
     ``digits`` is part of scikit-learn. ``mnist1d`` is generated once by the package of that name.
-    The files of ``fashion-mnist`` are read from ``root`` if it is given; otherwise from
-    ``$GRADREG_DATA``, the Debian package ``dataset-fashion-mnist`` or the cache
-    ``~/.cache/gradreg_optax``, or they are downloaded into that cache. A path that ends in ``.npz``
-    is a file with the arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test``, see
-    :func:`from_arrays`.
+    A path that ends in ``.npz`` is a file with the arrays ``x_train``, ``y_train``, ``x_test`` and
+    ``y_test``, see :func:`from_arrays`.
 
     Args:
-      name: "digits", "mnist1d", "fashion-mnist", or the path of an ``.npz`` file.
-      root: the directory with the files of fashion-mnist, or one with a directory of its name.
+      name: "digits", "mnist1d", or the path of an ``.npz`` file.
 
     Raises:
-      MissingError: the files do not exist and cannot be downloaded.
+      MissingError: the file does not exist.
       CommandError: an unknown name, or a file with unexpected content.
     """
     if name.endswith(".npz"):
         return dataclasses.replace(from_arrays(name, *_npz(Path(name))), name=Path(name).stem)
-    readers: dict[str, Callable[[], Dataset]] = {"digits": _digits, "mnist1d": _mnist1d}
-    readers[_FASHION] = functools.partial(_fashion_mnist, root)
+    readers = {"digits": _digits, "mnist1d": _mnist1d}
     if name not in readers:
         raise CommandError(
             f"unknown data set {name!r}: choose one of {', '.join(map(repr, readers))}, or a path"
@@ -287,53 +270,3 @@ def _check(part: str, x: Array, y: Array, classes: int) -> None:
             f"{part} labels must be integers from 0 and below {classes}, the number of classes or"
             " of all samples."
         )
-
-
-def _fashion_mnist(root: Path | str | None) -> Dataset:
-    return from_arrays(_FASHION, *(_idx(name, root) for name in _MD5), classes=10)
-
-
-def _idx(name: str, root: Path | str | None) -> Array:
-    """Read unsigned bytes in the idx format: a header and the data."""
-    path = _find(name, root)
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, OSError, zlib.error) as error:
-        raise CommandError(f"{_FASHION}: cannot unpack {path} ({error}).") from error
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != _MD5[name][1]:
-        raise CommandError(f"{_FASHION}: {path} is not the published file: its checksum differs.")
-    shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
-
-
-def _find(name: str, root: Path | str | None) -> Path:
-    """Return the path of a published file, downloaded if necessary."""
-    given = root or os.environ.get("GRADREG_DATA")
-    folders = [Path(given) / part for part in (_FASHION, "FashionMNIST/raw", "")] if given else []
-    folders += [] if root else [_DEBIAN / _FASHION, cache() / _FASHION]
-    for folder in folders:
-        for path in (folder / f"{name}-ubyte.gz", folder / f"{name}-ubyte"):
-            if path.is_file():
-                return path
-    if root is not None:
-        raise MissingError(
-            f"{_FASHION}: no {name}-ubyte.gz in {', '.join(map(str, folders))}. Put the published"
-            " files there, or omit --data-dir."
-        )
-    return _download(f"{name}-ubyte.gz", _MD5[name][0])
-
-
-def _download(file: str, md5: str) -> Path:
-    import pooch
-
-    try:
-        load = pooch.HTTPDownloader(timeout=(5, 30))
-        path = pooch.retrieve(_URL + file, f"md5:{md5}", file, cache() / _FASHION, downloader=load)
-    except (OSError, ValueError) as error:
-        files = ", ".join(f"{name}-ubyte.gz" for name in _MD5)
-        raise MissingError(
-            f"{_FASHION}: cannot download {_URL}{file} ({type(error).__name__}). Put {files} into a"
-            " directory and pass it as --data-dir (or set $GRADREG_DATA), or install the Debian"
-            " package dataset-fashion-mnist."
-        ) from error
-    return Path(path)

@@ -24,10 +24,12 @@ PAIRS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.OnData):
+class Config(common.Training):
     """Settings of ``gradreg sweep``."""
 
     output: Path = Path("results/sweep")
+    dataset: str = "digits"
+    """digits, mnist1d, or the path of an .npz file with x_train, y_train, x_test, y_test."""
     seeds: int = 10
     """Number of tuning seeds."""
     report_seeds: int = 10
@@ -85,7 +87,7 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
       CommandError: inconsistent settings, or missing data.
     """
-    dataset, recipe = data.load(config.dataset, config.data_dir), _recipe(config)
+    dataset, recipe = data.load(config.dataset), _recipe(config)
     first = config.seed + config.seeds
     table = runs.select_then_report(
         dataset,

@@ -1,11 +1,5 @@
 import dataclasses
-import functools
-import gzip
-import hashlib
-import http.server
 import io
-import struct
-import threading
 
 import numpy as np
 import pytest
@@ -15,47 +9,10 @@ from hypothesis import strategies as st
 from gradreg_optax.experiments import data
 from gradreg_optax.experiments.common import CommandError
 
-SHAPES = {
-    "train-images-idx3": (12, 4, 5),
-    "train-labels-idx1": (12,),
-    "t10k-images-idx3": (6, 4, 5),
-    "t10k-labels-idx1": (6,),
-}
-
-
-def idx(array):
-    head = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
-    return head + array.astype(np.uint8).tobytes()
-
-
-def idx_arrays(seed=0):
-    rng = np.random.default_rng(seed)
-    return {name: rng.integers(0, 10, shape) for name, shape in SHAPES.items()}
-
-
-def write_idx(folder, arrays, packed=True):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, array in arrays.items():
-        path = folder / (f"{name}-ubyte.gz" if packed else f"{name}-ubyte")
-        path.write_bytes(gzip.compress(idx(array), mtime=0) if packed else idx(array))
-
-
-def checksums(array):
-    return tuple(
-        hashlib.md5(content).hexdigest()
-        for content in (gzip.compress(idx(array), mtime=0), idx(array))
-    )
-
 
 @pytest.fixture(autouse=True)
-def nowhere(tmp_path, monkeypatch):
-    """No data on this machine, and no server to download it from."""
-    monkeypatch.setattr(data, "_DEBIAN", tmp_path / "debian")
+def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("GRADREG_DATA", raising=False)
-    monkeypatch.setattr(data, "_URL", "http://127.0.0.1:9/")  # the discard port: refused at once
-    md5 = {name: checksums(array) for name, array in idx_arrays().items()}
-    monkeypatch.setattr(data, "_MD5", md5)
 
 
 def small(samples=40, classes=10):
@@ -91,51 +48,6 @@ def test_the_digits_are_those_of_scikit_learn():
     assert dataset.train_x.max() == dataset.scale == 16
     assert sorted(set(dataset.labels)) == list(range(10))
     assert len(data.draw(dataset, 0, 300, 1000).test) == 1000
-
-
-@pytest.mark.parametrize("folder", ["", "fashion-mnist", "FashionMNIST/raw"])
-@pytest.mark.parametrize("packed", [True, False])
-def test_idx_files_are_read_as_they_were_written(tmp_path, monkeypatch, folder, packed):
-    arrays, root = idx_arrays(), tmp_path / "files"
-    write_idx(root / folder, arrays, packed)
-    if packed:
-        monkeypatch.setenv("GRADREG_DATA", str(root))
-    found = data.load("fashion-mnist", None if packed else root)
-    np.testing.assert_array_equal(found.train_x[..., 0], arrays["train-images-idx3"])
-    np.testing.assert_array_equal(found.test_y, arrays["t10k-labels-idx1"])
-    assert (found.shape, found.classes, found.scale) == ((4, 5, 1), 10, 255)
-    assert found.mean == pytest.approx(arrays["train-images-idx3"].mean() / 255)
-
-
-def test_the_debian_folder_comes_before_the_cache_and_a_given_folder_is_the_only_one(tmp_path):
-    write_idx(tmp_path / "debian" / "fashion-mnist", idx_arrays())
-    write_idx(data.cache() / "fashion-mnist", idx_arrays(seed=2))  # with other checksums
-    found = data.load("fashion-mnist").train_x[..., 0]
-    np.testing.assert_array_equal(found, idx_arrays()["train-images-idx3"])
-    with pytest.raises(FileNotFoundError, match=r"no train-images-idx3-ubyte\.gz in"):
-        data.load("fashion-mnist", tmp_path / "empty")
-
-
-PACKED = bytearray(gzip.compress(idx(np.arange(6) % 10), mtime=0))
-PACKED[12] ^= 0xFF  # within the deflated data
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "is not the published file"),
-        (idx(np.arange(6)), "is not the published file"),  # as MNIST's file of the same name
-        (bytes(PACKED), "cannot unpack"),
-        (b"\x1f\x8b", "cannot unpack"),
-    ],
-)
-def test_a_damaged_idx_file_is_refused_by_its_name(tmp_path, content, message):
-    packed = content[:2] == b"\x1f\x8b"
-    write_idx(tmp_path, idx_arrays(), packed)
-    name = f"t10k-labels-idx1-ubyte{'.gz' if packed else ''}"
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(CommandError, match=f"{name} {message}|{message} .*{name}"):
-        data.load("fashion-mnist", tmp_path)
 
 
 @pytest.mark.slow
@@ -212,12 +124,6 @@ def test_a_damaged_archive_is_refused_by_its_name(tmp_path, save):
             data.load(str(path))
 
 
-def test_without_a_network_the_error_names_the_remedies():
-    remedies = r"--data-dir \(or set \$GRADREG_DATA\), or install the Debian package"
-    with pytest.raises(FileNotFoundError, match=f"cannot download .*{remedies}"):
-        data.load("fashion-mnist")
-
-
 @pytest.mark.parametrize("name", ["imagenet", "Digits", "missing.npz"])
 def test_an_unknown_data_set_is_named(name):
     with pytest.raises(CommandError, match=name):
@@ -230,34 +136,3 @@ def test_an_unknown_data_set_is_named(name):
 def test_more_samples_than_exist_cannot_be_drawn(sizes):
     with pytest.raises(CommandError, match=next(iter(sizes))):
         data.draw(small(), 0, **sizes)
-
-
-@pytest.fixture
-def published(tmp_path, monkeypatch):
-    """The folder that a server on this machine publishes."""
-    folder = tmp_path / "published"
-    write_idx(folder, idx_arrays())
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as publisher:
-        serve = functools.partial(publisher.serve_forever, poll_interval=0.01)
-        thread = threading.Thread(target=serve)
-        thread.start()
-        monkeypatch.setattr(data, "_URL", f"http://127.0.0.1:{publisher.server_port}/")
-        yield folder
-        publisher.shutdown()
-        thread.join()
-
-
-def test_files_are_fetched_once(published):
-    first = data.load("fashion-mnist")
-    for path in published.iterdir():
-        path.unlink()
-    np.testing.assert_array_equal(first.train_x, data.load("fashion-mnist").train_x)
-    np.testing.assert_array_equal(first.train_x[..., 0], idx_arrays()["train-images-idx3"])
-
-
-def test_a_fetched_file_with_another_checksum_is_not_kept(published, monkeypatch):
-    monkeypatch.setattr(data, "_MD5", dict.fromkeys(data._MD5, ("0" * 32, "")))
-    with pytest.raises(FileNotFoundError, match="cannot download"):
-        data.load("fashion-mnist")
-    assert not list(data.cache().rglob("*.gz"))

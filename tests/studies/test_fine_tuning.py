@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradreg_optax.experiments import data, runs
-from studies import fine_tuning, networks
+from studies import fashion_mnist, fine_tuning, networks
 from study import Study, patched
 
 CONFIG = fine_tuning.Config(
@@ -25,7 +25,7 @@ HALVES = fine_tuning.halves(DATASET)
 
 small = patched(
     (fine_tuning, "WAYS", {label: fine_tuning.WAYS[label] for label in LABELS}),
-    (data, "load", lambda *_: DATASET),
+    (fashion_mnist, "load", lambda *_: DATASET),
 )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gradreg_optax.experiments import data, runs
-from studies import full_size
+from studies import fashion_mnist, full_size
 from study import Study, patched
 
 CONFIG = full_size.Config(
@@ -26,7 +26,7 @@ DATASET = data.from_arrays("made up", *images(96, 0), *images(32, 1), classes=10
 
 little = patched(
     (full_size, "WAYS", {label: full_size.WAYS[label] for label in LABELS}),
-    (data, "load", lambda *_: DATASET),
+    (fashion_mnist, "load", lambda *_: DATASET),
 )
 
 

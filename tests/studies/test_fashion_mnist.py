@@ -1,0 +1,140 @@
+"""Fashion-MNIST: which files are read, which are refused, and how they are downloaded."""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import struct
+import threading
+
+import numpy as np
+import pytest
+
+from gradreg_optax.experiments.common import CommandError
+from gradreg_optax.experiments.data import cache
+from studies import fashion_mnist
+
+SHAPES = {
+    "train-images-idx3": (12, 4, 5),
+    "train-labels-idx1": (12,),
+    "t10k-images-idx3": (6, 4, 5),
+    "t10k-labels-idx1": (6,),
+}
+
+
+def idx(array):
+    head = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+    return head + array.astype(np.uint8).tobytes()
+
+
+def idx_arrays(seed=0):
+    rng = np.random.default_rng(seed)
+    return {name: rng.integers(0, 10, shape) for name, shape in SHAPES.items()}
+
+
+def write_idx(folder, arrays, packed=True):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in arrays.items():
+        path = folder / (f"{name}-ubyte.gz" if packed else f"{name}-ubyte")
+        path.write_bytes(gzip.compress(idx(array), mtime=0) if packed else idx(array))
+
+
+def checksums(array):
+    return tuple(
+        hashlib.md5(content).hexdigest()
+        for content in (gzip.compress(idx(array), mtime=0), idx(array))
+    )
+
+
+@pytest.fixture(autouse=True)
+def nowhere(tmp_path, monkeypatch):
+    """No data on this machine, and no server to download it from."""
+    monkeypatch.setattr(fashion_mnist, "_DEBIAN", tmp_path / "debian")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("GRADREG_DATA", raising=False)
+    # the discard port: refused at once
+    monkeypatch.setattr(fashion_mnist, "_URL", "http://127.0.0.1:9/")
+    md5 = {name: checksums(array) for name, array in idx_arrays().items()}
+    monkeypatch.setattr(fashion_mnist, "_MD5", md5)
+
+
+@pytest.mark.parametrize("folder", ["", "fashion-mnist", "FashionMNIST/raw"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_idx_files_are_read_as_they_were_written(tmp_path, monkeypatch, folder, packed):
+    arrays, root = idx_arrays(), tmp_path / "files"
+    write_idx(root / folder, arrays, packed)
+    if packed:
+        monkeypatch.setenv("GRADREG_DATA", str(root))
+    found = fashion_mnist.load(None if packed else root)
+    np.testing.assert_array_equal(found.train_x[..., 0], arrays["train-images-idx3"])
+    np.testing.assert_array_equal(found.test_y, arrays["t10k-labels-idx1"])
+    assert (found.shape, found.classes, found.scale) == ((4, 5, 1), 10, 255)
+    assert found.mean == pytest.approx(arrays["train-images-idx3"].mean() / 255)
+
+
+def test_the_debian_folder_comes_before_the_cache_and_a_given_folder_is_the_only_one(tmp_path):
+    write_idx(tmp_path / "debian" / "fashion-mnist", idx_arrays())
+    write_idx(cache() / "fashion-mnist", idx_arrays(seed=2))  # with other checksums
+    found = fashion_mnist.load().train_x[..., 0]
+    np.testing.assert_array_equal(found, idx_arrays()["train-images-idx3"])
+    with pytest.raises(FileNotFoundError, match=r"no train-images-idx3-ubyte\.gz in"):
+        fashion_mnist.load(tmp_path / "empty")
+
+
+PACKED = bytearray(gzip.compress(idx(np.arange(6) % 10), mtime=0))
+PACKED[12] ^= 0xFF  # within the deflated data
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not the published file"),
+        (idx(np.arange(6)), "is not the published file"),  # as MNIST's file of the same name
+        (bytes(PACKED), "cannot unpack"),
+        (b"\x1f\x8b", "cannot unpack"),
+    ],
+)
+def test_a_damaged_idx_file_is_refused_by_its_name(tmp_path, content, message):
+    packed = content[:2] == b"\x1f\x8b"
+    write_idx(tmp_path, idx_arrays(), packed)
+    name = f"t10k-labels-idx1-ubyte{'.gz' if packed else ''}"
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CommandError, match=f"{name} {message}|{message} .*{name}"):
+        fashion_mnist.load(tmp_path)
+
+
+def test_without_a_network_the_error_names_the_remedies():
+    remedies = r"--data-dir \(or set \$GRADREG_DATA\), or install the Debian package"
+    with pytest.raises(FileNotFoundError, match=f"cannot download .*{remedies}"):
+        fashion_mnist.load()
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """The folder that a server on this machine publishes."""
+    folder = tmp_path / "published"
+    write_idx(folder, idx_arrays())
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as publisher:
+        serve = functools.partial(publisher.serve_forever, poll_interval=0.01)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        monkeypatch.setattr(fashion_mnist, "_URL", f"http://127.0.0.1:{publisher.server_port}/")
+        yield folder
+        publisher.shutdown()
+        thread.join()
+
+
+def test_files_are_fetched_once(published):
+    first = fashion_mnist.load()
+    for path in published.iterdir():
+        path.unlink()
+    np.testing.assert_array_equal(first.train_x, fashion_mnist.load().train_x)
+    np.testing.assert_array_equal(first.train_x[..., 0], idx_arrays()["train-images-idx3"])
+
+
+def test_a_fetched_file_with_another_checksum_is_not_kept(published, monkeypatch):
+    monkeypatch.setattr(fashion_mnist, "_MD5", dict.fromkeys(fashion_mnist._MD5, ("0" * 32, "")))
+    with pytest.raises(FileNotFoundError, match="cannot download"):
+        fashion_mnist.load()
+    assert not list(cache().rglob("*.gz"))
