@@ -16,26 +16,13 @@ from gradreg_optax import (
     normalized,
     sam,
 )
-from gradreg_optax._estimators import add_penalty, difference
 from gradreg_optax._numerics import global_norm
-from problems import MODES, SCHEMES, add, flat
+from problems import MODES, SCHEMES, add, batch_of, flat, loss_fn, params_of
 
 
 def smooth_loss(params):
-    """A small tanh network on fixed inputs: smooth, not a quadratic, of mixed curvature."""
-    rng = np.random.default_rng(5)
-    inputs, targets = rng.normal(size=(6, 3)), rng.normal(size=(6,))
-    hidden = jnp.tanh(inputs @ params["kernel"] + params["bias"][None, :])
-    return jnp.mean((hidden @ params["out"] - targets) ** 2)
-
-
-def smooth_params(seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        "kernel": jnp.asarray(rng.normal(size=(3, 4))),
-        "bias": jnp.asarray(rng.normal(size=(4,))),
-        "out": jnp.asarray(rng.normal(size=(4,))),
-    }
+    """Smooth, not a quadratic, of mixed curvature."""
+    return loss_fn(params, batch_of())
 
 
 def distance(a, b):
@@ -87,7 +74,7 @@ def test_error_of_a_difference_has_its_order_in_epsilon(x64):
         exact = ravel_pytree(dbp_value_and_grad(smooth_loss, gamma=1.0)(params)[1])[0]
         return exact, [jax.vmap(lambda e, s=s: correction(e, s))(epsilons) for s in SCHEMES]
 
-    exact, found = corrections(smooth_params())
+    exact, found = corrections(params_of())
     for order, differences in zip((1, 1, 2), found, strict=True):
         errors = np.linalg.norm(differences - exact[None, :], axis=1)
         slope = np.polyfit(np.log(epsilons), np.log(errors), 1)[0]
@@ -101,7 +88,7 @@ def test_double_backpropagation_is_the_gradient_of_the_penalized_loss(x64):
         return found, (smooth_loss(params), penalized_gradient(smooth_loss, params, gamma))
 
     for seed, gamma in enumerate((0.0, 0.3, 3.0)):
-        found, (value, expected) = exact_and_its_oracle(smooth_params(seed), gamma)
+        found, (value, expected) = exact_and_its_oracle(params_of(seed), gamma)
         for own_value, gradient in found:
             assert distance(gradient, expected) <= 1e-12 * np.linalg.norm(flat(expected))
             np.testing.assert_allclose(own_value, value, rtol=1e-15)
@@ -171,44 +158,27 @@ def test_complex_parameters_are_the_pairs_of_their_parts_and_climbed_along_the_c
         assert distance(found, expected) <= 1e-12 * np.linalg.norm(flat(expected))
 
 
-def test_a_mask_perturbs_its_coordinates_and_corrects_all(x64):
-    params, epsilon = smooth_params(), 1e-2
-    half = np.arange(12).reshape(3, 4) % 2 == 0
+def test_a_mask_selects_its_coordinates():
+    params = params_of()
     masks = [
-        {"kernel": True, "bias": False, "out": True},  # whole leaves
-        {"kernel": half, "bias": np.asarray([True, False, False, True]), "out": False},
+        {"kernel": True, "out": False},  # whole leaves
+        {"kernel": np.arange(12).reshape(3, 4) % 2 == 0, "out": np.asarray([True, False] * 2)},
         lambda p: jax.tree.map(lambda x: x > 0, p),
-        {"kernel": np.bool_(False), "bias": np.True_, "out": np.False_},
+        {"kernel": np.False_, "out": np.True_},
         True,
         False,
     ]
-
-    @jax.jit
-    def corrected(full):
-        """By ours and by hand: along the product, and by a difference."""
-        options, grad = {"gamma": 0.7, "ascent": masked(full)}, jax.grad(smooth_loss)
-        gradient = grad(params)
-        along = jax.tree.map(jnp.multiply, full, gradient)
-        product = jax.jvp(grad, (params,), (along,))[1]
-        ahead = grad(add(params, along, epsilon))
-        by_hand = product, jax.tree.map(lambda a, g: (a - g) / epsilon, ahead, gradient)
-        ours = (
-            dbp_value_and_grad(smooth_loss, **options)(params)[1],
-            fd_value_and_grad(smooth_loss, epsilon=epsilon, **options)(params)[1],
-        )
-        return ours, [add(gradient, penalty, 0.7) for penalty in by_hand]
-
     for mask in masks:
         full = mask(params) if callable(mask) else jax.tree.broadcast(mask, params)
         full = jax.tree.map(lambda m, p: np.broadcast_to(m, p.shape), full, params)
-        direction = masked(mask)(params, params)
-        np.testing.assert_array_equal(flat(direction), flat(full) * flat(params))
-        for found, expected in zip(*corrected(full), strict=True):
-            assert distance(found, expected) <= 1e-12 * np.linalg.norm(flat(expected))
+        traced = jax.jit(lambda full: masked(full)(params, params))
+        for direction in (masked(mask)(params, params), traced(full)):
+            np.testing.assert_array_equal(flat(direction), flat(full) * flat(params))
 
 
 def test_masks_compose_with_other_directions(x64):
-    mask = {"kernel": True, "bias": False, "out": False}
+    """The mask's coordinates are perturbed, and the gradient of all is corrected."""
+    mask = {"kernel": True, "out": False}
 
     def direction(gradient, params):
         return normalized(masked(mask)(gradient, params), params)
@@ -222,11 +192,11 @@ def test_masks_compose_with_other_directions(x64):
         return fd_value_and_grad(smooth_loss, **options)(params)[1], ahead
 
     # g cancels up to a rounding of |g| = O(1)
-    assert distance(*both(smooth_params())) <= 1e-13
+    assert distance(*both(params_of())) <= 1e-13
 
 
 def test_adaptive_is_its_formula_and_invariant_under_rescaling(x64):
-    params, gradient = smooth_params(1), smooth_params(2)
+    params, gradient = params_of(1), params_of(2)
     p, g = flat(params), flat(gradient)
     expected = p**2 * g / np.linalg.norm(p * g)
     direction = jax.jit(adaptive)
@@ -305,25 +275,6 @@ def test_a_zero_gradient_has_a_zero_correction():
         np.testing.assert_array_equal(gradient, np.zeros(3))
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_the_difference_of_narrow_gradients_is_formed_in_float32(dtype):
-    rng = np.random.default_rng(0)
-    before = jnp.asarray(rng.normal(size=200), dtype)
-    after = before + jnp.asarray(0.01 * rng.normal(size=200), dtype)
-    grad_fn, climb = lambda _: (after, None), lambda gradient: (gradient, ())
-    options = {"epsilon": jnp.float32(0.3), "scheme": "forward", "gradient": before}
-    product = difference(grad_fn, before, climb, **options).product
-    assert product.dtype == jnp.float32
-    exact = (np.asarray(after, np.float64) - np.asarray(before, np.float64)) / 0.3
-    # a few eps(float32); eps(dtype) is 1e-3 or more
-    np.testing.assert_allclose(product, exact, rtol=1e-6)
-    combined = np.asarray(before, np.float64) + 0.7 * exact
-    result = add_penalty(before, jnp.float32(0.7), product)
-    assert result.dtype == dtype
-    rounding = {"rtol": float(jnp.finfo(dtype).eps), "atol": 1e-7}
-    np.testing.assert_allclose(flat(result), combined, **rounding)
-
-
 def test_a_large_gamma_over_epsilon_does_not_cancel_in_bfloat16():
     # (1 - c) g + c g' at c = 5000 loses every digit; g + c (g' - g) loses none
     gradient = jnp.asarray(np.random.default_rng(0).normal(size=50), jnp.bfloat16)
@@ -334,16 +285,16 @@ def test_a_large_gamma_over_epsilon_does_not_cancel_in_bfloat16():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_updates_of_wide_parameters_keep_their_dtype_and_the_wide_difference(dtype):
-    params = jnp.linspace(-1.0, 1.0, 7)
+    params = jnp.linspace(-1.0, 1.0, 50)
     wide = jax.grad(lambda p: jnp.sum(jnp.sin(p)))(params)
     narrow = wide.astype(dtype)
-    tx = fd_gradreg(lambda p: jnp.sum(jnp.sin(p)), gamma=0.1, epsilon=0.5)
+    tx = fd_gradreg(lambda p: jnp.sum(jnp.sin(p)), gamma=1.0, epsilon=0.5)
     updates, _ = tx.update(narrow, tx.init(params), params)
     assert updates.dtype == dtype
     base = flat(narrow)
-    expected = base + 0.2 * (np.cos(flat(params) + 0.5 * base) - base)
-    rounding = float(jnp.finfo(dtype).eps)
-    np.testing.assert_allclose(flat(updates), expected, rtol=rounding)
+    expected = base + 2 * (np.cos(flat(params) + 0.5 * base) - base)
+    # one rounding
+    np.testing.assert_allclose(flat(updates), expected, rtol=0.51 * float(jnp.finfo(dtype).eps))
 
 
 def test_norms_and_directions_of_leaves_of_several_widths_need_no_promotion(x64):
