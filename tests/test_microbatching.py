@@ -41,17 +41,6 @@ def test_micro_batches_equal_one_batch(x64, name):
         close(found, whole)
 
 
-def test_train_steps_take_micro_batches(x64):
-    ends = []
-    for loss in (microbatched(loss_fn, 4), loss_fn):
-        init, step = make_train_step(loss, SGD, fd_gradreg(gamma=0.3, epsilon=0.2))
-        state = init(params_of())
-        for seed in range(2):
-            state, _ = step(state, batch_of(seed))
-        ends.append(state.params)
-    close(*ends)
-
-
 def test_aux_comes_back_stacked_and_values_without_a_gradient_agree(x64):
     def with_aux(params, batch):
         return loss_fn(params, batch), jnp.mean(batch["y"])
@@ -205,23 +194,6 @@ def test_a_weighted_mean_in_float16_whose_sums_overflow_is_the_mean():
     np.testing.assert_allclose([value, gradient], 300.0, rtol=2e-3)
     plain = microbatched(lambda p, b: jnp.mean(p * b) * 200, 4)  # four times 60000
     np.testing.assert_allclose(jax.jit(plain)(params, batch), 60000.0, rtol=2e-3)
-
-
-def test_in_shard_map_micro_batches_and_regularized_losses_are_those_of_the_whole():
-    """As the gradient in replicated parameters is the sum over the devices."""
-    auto = (jax.sharding.AxisType.Auto,)
-    mesh, spec = jax.make_mesh((1,), ("data",), axis_types=auto), jax.sharding.PartitionSpec
-    loss = regularized_loss(two.mean_square, two.FD)
-
-    def gradients(params, batch):
-        parts = microbatched(two.mean_square, 2)
-        by_mean = jax.grad(lambda p: jax.lax.pmean(parts(p, batch), "data"))(params)
-        return by_mean, jax.grad(loss)(params, batch)  # of a loss that varies from device to device
-
-    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec())
-    found = jax.jit(sharded)(two.P, two.BATCH)
-    expected = [jax.grad(two.mean_square)(two.P, two.BATCH), jax.grad(loss)(two.P, two.BATCH)]
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_extra_arguments_meant_for_others_stop_at_a_loss_in_micro_batches():

@@ -77,16 +77,6 @@ def test_without_a_penalty_an_overflow_ahead_does_not_matter():
         np.testing.assert_array_equal(updated(tx, params, explosive), jnp.exp(params))
 
 
-def test_the_derivative_in_gamma_is_there_at_zero_too():
-    params = jnp.asarray(2.0)
-
-    def update(gamma):
-        return updated(fd_gradreg(gamma=gamma, epsilon=0.5), params)
-
-    # (g(2 + 0.5 * 4) - g(2)) / 0.5 = (16 - 4) / 0.5
-    np.testing.assert_allclose(jax.grad(update)(0.0), 24.0, rtol=1e-6)
-
-
 @pytest.mark.parametrize("name", ["central", "product", "asam", "relative"])
 def test_float8_parameters_train_with_differences_in_float32(name):
     def loss(params):
