@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import gradreg_optax as gr
+from problems import batch_of, loss_fn, params_of
 
 RATE, STEPS, STEP = 0.1, 2, 1e-5
 families = {
@@ -37,24 +38,14 @@ def _in_float64(x64):
     """The mathematics, not the rounding."""
 
 
-def loss_fn(params, x):
-    return jnp.mean((jnp.tanh(x @ params["w"]) @ params["v"] - 1) ** 2)
-
-
-def problem():
-    rng = np.random.default_rng(0)
-    params = {"w": jnp.asarray(rng.normal(size=(3, 4))), "v": jnp.asarray(rng.normal(size=4))}
-    return params, jnp.asarray(rng.normal(size=(5, 3))), jnp.asarray(rng.normal(size=(7, 3)))
-
-
-def adapted(make, params, gamma, x):
+def adapted(make, params, gamma):
     """The parameters after an inner training of a few steps, in ``scan``."""
-    tx = make(gamma)
+    tx, batch = make(gamma), batch_of()
 
     def step(carry, _):
         params, state = carry
-        value, gradient = jax.value_and_grad(loss_fn)(params, x)
-        extra = {"value": value, "value_fn": lambda p: loss_fn(p, x)}
+        value, gradient = jax.value_and_grad(loss_fn)(params, batch)
+        extra = {"value": value, "value_fn": lambda p: loss_fn(p, batch)}
         updates, state = tx.update(gradient, state, params, **extra)
         return (optax.tree.add_scale(params, -RATE, updates), state), None
 
@@ -63,8 +54,7 @@ def adapted(make, params, gamma, x):
 
 def adapted_loss(name, params, gamma):
     """What meta-learning descends: another loss of the adapted parameters."""
-    _, x, test = problem()
-    return loss_fn(adapted(families[name], params, gamma, x), test)
+    return loss_fn(adapted(families[name], params, gamma), batch_of(7))
 
 
 def along(function, point, direction):
@@ -86,7 +76,7 @@ def assert_close(found, expected):
 @pytest.mark.slow
 def test_the_derivative_through_a_training_in_the_initial_parameters_and_in_gamma(name):
     """MAML and learnt strengths: reverse mode and forward mode, against numbers."""
-    params, gamma = problem()[0], jnp.asarray(0.2)
+    params, gamma = params_of(), jnp.asarray(0.2)
 
     @jax.jit
     def outer(point):
@@ -107,7 +97,7 @@ def test_the_derivative_through_a_training_in_the_initial_parameters_and_in_gamm
 @pytest.mark.parametrize("name", [pytest.param("forward", marks=pytest.mark.slow), "product"])
 def test_it_may_be_done_twice(name):
     """The Hessian of the adapted loss times a vector, forward over reverse."""
-    params, vector = problem()[0], random_like(problem()[0], seed=2)
+    params, vector = params_of(), random_like(params_of(), seed=2)
     direction = random_like(params, seed=3)
     gradient = jax.grad(lambda p: adapted_loss(name, p, 0.2))
 
@@ -129,10 +119,8 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_jacfwd_and_jacrev_of_a_gradient_function_agree_with_numbers(name):
-    params, x, _ = problem()
-
     def gradient(gamma):
-        return FUNCTIONS[name](loss_fn, gamma=gamma)(params, x)[1]["w"]
+        return FUNCTIONS[name](loss_fn, gamma=gamma)(params_of(), batch_of())[1]["kernel"]
 
     @jax.jit
     def derivatives(gamma):
@@ -149,14 +137,14 @@ def test_jacfwd_and_jacrev_of_a_gradient_function_agree_with_numbers(name):
 )
 def test_the_gradient_of_a_regularized_loss_may_be_differentiated_in_reverse(name):
     """Its own derivative, once more: of a training on it, in the initial parameters."""
-    params, x, test = problem()
+    params, batch = params_of(), batch_of()
     loss = gr.regularized_loss(loss_fn, families[name](0.2))
 
     def outer(params):
         def step(params, _):
-            return optax.tree.add_scale(params, -RATE, jax.grad(loss)(params, x)), None
+            return optax.tree.add_scale(params, -RATE, jax.grad(loss)(params, batch)), None
 
-        return loss_fn(jax.lax.scan(step, params, length=STEPS)[0], test)
+        return loss_fn(jax.lax.scan(step, params, length=STEPS)[0], batch_of(7))
 
     direction = random_like(params)
 

@@ -28,12 +28,9 @@ def run(*several, batches=(BATCH, BATCH)):
 
     @jax.jit
     def step(states, batch, other):
-        gradient, extra = (
-            jax.grad(loss_fn)(PARAMS, batch),
-            {"value_fn": lambda p: loss_fn(p, other)},
-        )
+        gradient, value_fn = jax.grad(loss_fn)(PARAMS, batch), lambda p: loss_fn(p, other)
         pairs = zip(several, states, strict=True)
-        return [tx.update(gradient, state, PARAMS, **extra)[1] for tx, state in pairs]
+        return [tx.update(gradient, state, PARAMS, value_fn=value_fn)[1] for tx, state in pairs]
 
     states = [tx.init(PARAMS) for tx in several]
     for _ in range(3):
@@ -133,17 +130,9 @@ def test_it_warns_and_off_it_costs_nothing(counter):
 
 @pytest.mark.parametrize(("size", "off"), [(1e-6, 0.0), (1e-6, 0.01), (1e6, 0.0), (1e6, 0.01)])
 def test_what_is_found_does_not_depend_on_the_size_of_the_loss(size, off):
-    tx = fd()
-
-    def scaled(params):
-        return size * loss_fn(params, BATCH)
-
-    @jax.jit
-    def update():
-        gradient = jax.tree.map(lambda g: g * (1 + off), jax.grad(scaled)(PARAMS))
-        return tx.update(gradient, tx.init(PARAMS), PARAMS, value_fn=scaled)
-
-    assert bool(findings_of(update)) == bool(off)
+    first = optax.scale(size * (1 + off))
+    tx = chain(first, fd(lambda params: size * loss_fn(params, BATCH)))
+    assert bool(findings_of(run, tx)) == bool(off)
 
 
 def test_replicas_that_average_their_gradients_but_not_their_losses_drift_apart():
