@@ -3,10 +3,12 @@
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import subprocess
 import sys
+import timeit
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +84,13 @@ def measure_jax(name: str, config: Config) -> dict[str, Any]:
             step, state = builder()
             programs[label].append(timing.build(step, state, task.batch))
     rounds = tqdm(range(config.rounds), desc=f"{name}: running", disable=None)
-    repeats = {label: INTERVAL for label in builders if "lazy" in label}
-    seconds = timing.interleave(
-        {label: found[-1].run for label, found in programs.items()}, rounds, repeats
-    )
+    runs = {label: found[-1].run for label, found in programs.items()}
+    lazy = [label for label in runs if "lazy" in label]
+    runs |= {
+        label: functools.partial(timeit.timeit, runs[label], number=INTERVAL) for label in lazy
+    }
+    seconds = timing.interleave(runs, rounds)
+    seconds |= {label: seconds[label] / INTERVAL for label in lazy}
     return {label: _row(found, seconds[label]) for label, found in programs.items()}
 
 

@@ -1,12 +1,13 @@
 """Rows of a comparison that trains outside of the experiments' trainer, and how they are tuned."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import optax
 
 from gradreg_optax import fd_gradreg
-from gradreg_optax.experiments import common, runs
+from gradreg_optax.experiments import common, report, runs
 from gradreg_optax.experiments.trainer import Method
 
 
@@ -58,3 +59,14 @@ def best(rows: Sequence[dict[str, Any]], *names: str) -> tuple[float, ...]:
     if found is None:
         raise common.CommandError(f"{rows[0]['method']} diverged with every setting.")
     return tuple(found.values())
+
+
+def tagged(columns: Mapping[str, Any], **tags: Any) -> runs.Columns:
+    """Return the rows with further columns in front, of one value each."""
+    size = len(next(iter(columns.values())))
+    return {name: np.full(size, tag) for name, tag in tags.items()} | dict(columns)
+
+
+def shared(name: str, spec: str = "g") -> report.Column:
+    """Return a column of a table for a value that all runs of a row share."""
+    return lambda rows: report.Number(rows[name][0], spec)

@@ -26,7 +26,7 @@ from gradreg_optax.experiments.report import Report, Table
 from gradreg_optax.experiments.runs import Columns, select
 from gradreg_optax.experiments.trainer import METHODS, SELF_TUNED, Method, cross_entropy
 from studies import fashion_mnist, flatness, networks
-from studies.comparison import F_GR, Way, best
+from studies.comparison import F_GR, Way, best, shared, tagged
 
 CLASSES, RANK = 5, 4  # of each half, and of the low-rank updates
 LAYERS = ("all layers", "LoRA")
@@ -109,7 +109,7 @@ def run(config: Config) -> dict[str, Any]:
         what = common.settings(dataclasses.replace(config, labels=(labels,), data_dir=None))
         make = functools.partial(lab.race, layers, labels)
         rows = store.keep("race", what | {"layers": layers}, make)
-        found.append(runs.tagged(rows, layers=layers, labels=labels))
+        found.append(tagged(rows, layers=layers, labels=labels))
     return {"runs": runs.stack(*found)}
 
 
@@ -294,7 +294,7 @@ def table(results: dict[str, Any]) -> Report:
             "ECE": report.percent("ece"),
             "ECE minus AdamW": calibration,
             "p of ECE": calibration_chance,
-            "gradients": report.first("gradients", ".3g"),
+            "gradients": shared("gradients", ".3g"),
             "processor s": report.mean("processor_seconds", ".2f"),
         }
         title = f"{layers}, {labels} labels a class, {len(plain['seed'])} seeds; AdamW with"

@@ -33,6 +33,7 @@ from gradreg_optax.experiments.trainer import (
     Trainer,
     problem,
 )
+from studies.comparison import tagged
 
 LEARNING_RATES: dict[str, float] = {"sgd": 0.2, "momentum": 0.02, "adam": 0.002}
 _PROBES = 16  # number of batches for a mean gradient norm or eigenvalue
@@ -150,7 +151,7 @@ class _Study:
                 tags["flops"] = 1 + (flops - 1) / interval
                 wanted += grid(parts[fraction], one, self.report, **tags)
         found = {"cells": self._train(wanted, "cells"), "search": search, "probes": probes}
-        return {name: runs.tagged(table, optimizer=optimizer) for name, table in found.items()}
+        return {name: tagged(table, optimizer=optimizer) for name, table in found.items()}
 
     def _train(self, wanted: list[runs.Run], what: str) -> Columns:
         return runs.train(self.dataset, wanted, self.store, what=what)

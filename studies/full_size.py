@@ -23,7 +23,7 @@ from gradreg_optax.experiments.report import Number, Report
 from gradreg_optax.experiments.runs import Columns, select
 from gradreg_optax.experiments.trainer import METHODS, cross_entropy
 from studies import fashion_mnist, networks
-from studies.comparison import F_GR, Way, best
+from studies.comparison import F_GR, Way, best, shared
 
 RATE, DECAY, SHIFT = 0.1, 5e-4, 2  # learning rate, weight decay, pixels
 TUNING_SEED = 1000
@@ -234,7 +234,7 @@ def table(results: dict[str, Any]) -> Report:
             "minus SAM": report.minus(of_methods["SAM"], "+.2f")[0],
             "test loss": report.mean("test_loss", ".3f"),
             "train loss": report.mean("train_loss", ".3f"),
-            "gradients": report.first("gradients", ".3g"),
+            "gradients": shared("gradients", ".3g"),
             "processor s": report.mean("processor_seconds", ".0f"),
             "relative to SGD": _slower(plain),
         }

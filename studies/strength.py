@@ -28,7 +28,7 @@ from gradreg_optax.experiments.trainer import (
     problem,
 )
 from studies import corpus, fashion_mnist
-from studies.comparison import tied
+from studies.comparison import tagged, tied
 
 PARTS = {"full": (1.0, 1), "lazy": (0.25, 4)}  # fraction of the batch, interval
 LEARNING_RATES = {"sgd": 0.2, "momentum": 0.02, "adam": 2e-3, "adamw": 2e-3}
@@ -137,7 +137,7 @@ def run(config: Config) -> dict[str, Any]:
         for optimizer in task.optimizers:
             recipe = _recipe(task, dataset, optimizer, config)
             rows = _Study(config, dataset, store, recipe, task).rows()
-            found.append(runs.tagged(rows, task=name, optimizer=optimizer))
+            found.append(tagged(rows, task=name, optimizer=optimizer))
     metrics = {name: TASKS[name].metric for name in config.tasks}
     return {"metrics": metrics, "runs": runs.stack(*found)}
 
@@ -182,7 +182,7 @@ class _Study:
         wanted = runs.grid(plain, everything, {}, report, role="plain, all", **none)
         wanted += runs.grid(plain, self.recipe, {}, choose, role="plain, search", **none)
         measured = self._measured(plain, self.recipe, 1, report)
-        found = [self._train(wanted), runs.tagged(measured, role="plain", **none)]
+        found = [self._train(wanted), tagged(measured, role="plain", **none)]
         for part, (fraction, interval) in PARTS.items():
             recipe = dataclasses.replace(self.recipe, penalty_fraction=fraction)
             grid = functools.partial(runs.grid, recipe=recipe, part=part)
@@ -193,7 +193,7 @@ class _Study:
             wanted = grid(_SEARCHED, values=values, seeds=report, role="searched")
             wanted += grid(METHODS["relative"], values=values, seeds=report, role="strength")
             tuned = self._measured(SELF_TUNED, recipe, interval, report)
-            found += [tried, self._train(wanted), runs.tagged(tuned, role="self-tuned", part=part)]
+            found += [tried, self._train(wanted), tagged(tuned, role="self-tuned", part=part)]
         return runs.stack(*found)
 
     def _train(self, wanted: list[runs.Run]) -> Columns:
@@ -206,7 +206,7 @@ class _Study:
         make = functools.partial(self._measure, method, recipe, interval, list(seeds))
         made = self.store.keep(f"along-{method.label}", what, make)
         cost = method.cost(recipe.penalty_fraction, interval)
-        return runs.tagged(made, method=method.label, gradients=cost)
+        return tagged(made, method=method.label, gradients=cost)
 
     def _measure(self, method: Method, recipe: Recipe, interval: int, seeds: list[int]) -> Columns:
         trainer, task = Trainer(self.dataset, method, recipe), problem(self.dataset, recipe)

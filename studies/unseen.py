@@ -19,6 +19,7 @@ from gradreg_optax.experiments.models import PyTree
 from gradreg_optax.experiments.report import Number, Report, Table
 from gradreg_optax.experiments.runs import Candidate, Columns, select
 from gradreg_optax.experiments.trainer import METHODS, SELF_TUNED, Pool, Problem, Recipe
+from studies.comparison import tagged
 from studies.registered_tasks import TASKS, Task, score
 
 PARTS = {"full": (1.0, 1), "lazy": (0.25, 4)}  # fraction of the batch, interval
@@ -84,7 +85,7 @@ def run(config: Config) -> dict[str, Any]:
             metrics=functools.partial(measure, task),
             what=name,
         )
-        found.append(runs.tagged(rows, task=name, kind=task.kind))
+        found.append(tagged(rows, task=name, kind=task.kind))
     return {"runs": runs.stack(*found)}
 
 

@@ -27,7 +27,7 @@ import itertools
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,20 +35,12 @@ import numpy as np
 import optax
 
 from gradreg_optax import curvature, fd_value_and_grad, flooding, make_train_step
-from gradreg_optax.experiments import common, data, models, plots, report, runs
-from gradreg_optax.experiments.data import Array
+from gradreg_optax.experiments import common, data, models, plots, report, runs, trainer
 from gradreg_optax.experiments.models import PyTree
 from gradreg_optax.experiments.report import Number, Report, Table
-from gradreg_optax.experiments.trainer import cross_entropy
 
-Order: TypeAlias = Literal["ascent, descent", "descent, ascent"]
-
-BEYOND = 1e30  # above every loss
-# Flood levels that force the signs of the two steps, and the sign of the equivalent epsilon.
-ORDERS: dict[Order, tuple[tuple[float, float], int]] = {
-    "ascent, descent": ((BEYOND, -BEYOND), 1),
-    "descent, ascent": ((-BEYOND, BEYOND), -1),
-}
+BEYOND = 1e30  # above every loss; a flood level there forces the sign of a step
+ORDERS = {"ascent, descent": 1, "descent, ascent": -1}  # with the sign of the equivalent epsilon
 LABELS = {
     "loss": "batch loss",
     "sign": "mean sign of L - b",
@@ -58,7 +50,7 @@ LABELS = {
     "accuracy": "test accuracy",
 }
 _APPLY = models.build("mlp", (8, 8, 1), classes=10).apply  # for any width
-loss_fn = cross_entropy(_APPLY)
+loss_fn = trainer.cross_entropy(_APPLY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,15 +116,14 @@ class Problem(NamedTuple):
 
 def variants(config: Config) -> dict[str, Variant]:
     """Return the training variants by name."""
-    step, momentum = config.learning_rate, config.momentum
+    step, times, momentum = config.learning_rate, config.smaller, config.momentum
     flood = Variant(config.level, step, 0.0, config.train_size, 1)
-    small: dict[str, Any] = {"learning_rate": step / config.smaller, "repeat": config.smaller}
-    inert: dict[str, Any] = {"learning_rate": step * (1 - momentum), "momentum": momentum}
+    inert = flood._replace(learning_rate=step * (1 - momentum), momentum=momentum)
     return {
         "plain descent": flood._replace(level=-BEYOND),
         "flooding": flood,
-        "flooding, small steps": flood._replace(**small),
-        "flooding, momentum": flood._replace(**inert),
+        "flooding, small steps": flood._replace(learning_rate=step / times, repeat=times),
+        "flooding, momentum": inert,
         "flooding, different batches": flood._replace(batch_size=config.batch_size),
     }
 
@@ -159,7 +150,7 @@ def run(config: Config) -> dict[str, Any]:
     seeds = config.seed + np.arange(config.seeds)
     problems = [problem(config, seed) for seed in seeds.tolist()]
     identity = measure_identity(problems[0], config.batch_size, config.momentum)
-    stacked: Problem = jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
+    stacked: Problem = trainer.stacked(problems)
     training = []
     with common.progress(len(variants(config)), "training", "variant") as progress:
         for name, variant in variants(config).items():
@@ -172,7 +163,7 @@ def run(config: Config) -> dict[str, Any]:
     return found | {"identity": identity, "training": runs.stack(*training)}
 
 
-def curves(results: dict[str, Any]) -> dict[str, dict[str, Array]]:
+def curves(results: dict[str, Any]) -> dict[str, dict[str, data.Array]]:
     """Return the value of :func:`train` for each variant."""
     variants = runs.by(results["training"], "variant")
     return {name: runs.blocks(rows, "seed", "time") for name, rows in variants.items()}
@@ -202,7 +193,7 @@ def regularization(params: PyTree, batch: Any, learning_rate: Any, sign: Any) ->
 
 @jax.jit
 def deviation(
-    params: PyTree, batches: Any, levels: Any, learning_rate: Any, *, momentum: Any, sign: Any
+    params: PyTree, batches: Any, learning_rate: Any, *, momentum: Any, sign: Any
 ) -> dict[str, jax.Array]:
     """Return the deviation of two steps from the prediction.
 
@@ -210,6 +201,7 @@ def deviation(
       "largest", the largest deviation of a parameter; "relative", the norm of the deviation,
       relative to that of the prediction; and "drift", the norm of the prediction.
     """
+    levels = BEYOND * jnp.array([sign, -sign])
     moved = two_steps(params, batches, levels, learning_rate, momentum)
     predicted = regularization(params, batches[0], learning_rate, sign)
     remainder = jax.tree.map(jnp.subtract, moved, predicted)
@@ -224,20 +216,16 @@ def measure_identity(problem: Problem, batch_size: int, momentum: float) -> runs
       One row for each case ("same batch", "momentum", "different batches"), order of the steps and
       learning rate "eta", with the values of :func:`deviation`.
     """
-    (x, labels), size = problem.train, batch_size
-    x, params = jax.tree.map(np.float64, (x, problem.params))
-    same, different = (
-        [(x, labels)] * 2,
-        [(x[:size], labels[:size]), (x[size:][:size], labels[size:][:size])],
-    )
+    (x, labels), params = problem.train, jax.tree.map(np.float64, problem.params)
+    train = np.asarray(x, np.float64), labels
+    different = [tuple(a[first:][:batch_size] for a in train) for first in (0, batch_size)]
+    same: list[Any] = [train, train]
     cases = {"same batch": (same, 0.0), "momentum": (same, momentum)}
     cases["different batches"] = different, 0.0
     etas, found = np.logspace(-3, 0, 7), []
     for (case, (batches, inertia)), order, eta in itertools.product(cases.items(), ORDERS, etas):
-        levels, sign = ORDERS[order]
         with jax.enable_x64(True):
-            how = {"momentum": inertia, "sign": sign}
-            measured = deviation(params, batches, jnp.array(levels), eta, **how)
+            measured = deviation(params, batches, eta, momentum=inertia, sign=ORDERS[order])
         found.append({"case": case, "order": order, "eta": eta} | measured)
     return runs.columns(found)
 
@@ -252,7 +240,7 @@ def train(config: Config, variant: Variant, problems: Problem) -> dict[str, Any]
       ``residual``, and ``accuracy`` on the test samples; and ``time``, learning rate times steps,
       of shape (records,).
     """
-    state = jax.vmap(_trainer(*variant[:3]).init)(problems.params)
+    state = jax.vmap(_train_step(*variant[:3]).init)(problems.params)
     carry = state, jax.random.split(jax.random.key(config.seed), config.seeds)
     steps, records = variant.repeat * (config.steps // config.records), []
     for _ in range(config.records):
@@ -282,7 +270,7 @@ def advance(carry: Any, problems: Problem, settings: Any, batch_size: int, steps
     Returns:
       The states and keys; and "loss" and "grad_norm" of every step, shape (seeds, steps).
     """
-    trainer = _trainer(*settings)
+    train_step = _train_step(*settings).step
 
     def step(problem: Problem, carry: Any, _: None) -> Any:
         state, key = carry
@@ -290,7 +278,7 @@ def advance(carry: Any, problems: Problem, settings: Any, batch_size: int, steps
         chosen, size = jnp.arange(batch_size), len(problem.train[1])
         if batch_size < size:
             chosen = jax.random.choice(draw, size, (batch_size,), replace=False)
-        state, info = trainer.step(state, tuple(a[chosen] for a in problem.train))
+        state, info = train_step(state, tuple(a[chosen] for a in problem.train))
         return (state, key), {"loss": info.loss, "grad_norm": info.grad_norm}
 
     def one(carry: Any, problem: Problem) -> Any:
@@ -311,11 +299,10 @@ def measure(params: PyTree, problems: Problem, keys: jax.Array) -> dict[str, jax
         correct = jnp.argmax(_APPLY(params, x), axis=-1) == labels
         return {"eigenvalue": eigenvalue, "residual": residual, "accuracy": jnp.mean(correct)}
 
-    found: dict[str, jax.Array] = jax.vmap(one)(params, problems, keys)
-    return found
+    return jax.vmap(one)(params, problems, keys)
 
 
-def _trainer(level: Any, learning_rate: Any, momentum: Any) -> Any:
+def _train_step(level: Any, learning_rate: Any, momentum: Any) -> Any:
     optimizer = optax.sgd(learning_rate, momentum=momentum)
     return make_train_step(loss_fn, optimizer, flooding(level=level), donate=False)
 
@@ -349,7 +336,7 @@ def _training_table(results: dict[str, Any]) -> Table:
     return report.table(title, _late(results), columns, of="variant")
 
 
-def _late(results: dict[str, Any]) -> dict[str, dict[str, Array]]:
+def _late(results: dict[str, Any]) -> dict[str, dict[str, data.Array]]:
     """Return the means over the last quarter of the records, by variant; shape (seeds,)."""
     found = {}
     for variant, part in curves(results).items():

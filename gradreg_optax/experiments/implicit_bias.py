@@ -31,7 +31,6 @@ from scipy import optimize
 
 from gradreg_optax import dbp_value_and_grad, fd_value_and_grad
 from gradreg_optax.experiments import common, plots, report, runs
-from gradreg_optax.experiments.common import CommandError
 from gradreg_optax.experiments.report import Number, Report, Table
 
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -84,9 +83,7 @@ class Config(common.Common):
         common.above_zero(self, "alpha")
         common.at_most(self, self.features, "samples", "few", "support")
         if not self.epsilons or list(self.epsilons) != sorted(set(self.epsilons)):
-            raise CommandError(
-                f"epsilons must be in increasing order, got {self.epsilons}. Sort them."
-            )
+            raise common.CommandError(f"epsilons must be in increasing order, got {self.epsilons}.")
 
     def cases(self) -> dict[str, tuple[float, int]]:
         """Return the mean of the inputs and the number of samples of each kind of data set."""
@@ -117,8 +114,7 @@ def loss_fn(params: Pair, x: Array, y: Array) -> jax.Array:
 def slope(params: Pair, x: Array, y: Array) -> jax.Array:
     r"""Return :math:`s = X^\top(X\beta - y)/N`; the gradient is :math:`(u\odot s, -v\odot s)`."""
     u, v = params
-    product: jax.Array = x.T @ (x @ (u**2 - v**2) - y) / y.size
-    return product
+    return x.T @ (x @ (u**2 - v**2) - y) / y.size
 
 
 def velocity(method: str, flow: Flow, data: Pair, gamma: Array, epsilon: Array) -> Flow:
@@ -160,8 +156,7 @@ def integrate(method: str, flow: Flow, horizon: Array, data: Pair, settings: Pai
     control = diffrax.PIDController(rtol=TOLERANCE, atol=TOLERANCE, norm=_worst)
     options: Any = {"stepsize_controller": control, "max_steps": None}
     solution = diffrax.diffeqsolve(term, diffrax.Dopri5(), 0.0, horizon, None, flow, **options)
-    last: Flow = jax.tree.map(lambda a: a[-1], solution.ys)
-    return last
+    return jax.tree.map(lambda a: a[-1], solution.ys)
 
 
 def _worst(error: Flow) -> jax.Array:
@@ -188,14 +183,8 @@ def least_entropy(x: Floats, y: Floats, scale: Floats, stages: int = 25) -> Floa
       The weights, shape (d,).
 
     Raises:
-      ValueError: the rows of x are linearly dependent.
       RuntimeError: the solver did not converge.
     """
-    if np.linalg.matrix_rank(x) < len(x):
-        raise ValueError(
-            f"least_entropy: the {len(x)} rows of x must be linearly independent. Remove redundant"
-            " rows."
-        )
     lazy = np.maximum(scale, np.sqrt(np.abs(np.linalg.lstsq(x, y)[0]).max() + 1e-300))
     nu = np.zeros(len(y))
     for weight in np.linspace(0, 1, stages):

@@ -129,11 +129,6 @@ def table(
     return Table(title, [of, *columns], rows, left)
 
 
-def first(name: str, spec: str = "g") -> Column:
-    """Return a column for a value that all runs of a row share."""
-    return lambda rows: Number(rows[name][0], spec) if name in rows else ""
-
-
 def gradients(rows: Rows) -> Number:
     """Return the gradient evaluations per step, with 1.125 rounded up to 1.13."""
     return Number(float(rows["gradients"][0]) + 1e-9, ".2f")
@@ -160,14 +155,11 @@ def minus(
 ) -> tuple[Column, Column]:
     """Return columns with the paired difference to other runs and its p-value.
 
-    Both are empty in the row of these other runs.
+    Both are empty in the row of these other runs themselves, the same object.
     """
 
     def difference(rows: Rows) -> statistics.Difference:
-        same = rows["method"][0] == other["method"][0] and np.array_equal(
-            rows[name], other[name], equal_nan=True
-        )
-        baseline = np.full_like(other[name], np.nan) if same else other[name]
+        baseline = np.full_like(other[name], np.nan) if rows is other else other[name]
         return statistics.paired(scale * rows[name], scale * baseline)
 
     return (

@@ -296,11 +296,6 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> Columns:
     return {name: _column([row.get(name) for row in rows]) for name in names}
 
 
-def tagged(columns: Mapping[str, Any], **tags: Any) -> Columns:
-    """Return the rows with further columns in front, of one value each."""
-    return {name: np.full(_size(columns), tag) for name, tag in tags.items()} | dict(columns)
-
-
 def stack(*tables: Mapping[str, Any]) -> Columns:
     """Concatenate the rows of tables; a missing value is NaN, or an empty string."""
     rows: list[dict[str, Any]] = []

@@ -4,7 +4,6 @@ The speed of a processor changes from one second to the next. So the steps run i
 round, and the result is the median over rounds of the ratio within a round, with its quartiles.
 """
 
-import math
 import time
 import timeit
 from collections.abc import Callable, Iterable, Mapping
@@ -61,30 +60,23 @@ def build(step: Any, state: Any, *args: Any) -> Program:
     return Program(run, traced - start, done - traced, flops, memory)
 
 
-def interleave(
-    runs: Mapping[str, Callable[[], None]],
-    rounds: Iterable[int],
-    repeats: Mapping[str, int] | None = None,
-) -> dict[str, Floats]:
+def interleave(runs: Mapping[str, Callable[[], None]], rounds: Iterable[int]) -> dict[str, Floats]:
     """Time functions in turn.
 
     Args:
       runs: blocking functions by name.
       rounds: ``range(n)``, or a progress bar around it. Each round starts with another function.
-      repeats: number of successive calls in a round, by name; 1 by default.
 
     Returns:
       Seconds per call, one value for each round.
     """
-    names, repeats = list(runs), repeats or {}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    names, seconds = list(runs), {name: list[float]() for name in runs}
     for run in runs.values():
         run()
     for turn in rounds:
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            count = repeats.get(name, 1)
-            seconds[name].append(timeit.timeit(runs[name], number=count) / count)
+            seconds[name].append(timeit.timeit(runs[name], number=1))
     return {name: np.array(values) for name, values in seconds.items()}
 
 
@@ -95,13 +87,11 @@ class Ratio(NamedTuple):
       median: the median.
       lower: the first quartile.
       upper: the third quartile.
-      noise: half the width of the 95 % confidence interval of the median, from order statistics.
     """
 
     median: float
     lower: float
     upper: float
-    noise: float
 
     def __str__(self) -> str:
         return f"{self.median:.2f} [{self.lower:.2f}, {self.upper:.2f}]"
@@ -109,10 +99,6 @@ class Ratio(NamedTuple):
 
 def ratio(seconds: Floats, reference: Floats) -> Ratio:
     """Return the ratio of two arrays of times from the same rounds."""
-    values = np.sort(np.asarray(seconds) / np.asarray(reference))
+    values = np.asarray(seconds) / np.asarray(reference)
     lower, median, upper = np.quantile(values, [0.25, 0.5, 0.75])
-    # 1.96 standard deviations of a binomial count around n / 2
-    half = 0.98 * math.sqrt(len(values))
-    low = max(math.floor(len(values) / 2 - half), 0)
-    noise = (values[-1 - low] - values[low]) / 2
-    return Ratio(*map(float, (median, lower, upper, noise)))
+    return Ratio(float(median), float(lower), float(upper))

@@ -6,9 +6,11 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import gpu, networks
+from benchmarks.report import noise
 
 
 @pytest.mark.slow
@@ -24,7 +26,17 @@ def test_toy_run_has_times_of_every_method_in_both_precisions_and_a_sweep(tmp_pa
             assert len(row["seconds"]) == 2
             assert row["flops"] > 0
     assert set(document["sweep"]["runs"]["method"]) == set(gpu.GRID["methods"])
-    assert "tuned on 1 seeds" in capsys.readouterr().out
+    assert "1 tuning seeds" in capsys.readouterr().out
+
+
+def test_the_noise_covers_the_true_median_nineteen_times_in_twenty():
+    rng = np.random.default_rng(0)
+    samples = rng.lognormal(sigma=0.1, size=(400, 30))
+    found = np.array([noise(sample) for sample in samples])
+    # the interval lies unevenly around the median
+    assert np.mean(np.abs(np.median(samples, axis=1) - 1) <= 2 * found) >= 0.95
+    # the standard deviation of a median is 1.25 sigma / sqrt(n)
+    assert np.mean(found) == pytest.approx(0.1 * 1.25 * 1.96 / np.sqrt(30), rel=0.3)
 
 
 @pytest.mark.parametrize(

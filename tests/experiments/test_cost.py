@@ -15,26 +15,16 @@ COMMITTED = Path(__file__).parents[2] / "notebooks" / "results" / "cost" / "resu
 def test_interleaved_runs_take_turns_and_none_is_always_first():
     order = []
     runs = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    seconds = interleave(runs, range(3), {"b": 2})
-    assert "".join(order) == "abc" + "abbc" + "bbca" + "cabb"
+    seconds = interleave(runs, range(3))
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
 
 def test_the_ratio_is_taken_within_rounds_so_that_a_slow_round_cancels():
     machine = np.array([1.0, 10.0, 1.0, 100.0, 1.0])
     found = ratio(2 * machine, machine)
-    assert found == (2.0, 2.0, 2.0, 0.0)
+    assert found == (2.0, 2.0, 2.0)
     assert str(found) == "2.00 [2.00, 2.00]"
-
-
-def test_the_noise_covers_the_true_median_nineteen_times_in_twenty():
-    rng = np.random.default_rng(0)
-    found = [ratio(rng.lognormal(sigma=0.1, size=30), np.ones(30)) for _ in range(400)]
-    # the interval lies unevenly around the median
-    assert np.mean([abs(r.median - 1) <= 2 * r.noise for r in found]) >= 0.95
-    # the standard deviation of a median is 1.25 sigma / sqrt(n)
-    expected = 0.1 * 1.25 * 1.96 / np.sqrt(30)
-    assert np.mean([r.noise for r in found]) == pytest.approx(expected, rel=0.3)
 
 
 @pytest.mark.slow

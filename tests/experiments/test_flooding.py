@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from gradreg_optax.experiments import flooding, models, results
 from gradreg_optax.experiments.common import CommandError
 from gradreg_optax.experiments.flooding import (
+    BEYOND,
     ORDERS,
     Config,
     deviation,
@@ -46,9 +47,7 @@ def problem(seed):
 @given(seed=seeds, eta=steps, order=orders)
 def test_two_steps_on_one_batch_are_one_step_of_the_penalty(seed, eta, order):
     params, (batch, _) = problem(seed)
-    levels, sign = ORDERS[order]
-    how = {"momentum": 0.0, "sign": sign}
-    found = deviation(params, (batch, batch), jnp.array(levels), eta, **how)
+    found = deviation(params, (batch, batch), eta, momentum=0.0, sign=ORDERS[order])
     assert found["drift"] > 0
     assert found["largest"] < 1e-14  # rounding of parameters and gradients of order ten: some 1e-15
 
@@ -74,8 +73,9 @@ def test_momentum_leaves_a_remainder_of_eta_times_momentum_times_the_gradient(
     seed, eta, momentum, order
 ):
     params, (batch, _) = problem(seed)
-    levels, sign = ORDERS[order]
-    moved = traced_steps(params, (batch, batch), jnp.array(levels), eta, momentum)
+    sign = ORDERS[order]
+    levels = BEYOND * jnp.array([sign, -sign])
+    moved = traced_steps(params, (batch, batch), levels, eta, momentum)
     predicted = traced_penalty(params, batch, eta, sign)
     _, gradient = value_and_grad(params, batch)
     for found, drift, g in zip(*map(jax.tree.leaves, (moved, predicted, gradient)), strict=True):
@@ -86,8 +86,7 @@ def test_momentum_leaves_a_remainder_of_eta_times_momentum_times_the_gradient(
 @pytest.mark.parametrize("order", ORDERS)
 def test_different_batches_leave_a_remainder_that_exceeds_the_penalty_by_one_over_eta(order):
     params, batches = problem(0)
-    levels, sign = ORDERS[order]
-    found = partial(deviation, params, tuple(batches), jnp.array(levels), momentum=0.0, sign=sign)
+    found = partial(deviation, params, tuple(batches), momentum=0.0, sign=ORDERS[order])
     relative = [float(found(eta)["relative"]) for eta in (1e-4, 1e-3)]
     assert relative[1] > 100
     # up to the next order in eta

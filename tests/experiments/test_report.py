@@ -55,7 +55,7 @@ def test_pairs_name_the_number_of_seeds_and_leave_out_methods_that_are_absent():
 
 
 def test_csv_has_the_numbers_their_errors_and_the_notes_of_every_table():
-    columns = {"accuracy": report.percent(), "method again": report.first("method", "")}
+    columns = {"accuracy": report.percent()}
     second = Table("second", ["x"], [[Number(np.float64(0.1))]])
     made = Report(report.table("first", ROWS, columns), "", second)
     found = list(csv.DictReader(io.StringIO(made.csv())))

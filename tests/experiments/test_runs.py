@@ -208,12 +208,6 @@ def test_columns_and_arrays_are_two_ways_to_write_one_table(shape):
         np.testing.assert_array_equal(rows["value"], values[i])
 
 
-def test_tags_come_in_front_and_a_value_finds_its_rows():
-    table = runs.tagged(runs.columns([{"seed": 1}, {"seed": 2, "gamma": 0.5}]), method="F-GR")
-    assert list(table) == ["method", "seed", "gamma"]
-    assert runs.by(table, "seed")[2]["gamma"].tolist() == [0.5]
-
-
 def test_stacked_tables_have_the_columns_of_both_and_nan_is_found_by_nan():
     table = runs.stack({"method": ["SGD"], "seed": [1]}, {"seed": [2, 3], "gamma": [0.5, 0.7]})
     assert table["method"].tolist() == ["SGD", "", ""]
