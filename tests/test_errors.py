@@ -205,9 +205,6 @@ TYPE_ERRORS = {
     "fd_value_and_grad: the parameters has dtype": lambda: by_difference(two.quartic)(
         np.ones(2, np.longdouble)
     ),
-    "make_train_step: the loss must be a function ... NoneType": lambda: gr.make_train_step(
-        None, optax.sgd(0.1)
-    ),
     "regularizer must be an Optax transformation, made by": lambda: train_step(gr.fd_gradreg),
     "optimizer must be an Optax transformation ... optimizer=optax.adam(": lambda: (
         gr.make_train_step(two.mean_square, optax.sgd)
@@ -293,6 +290,7 @@ def test_a_loss_that_is_no_real_scalar_is_described(got):
     calls = {name: lambda name=name: update(make(name, loss)) for name in FAMILIES} | {
         "dbp_gradreg": lambda: update(dbp(has_aux=True), value_fn=loss),
         "fd_value_and_grad": lambda: by_difference(loss)(PARAMS),
+        "regularized_loss": lambda: gr.regularized_loss(loss, two.FD)(PARAMS),
         "dbp_value_and_grad": lambda: by_product(loss)(PARAMS),
         "make_train_step": lambda: two.one_step(lambda p, batch: loss({"a": p})),
         "microbatched": lambda: in_parts(two.BATCH, loss=lambda p, batch: loss({"a": p})),
@@ -422,8 +420,7 @@ def test_aux_that_cannot_leave_a_program_is_named():
 
 def test_a_batch_split_over_two_axes_at_once_is_split_over_their_product():
     explicit = (jax.sharding.AxisType.Explicit,) * 2
-    mesh, spec = jax.make_mesh((1, 1), ("d", "m"), axis_types=explicit), jax.sharding.PartitionSpec
-    for one in (spec(("d", "m"), None), spec("d", "m"), spec(None, "m"), spec()):
-        with jax.set_mesh(mesh):
-            batch = jax.device_put(two.BATCH, jax.sharding.NamedSharding(mesh, one))
-            assert leading_devices(batch) == 1
+    mesh = jax.sharding.AbstractMesh((2, 3), ("d", "m"), axis_types=explicit)
+    for names, devices in {(("d", "m"), None): 6, ("d", "m"): 2, (None, "m"): 1, (): 1}.items():
+        split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
+        assert leading_devices(jax.ShapeDtypeStruct((6, 3), BATCH.dtype, sharding=split)) == devices

@@ -249,25 +249,18 @@ def test_complex_parameters_have_the_gradient_in_the_convention_of_jax(x64):
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(z), 1.3 * np.conj(z), rtol=1e-12)
 
 
-ADDS_STATE = {
-    "momentum behind it": optax.chain(FD, optax.trace(0.9)),
-    "an optimizer": optax.adam(1e-3),
-    "a stateful ascent": gr.fd_gradreg(gamma=0.3, epsilon=0.2, ascent=optax.trace(0.9)),
-}
-
-
-@pytest.mark.parametrize("name", ADDS_STATE)
-def test_a_regularizer_with_more_state_than_a_counter_is_refused(name):
-    with pytest.raises(ValueError, match=r"regularized_loss: .*keeps more state.*optax.chain"):
-        jax.grad(regularized_loss(two.quartic, ADDS_STATE[name]))(two.P)
+@pytest.mark.parametrize(
+    "tx", [optax.chain(FD, optax.trace(0.9)), gr.dbp_gradreg(gamma=0.3, ascent=optax.trace(0.9))]
+)
+def test_a_regularizer_with_more_state_than_a_counter_is_refused(tx):
+    with two.says(ValueError, "regularized_loss: ", "keeps more state", "optax.chain"):
+        jax.grad(regularized_loss(two.quartic, tx))(two.P)
 
 
 WRONG = [  # (arguments of the maker, arguments of the call, the error)
     ({"regularizer": 0.1}, (1.0,), TypeError, "regularized_loss: .*transformation"),
     ({"loss_fn": 3}, (1.0,), TypeError, "regularized_loss: the loss must be a function"),
     ({"has_aux": True}, (1.0,), TypeError, r"must return \(value, aux\)"),
-    ({"loss_fn": lambda p: p}, ([1.0, 2.0],), TypeError, "real scalar"),
-    ({"loss_fn": lambda p: (p.sum(), 1)}, ([1.0],), TypeError, "has_aux=True"),
     ({"argnums": 1}, (1.0,), ValueError, "argnums must be positions of arguments, got 1"),
     ({"argnums": "0"}, (1.0,), TypeError, "argnums must be an integer"),
     ({"argnums": ()}, (1.0,), TypeError, "argnums must be an integer"),
