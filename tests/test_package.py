@@ -1,7 +1,9 @@
 """The package's namespace: public names only, imported on first use."""
 
+import inspect
 import subprocess
 import sys
+import typing
 
 import pytest
 
@@ -13,7 +15,11 @@ def test_every_public_name_is_there_and_no_other_is_listed():
     assert sorted(gradreg_optax.__all__) == gradreg_optax.__all__
     assert set(dir(gradreg_optax)) == {*gradreg_optax.__all__, "__version__"}
     for name in gradreg_optax.__all__:
-        assert getattr(gradreg_optax, name).__name__.endswith(name)
+        public = getattr(gradreg_optax, name)
+        assert public.__name__.endswith(name)
+        if inspect.isfunction(public):  # help() can be read
+            assert len(str(inspect.signature(public))) < 400
+            assert "return" in typing.get_type_hints(public)
     with pytest.raises(AttributeError, match="has no attribute 'fd_gradregs'"):
         _ = gradreg_optax.fd_gradregs
 

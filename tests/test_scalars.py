@@ -1,8 +1,6 @@
 """Numbers, arrays, tracers and schedules are all scalars."""
 
 import functools
-import inspect
-import typing
 
 import jax
 import jax.numpy as jnp
@@ -149,15 +147,6 @@ def test_a_coefficient_of_zero_is_the_plain_gradient(x64, name):
         np.testing.assert_allclose(found, 4 * params**3, rtol=1e-12)
 
 
-PUBLIC = [f for f in map(vars(gr).get, gr.__all__) if inspect.isfunction(f)]
-
-
-@pytest.mark.parametrize("function", PUBLIC)
-def test_help_prints_a_signature_that_can_be_read_and_its_types_resolve(function):
-    assert len(str(inspect.signature(function))) < 400
-    assert "return" in typing.get_type_hints(function)
-
-
 def test_epsilon_and_gamma_at_the_ends_of_float32_are_refused():
     for epsilon in (1e-40, 1e39):
         with says(ValueError, f"fd_gradreg: epsilon must be finite and > 0, got {epsilon}"):
@@ -171,12 +160,12 @@ def test_epsilon_and_gamma_at_the_ends_of_float32_are_refused():
 UNKNOWN = [np.longdouble(1), np.timedelta64(1), np.datetime64("2020"), b"1", [1, [2]], object()]
 
 
-@pytest.mark.parametrize("value", UNKNOWN)
-def test_scalars_that_jax_does_not_know_are_refused(value):
-    with says(TypeError, "fd_gradreg: gamma must be a real number or a schedule"):
-        fd_gradreg(gamma=value, epsilon=0.1)
-    with says(TypeError, "ascent_groups must be a whole number"):
-        two.one_step(ascent_groups=value)
+def test_scalars_that_jax_does_not_know_are_refused():
+    for value in UNKNOWN:
+        with says(TypeError, "fd_gradreg: gamma must be a real number or a schedule"):
+            fd_gradreg(gamma=value, epsilon=0.1)
+        with says(TypeError, "ascent_groups must be a whole number"):
+            two.one_step(ascent_groups=value)
 
 
 @pytest.mark.parametrize("bad", ["0.5", None, 2.5, float("nan"), float("inf"), [2], True])
@@ -195,13 +184,9 @@ FLAGS = {
     "reuse_updates": lambda x: two.updated(two.FD, reuse_updates=x),
     "make_train_step: donate": lambda x: two.one_step(donate=x),
     "fd_gradreg: has_aux": lambda x: fd_gradreg(**two.PENALTY, has_aux=x),
-    "flooding: has_aux": lambda x: gr.flooding(level=0.1, has_aux=x),
     "make_train_step: has_aux": lambda x: two.one_step(has_aux=x),
     "microbatched: has_aux": lambda x: gr.microbatched(two.mean_square, 2, has_aux=x),
     "regularized_loss: has_aux": lambda x: gr.regularized_loss(two.quartic, two.FD, has_aux=x),
-    "fd_value_and_grad: has_aux": lambda x: gr.fd_value_and_grad(
-        two.quartic, **two.PENALTY, has_aux=x
-    ),
 }
 
 

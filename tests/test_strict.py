@@ -28,55 +28,48 @@ def closed(params):
     return loss_fn(params, BATCH)
 
 
-def updates_of(tx, count=1, **extra):
-    """Updates at the same parameters; of two with ``interval=2`` only one is due."""
+def updates_of(tx):
+    """Two updates at the same parameters, of which with ``interval=2`` only one is due."""
     params = jax.tree.map(jnp.asarray, PARAMS)
     value, gradient = jax.value_and_grad(closed)(params)
+    extra = {"value": value, "value_fn": closed, "held_out_fn": lambda p: loss_fn(p, -BATCH)}
     state, results = tx.init(params), []
-    for _ in range(count):
-        updates, state = tx.update(gradient, state, params, value=value, value_fn=closed, **extra)
+    for _ in range(2):
+        updates, state = tx.update(gradient, state, params, **extra)
         results.append(updates)
     return results
 
 
-def steps(count=1, **options):
+def steps(**options):
     init, step = gr.make_train_step(loss_fn, optax.sgd(0.1), donate=False, **options)
-    state = init(PARAMS)
-    for _ in range(count):
-        state, info = step(state, BATCH)
+    state, _ = step(init(PARAMS), BATCH)
+    state, info = step(state, BATCH)
     return state.params, info.loss
 
 
 FD = {"gamma": 0.1, "epsilon": 0.1}
 LAZY = {"interval": 2, "start": 1}
+SCHEDULE = {"gamma": lambda step: 0.1 / (1.0 + step.astype(jnp.float32)), "epsilon": 0.1}
+NUMPY = {"gamma": np.float64(0.1), "epsilon": np.float32(0.1), "interval": np.int64(2)}
+REVERSE = {"mode": "reverse_over_reverse", "interval": 2}
+TRANSFORMATIONS = {
+    "forward": lambda: gr.fd_gradreg(**FD),
+    "backward": lambda: gr.fd_gradreg(**FD, scheme="backward"),
+    "central, lazy": lambda: gr.fd_gradreg(**FD, scheme="central", **LAZY),
+    "schedule": lambda: gr.fd_gradreg(**SCHEDULE),
+    "numpy scalars": lambda: gr.fd_gradreg(**NUMPY),
+    "masked": lambda: gr.fd_gradreg(**FD, ascent=gr.masked({"kernel": True, "out": False})),
+    "momentum": lambda: gr.fd_gradreg(**FD, ascent=optax.trace(0.9)),
+    "dbp": lambda: gr.dbp_gradreg(gamma=0.1),
+    "dbp, reverse, lazy": lambda: gr.dbp_gradreg(gamma=0.1, **REVERSE),
+    "asam, lazy": lambda: gr.asam(rho=0.1, interval=2),
+    "gnp": lambda: gr.gradient_norm_penalty(**FD),
+    "flooding": lambda: gr.flooding(level=10.0),
+    "relative": lambda: gr.relative_gradreg(),
+    "self-tuned": lambda: gr.relative_gradreg(strength=None),
+}
 USES = {
-    "forward": lambda: updates_of(gr.fd_gradreg(**FD)),
-    "backward": lambda: updates_of(gr.fd_gradreg(**FD, scheme="backward")),
-    "central, lazy": lambda: updates_of(gr.fd_gradreg(**FD, scheme="central", **LAZY), 2),
-    "schedules": lambda: updates_of(
-        gr.fd_gradreg(
-            gamma=lambda step: 0.1 / (1.0 + step.astype(jnp.float32)),
-            epsilon=optax.constant_schedule(0.1),
-        )
-    ),
-    "numpy scalars": lambda: updates_of(
-        gr.fd_gradreg(gamma=np.float64(0.1), epsilon=np.float32(0.1), interval=np.int64(2)), 2
-    ),
-    "masked": lambda: updates_of(
-        gr.fd_gradreg(**FD, ascent=gr.masked({"kernel": True, "out": False}))
-    ),
-    "momentum": lambda: updates_of(gr.fd_gradreg(**FD, ascent=optax.trace(0.9)), 2),
-    "dbp": lambda: updates_of(gr.dbp_gradreg(gamma=0.1)),
-    "dbp, reverse, lazy": lambda: updates_of(
-        gr.dbp_gradreg(gamma=0.1, mode="reverse_over_reverse", interval=2), 2
-    ),
-    "asam, lazy": lambda: updates_of(gr.asam(rho=0.1, interval=2), 2),
-    "gnp": lambda: updates_of(gr.gradient_norm_penalty(**FD)),
-    "flooding": lambda: updates_of(gr.flooding(level=10.0)),
-    "relative": lambda: updates_of(gr.relative_gradreg(), 2),
-    "self-tuned": lambda: updates_of(
-        gr.relative_gradreg(strength=None), 2, held_out_fn=lambda p: loss_fn(p, -BATCH)
-    ),
+    **{name: lambda make=make: updates_of(make()) for name, make in TRANSFORMATIONS.items()},
     "fd function": lambda: gr.fd_value_and_grad(loss_fn, **FD)(PARAMS, BATCH),
     "dbp function": lambda: gr.dbp_value_and_grad(loss_fn, gamma=0.1)(PARAMS, BATCH),
     "regularized loss": lambda: jax.value_and_grad(gr.regularized_loss(loss_fn, gr.sam(rho=0.1)))(
@@ -85,7 +78,7 @@ USES = {
     "micro-batches": lambda: jax.value_and_grad(gr.microbatched(loss_fn, 4))(PARAMS, BATCH),
     "train step": lambda: steps(regularizer=gr.sam(rho=0.1)),
     "lazy on a part": lambda: steps(
-        2, regularizer=gr.fd_gradreg(**FD, interval=2), penalty_fraction=0.25
+        regularizer=gr.fd_gradreg(**FD, interval=2), penalty_fraction=0.25
     ),
     "groups": lambda: steps(regularizer=gr.fd_gradreg(**FD), ascent_groups=2),
     "eigenvalue": lambda: curvature.top_hessian_eigenvalue(closed, PARAMS, KEY).value,
