@@ -333,7 +333,8 @@ def _with_step(signature: inspect.Signature) -> tuple[inspect.Signature, bool]:
 
 
 def _check_optimizer(caller: str, nnx: Any, optimizer: Any) -> None:
-    if not isinstance(optimizer, nnx.Optimizer):
+    keeps_model = isinstance(optimizer, getattr(nnx, "ModelAndOptimizer", ()))  # deprecated
+    if keeps_model or not isinstance(optimizer, nnx.Optimizer):
         raise TypeError(
             f"{caller}: the second argument of the step must be an nnx.Optimizer(model, tx,"
             f" wrt=nnx.Param), got {type(optimizer).__name__}. Call step(model, optimizer, ...)."
@@ -370,14 +371,15 @@ def _check_place(caller: str, here: bool, state: optax.OptState, chain: optax.Op
 
 @contextlib.contextmanager
 def _explained(caller: str, clean: Callable[[], Any]) -> Iterator[None]:
-    """Name the caller in an error of the regularizer; ``clean`` raises an error of the loss."""
+    """Name the caller in an error of an update; ``clean`` raises an error of the loss."""
     try:
         yield
     except (TypeError, AttributeError) as error:
         clean()
         raise TypeError(
-            f"{caller}: the regularizer raised an error: {str(error).rstrip('.')}. It needs no"
-            f" loss, because {caller} passes one. Write fd_gradreg(gamma=..., epsilon=...)."
+            f"{caller}: the regularizer or the optimizer raised an error: {str(error).rstrip('.')}."
+            f" The regularizer needs no loss, because {caller} passes one. Write"
+            " fd_gradreg(gamma=..., epsilon=...)."
         ) from error
 
 

@@ -11,6 +11,7 @@ import optax
 
 from gradreg_optax import _validation as validation
 from gradreg_optax._custom_gradient import Rule, StaticPart, with_gradient
+from gradreg_optax._leaves import split
 from gradreg_optax._loss import (
     TransformedLoss,
     accepts,
@@ -20,7 +21,7 @@ from gradreg_optax._loss import (
     with_weight,
 )
 from gradreg_optax._train_step import Call, RegularizedPass, check_once, counting
-from gradreg_optax._types import Argnums, Loss, LossFn, Transformation
+from gradreg_optax._types import Argnums, Loss, LossFn, PyTree, Transformation, Weighted
 
 _CALLER = "regularized_loss"
 
@@ -59,7 +60,9 @@ def regularized_loss(
         calls: with a schedule, ``start`` or ``interval`` > 1 call ``loss(..., step=step)``. A
         regularizer with more state than a counter is an error.
       argnums: the position of the parameters in the signature of ``loss_fn``, or a tuple of
-        positions. With a tuple, the penalty is on the norm of all gradients together.
+        positions. With a tuple, the penalty is on the norm of all gradients together. Leaves of the
+        parameters that are not arrays of real or complex numbers (the functions, integers and
+        Python floats of an Equinox module) are constants.
       has_aux: whether ``loss_fn`` returns ``(value, aux)``.
 
     Returns:
@@ -69,7 +72,7 @@ def regularized_loss(
       ValueError: a regularizer with more state than a counter; a loss that is already regularized;
         an argnums without an argument.
       TypeError: a regularizer that is not an Optax transformation; a missing ``step``; a loss that
-        is not a real scalar; parameters that are not real or complex numbers.
+        is not a real scalar; parameters without real or complex numbers.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -103,19 +106,25 @@ class RegularizedLoss(TransformedLoss):
         """Return the mean with the regularized gradient, its weight and aux."""
         args, kwargs, step = bind_step(_CALLER, self.loss_fn, args, kwargs)
         params, put = arguments_at(_CALLER, self._argnums, args)
+        numbers, whole = split(params, validation.is_parameter)
+        if numbers:
+            params = jax.tree.map(lambda x: x if validation.is_parameter(x) else None, params)
         validation.check_params(_CALLER, params)
         check_once(_CALLER, self.loss_fn, params, jax.eval_shape(self._pass.init, params))
         named = named_arguments(self.loss_fn, args, kwargs, self._argnums)
-        call = Call(lambda params, **_: self._loss(*put(params), **kwargs), (), named)
-        numbers, structure = jax.tree.flatten(params)
-        whole, static = functools.partial(jax.tree.unflatten, structure), StaticPart()
+
+        def loss(params: PyTree, **_: Any) -> tuple[Weighted, Any]:
+            return self._loss(*put(whole(jax.tree.leaves(params))), **kwargs)
+
+        call, static = Call(loss, (), named), StaticPart()
+        tree = functools.partial(jax.tree.unflatten, jax.tree.structure(params))
 
         def plain(numbers: list[Any]) -> tuple[jax.Array, list[jax.Array]]:
-            value, further = call.value_and_more(whole(numbers))
+            value, further = call.value_and_more(tree(numbers))
             return value, static.arrays(further)
 
         def regularized(numbers: list[Any], value: jax.Array, gradients: list[Any]) -> list[Any]:
-            params, gradient = whole(numbers), whole(gradients)
+            params, gradient = tree(numbers), tree(gradients)
             state = counting(_CALLER, self._pass.init(params), step)
             updates, _ = self._pass.regularize(call, params, state, gradient, value=value)
             return jax.tree.leaves(updates)

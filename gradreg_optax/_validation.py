@@ -302,6 +302,11 @@ def is_inexact(leaf: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.inexact)) and dtype.itemsize <= widest
 
 
+def is_parameter(leaf: Any) -> bool:
+    """Whether a leaf is an array of real or complex numbers; a Python number is a constant."""
+    return is_inexact(leaf) and hasattr(leaf, "dtype")
+
+
 def is_traced(value: Any) -> bool:
     """Whether a value is known only when the program runs."""
     return isinstance(value, jax.core.Tracer)

@@ -116,18 +116,16 @@ class Tree(eqx.Module):
 
 
 def of_equinox_module(loss):
-    """``regularized_loss`` of a partitioned module, whose static part is an argument."""
+    """``regularized_loss`` of a module whose leaves are not all arrays of numbers."""
 
-    def of_parts(params, static, *args, **kwargs):
-        model = eqx.combine(params, static)
+    def of_model(model, *args, **kwargs):
         assert (model.word, model.function) == ("word", jnp.tanh)
         return loss({"w": model.w * model.count}, *args, **kwargs)
 
-    ours = gr.regularized_loss(of_parts, FD)
+    ours = gr.regularized_loss(of_model, FD)
 
     def of_params(params, *args, **kwargs):
-        model = Tree(params["w"], "word", jnp.asarray(1), jnp.tanh)
-        return ours(*eqx.partition(model, eqx.is_inexact_array), *args, **kwargs)
+        return ours(Tree(params["w"], "word", jnp.asarray(1), jnp.tanh), *args, **kwargs)
 
     return of_params
 

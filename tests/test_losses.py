@@ -243,6 +243,28 @@ def test_a_weighted_mean_and_a_loss_in_micro_batches_are_losses_like_others():
         close(one, plain)
 
 
+@pytest.mark.parametrize(
+    "way", [regularized_loss, lambda f, _: gr.microbatched(f, 4)], ids=["regularized", "in parts"]
+)
+def test_leaves_that_are_no_arrays_of_numbers_are_constants_as_in_a_module_of_equinox(way):
+    """A Python number stays one: the loss may branch on it."""
+    constants = {"rate": 0.5, "count": jnp.asarray(3), "on": True, "function": jnp.tanh, "no": None}
+
+    def of_module(module, batch):
+        scale = module["count"] * (2.0 if module["on"] and module["rate"] > 0 else 1.0)
+        return module["function"](scale * loss_fn(module["params"], batch))
+
+    def gradient(loss):
+        return jax.jit(jax.grad(lambda params, batch: loss(constants | {"params": params}, batch)))
+
+    @jax.jit
+    def of_params(params, batch):
+        return way(lambda p, b: of_module(constants | {"params": p}, b), FD)(params, batch)
+
+    args = params_of(), batch_of()
+    close(flat(gradient(way(of_module, FD))(*args)), flat(jax.grad(of_params)(*args)))
+
+
 def test_complex_parameters_have_the_gradient_in_the_convention_of_jax(x64):
     z = np.array([1.0 + 2.0j, 0.0, -1.0j])
     loss = regularized_loss(lambda z: jnp.sum(jnp.abs(z) ** 2) / 2, FD)
