@@ -52,11 +52,7 @@ def unit_leaves(gradient, params):
     return jax.tree.map(lambda g: g / jnp.linalg.norm(g), gradient)
 
 
-def of_updates(updates, gradient):
-    return updates
-
-
-def train(tx, steps=STEPS, extra=None, finish=of_updates):
+def train(tx, steps=STEPS, extra=None, finish=lambda updates, gradient: updates):
     """The parameters after a few steps with a transformation of Optax or of ours."""
     params, x = problem()
     extra = {"value_fn": lambda p: loss_fn(p, x)} if extra is None else extra

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from gradreg_optax import Weighted
 from gradreg_optax._numerics import global_norm
 from gradreg_optax.curvature import penalty_scale
+from problems import batch_of, loss_fn, params_of
 
 
 def linear_loss(params, batch):
@@ -20,30 +21,18 @@ def linear_loss(params, batch):
     return jnp.mean(batch @ params)
 
 
-def logistic_loss(params, batch):
-    x, y = batch
-    return jnp.mean(jax.nn.softplus(-y * (jnp.tanh(x @ params["kernel"]) @ params["head"])))
-
-
 compiled_scale = jax.jit(
-    functools.partial(penalty_scale, logistic_loss), static_argnames="penalty_fraction"
+    functools.partial(penalty_scale, loss_fn), static_argnames="penalty_fraction"
 )
-compiled_gradient = jax.jit(jax.grad(logistic_loss))
+compiled_gradient = jax.jit(jax.grad(loss_fn))
 
 
 @given(seed=st.integers(0, 2**16), parts=st.sampled_from([1, 4]), mean=st.floats(0.0, 3.0))
 def test_the_factor_lies_in_the_unit_interval_and_the_whole_gradient_is_the_mean_of_the_parts(
     seed, parts, mean
 ):
-    rng = np.random.default_rng(seed)
-    params = {
-        "kernel": jnp.asarray(rng.normal(size=(3, 5)), jnp.float32),
-        "head": jnp.asarray(rng.normal(size=5), jnp.float32),
-    }
-    batch = (
-        jnp.asarray(mean + rng.normal(size=(16, 3)), jnp.float32),
-        jnp.asarray(rng.choice([-1.0, 1.0], 16), jnp.float32),
-    )
+    params, batch = params_of(seed), batch_of(seed, size=16)
+    batch |= {"y": batch["y"] + mean}
     found = compiled_scale(params, batch, penalty_fraction=1 / parts)
     whole = global_norm(compiled_gradient(params, batch)) ** 2
     # float32 rounding of 16 summed gradients, relative to the larger of the two norms
