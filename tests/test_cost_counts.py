@@ -36,15 +36,11 @@ def convolve(x, kernel):
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=order)
 
 
+DENSE = [(64, 128), (128, 128), (128, 128), (128, 10)]
+CONVOLUTIONAL = [(3, 3, 3, 8), (3, 3, 8, 8), (3, 3, 8, 8), (8, 10)]
 NETWORKS = {
-    "dense": network_of(
-        jnp.matmul, [(64, 128), (128, 128), (128, 128), (128, 10)], jnp.ones((128, 64))
-    ),
-    "convolutional": network_of(
-        convolve,
-        [(3, 3, 3, 8), (3, 3, 8, 8), (3, 3, 8, 8), (8, 10)],
-        jnp.ones((16, 12, 12, 3)),
-    ),
+    "dense": network_of(jnp.matmul, DENSE, jnp.ones((128, 64))),
+    "convolutional": network_of(convolve, CONVOLUTIONAL, jnp.ones((16, 12, 12, 3))),
 }
 
 
