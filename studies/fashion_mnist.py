@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gradreg_optax.experiments.common import CommandError, MissingError
+from gradreg_optax.experiments.common import CommandError
 from gradreg_optax.experiments.data import Array, Dataset, cache, from_arrays
 
 _NAME = "fashion-mnist"
@@ -31,8 +31,7 @@ def load(root: Path | str | None = None) -> Dataset:
         ``~/.cache/gradreg_optax``, into which missing files are downloaded.
 
     Raises:
-      MissingError: the files do not exist and cannot be downloaded.
-      CommandError: a file with unexpected content.
+      CommandError: the files do not exist and cannot be downloaded, or have unexpected content.
     """
     return from_arrays(_NAME, *(_idx(name, root) for name in _MD5), classes=10)
 
@@ -60,7 +59,7 @@ def _find(name: str, root: Path | str | None) -> Path:
             if path.is_file():
                 return path
     if root is not None:
-        raise MissingError(
+        raise CommandError(
             f"{_NAME}: no {name}-ubyte.gz in {', '.join(map(str, folders))}. Put the published"
             " files there, or omit --data-dir."
         )
@@ -75,7 +74,7 @@ def _download(file: str, md5: str) -> Path:
         path = pooch.retrieve(_URL + file, f"md5:{md5}", file, cache() / _NAME, downloader=load)
     except (OSError, ValueError) as error:
         files = ", ".join(f"{name}-ubyte.gz" for name in _MD5)
-        raise MissingError(
+        raise CommandError(
             f"{_NAME}: cannot download {_URL}{file} ({type(error).__name__}). Put {files} into a"
             " directory and pass it as --data-dir (or set $GRADREG_DATA), or install the Debian"
             " package dataset-fashion-mnist."

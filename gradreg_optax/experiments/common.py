@@ -1,17 +1,14 @@
 """Options, errors, checks and the progress bar that the commands share."""
 
 import dataclasses
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 
 class CommandError(Exception):
     """An error of the user: settings, data or files that a command cannot use."""
-
-
-class MissingError(FileNotFoundError, CommandError):
-    """A file that does not exist and cannot be downloaded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,16 +65,7 @@ def at_least(config: Any, least: float, *names: str) -> None:
     Raises:
       CommandError: a value is smaller, or a field with several values is empty.
     """
-    for name in names:
-        values = getattr(config, name)
-        values = values if isinstance(values, tuple) else (values,)
-        if not values:
-            raise CommandError(
-                f"{name} must hold at least one value. Omit --{option(name)} for the default."
-            )
-        for value in values:
-            if value is not None and not least <= value < float("inf"):
-                raise CommandError(f"{name} must be at least {least:g}, got {value:g}.")
+    _check(config, names, lambda value: least <= value < math.inf, f"at least {least:g}")
 
 
 def at_most(config: Any, most: float, *names: str) -> None:
@@ -86,23 +74,29 @@ def at_most(config: Any, most: float, *names: str) -> None:
     Raises:
       CommandError: a value is larger.
     """
-    for name in names:
-        value = getattr(config, name)
-        if value > most:
-            raise CommandError(f"{name} must be at most {most:g}, got {value:g}.")
+    _check(config, names, lambda value: value <= most, f"at most {most:g}")
 
 
 def above_zero(config: Any, *names: str) -> None:
-    """Check that all values of fields are positive.
+    """Check that all values of fields are positive and finite.
 
     Raises:
-      CommandError: a value is not positive, or a field is empty.
+      CommandError: a value is not, or a field with several values is empty.
     """
-    at_least(config, 0, *names)
+    _check(config, names, lambda value: 0 < value < math.inf, "above 0")
+
+
+def _check(config: Any, names: Iterable[str], allowed: Callable[[Any], bool], what: str) -> None:
     for name in names:
         values = getattr(config, name)
-        if 0 in (values if isinstance(values, tuple) else (values,)):
-            raise CommandError(f"{name} must be above 0, got 0.")
+        if values == ():
+            option = name.replace("_", "-")
+            raise CommandError(
+                f"{name} must hold at least one value. Omit --{option} for the default."
+            )
+        for value in values if isinstance(values, tuple) else (values,):
+            if value is not None and not allowed(value):
+                raise CommandError(f"{name} must be {what}, got {value:g}.")
 
 
 def some_of(name: str, values: Iterable[str], known: Iterable[str], remedy: str = "") -> None:
@@ -123,11 +117,6 @@ def settings(config: Any) -> dict[str, Any]:
     presentation = ("output", "redraw", "format")
     fields = dataclasses.asdict(config)
     return {name: value for name, value in fields.items() if name not in presentation}
-
-
-def option(name: str) -> str:
-    """Return the name of a field on the command line."""
-    return name.replace("_", "-")
 
 
 def progress(total: int, what: str, unit: str) -> Any:

@@ -6,19 +6,18 @@ import importlib.metadata
 import os
 import subprocess
 import sys
-import zipfile
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 
-from gradreg_optax.experiments.common import CommandError, MissingError
+from gradreg_optax.experiments import common
+from gradreg_optax.experiments.common import CommandError
 
 Array: TypeAlias = npt.NDArray[Any]
-
-_PARTS = ("x_train", "y_train", "x_test", "y_test")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,17 +93,12 @@ def load(name: str) -> Dataset:
       name: "digits", "mnist1d", or the path of an ``.npz`` file.
 
     Raises:
-      MissingError: the file does not exist.
-      CommandError: an unknown name, or a file with unexpected content.
+      CommandError: an unknown name, or a file that is missing or has unexpected content.
     """
     if name.endswith(".npz"):
         return dataclasses.replace(from_arrays(name, *_npz(Path(name))), name=Path(name).stem)
     readers = {"digits": _digits, "mnist1d": _mnist1d}
-    if name not in readers:
-        raise CommandError(
-            f"unknown data set {name!r}: choose one of {', '.join(map(repr, readers))}, or a path"
-            " to an .npz file."
-        )
+    common.some_of("dataset", [name], readers, " Or pass the path of an .npz file.")
     return readers[name]()
 
 
@@ -130,10 +124,7 @@ def draw(
       CommandError: more samples than there are, or a fraction outside [0, 1].
     """
     if not 0 <= label_noise <= 1:
-        raise CommandError(
-            f"label_noise must be in [0, 1], got {label_noise}: it is a fraction of the training"
-            " samples."
-        )
+        raise CommandError(f"label_noise must be in [0, 1], got {label_noise}.")
     rng = np.random.default_rng([seed, 2023])
     known, held = len(dataset.train_x), len(dataset.test_x)
     if dataset.resplit:
@@ -199,18 +190,15 @@ numpy.savez(sys.argv[1], x_train=x, y_train=made["y"], x_test=x_test, y_test=mad
 
 def _npz(path: Path) -> list[Array]:
     if not path.exists():
-        raise MissingError(f"no file {path}: --dataset takes a name or the path of an .npz file.")
+        raise CommandError(f"no file {path}: --dataset takes a name or the path of an .npz file.")
     try:
         with path.open("rb") as content, np.load(content, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in _PARTS if name in file}
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            return [file[name] for name in ("x_train", "y_train", "x_test", "y_test")]
+    except (OSError, EOFError, LookupError, ValueError, TypeError, BadZipFile, zlib.error) as error:
         raise CommandError(
-            f"{path} is broken or not an .npz file of plain arrays ({error})."
+            f"{path} must be an .npz file of the plain arrays x_train, y_train, x_test and y_test"
+            f" ({error})."
         ) from error
-    missing = [name for name in _PARTS if name not in arrays]
-    if missing:
-        raise CommandError(f"{path} has no {', '.join(missing)}: it must hold {', '.join(_PARTS)}.")
-    return list(arrays.values())
 
 
 def from_arrays(
@@ -238,13 +226,21 @@ def from_arrays(
     """
     arrays = (np.asarray(array) for array in (x_train, y_train, x_test, y_test))
     x_train, y_train, x_test, y_test = arrays
+    most = classes or len(y_train) + len(y_test)
     for part, x, y in (("training", x_train, y_train), ("test", x_test, y_test)):
         if y.ndim != 1 or x.ndim < 2 or len(x) != len(y) or not x.size:
             raise CommandError(
                 f"{name}: {part} inputs of shape {x.shape} and labels of shape {y.shape} do not"
                 " match, or are empty."
             )
-        _check(f"{name}: {part}", x, y, classes or len(y_train) + len(y_test))
+        finite = x.dtype.kind == "f" and np.max(np.abs(x)) <= np.finfo(np.float32).max
+        integers = y.dtype.kind in "iu" and y.min() >= 0 and y.max() < most
+        if not integers or not (finite or x.dtype == np.uint8):
+            raise CommandError(
+                f"{name}: {part} inputs must be uint8 from 0 to 255, or floats that are finite in"
+                f" float32, and labels integers from 0 and below {most}, the number of classes or"
+                f" of all samples. Got {x.dtype} and {y.dtype}."
+            )
     if (x_train.shape[1:], x_train.dtype) != (x_test.shape[1:], x_test.dtype):
         raise CommandError(
             f"{name}: training inputs have shape {x_train.shape[1:]} and type {x_train.dtype}, test"
@@ -256,17 +252,3 @@ def from_arrays(
     classes = classes or int(max(y_train.max(), y_test.max())) + 1
     y_train, y_test = y_train.astype(np.int32), y_test.astype(np.int32)
     return Dataset(name, x_train, y_train, x_test, y_test, classes, scale)
-
-
-def _check(part: str, x: Array, y: Array, classes: int) -> None:
-    finite = x.dtype.kind == "f" and np.max(np.abs(x)) <= np.finfo(np.float32).max
-    if x.dtype != np.uint8 and not finite:
-        raise CommandError(
-            f"{part} inputs must be uint8 from 0 to 255, or floats that are finite in float32, got"
-            f" {x.dtype}."
-        )
-    if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= classes:
-        raise CommandError(
-            f"{part} labels must be integers from 0 and below {classes}, the number of classes or"
-            " of all samples."
-        )

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from gradreg_optax.experiments.common import CommandError
+from gradreg_optax.experiments import common
 
 PyTree: TypeAlias = Any
 Name: TypeAlias = Literal["mlp", "cnn", "resnet"]
@@ -62,9 +62,7 @@ def build(
     """
     if name == "mlp":
         return _mlp(shape, classes, width, depth)
-    if name not in _CONVOLUTIONAL:
-        names = ", ".join(map(repr, ("mlp", *_CONVOLUTIONAL)))
-        raise CommandError(f"unknown model {name!r}: choose one of {names}.")
+    common.some_of("model", [name], ["mlp", *_CONVOLUTIONAL])
     shape = shape if len(shape) > 1 else (*shape, 1)
     convolve = _primitive if primitive else _convolution
     return _CONVOLUTIONAL[name](shape, classes, width, depth, convolve)
@@ -168,7 +166,10 @@ def dense(key: jax.Array, size: int, out: int) -> PyTree:
 
 def affine(layer: PyTree, x: jax.Array) -> jax.Array:
     """Apply a dense layer to the last axis."""
-    y: jax.Array = x @ layer["kernel"]
+    return _biased(layer, x @ layer["kernel"])
+
+
+def _biased(layer: PyTree, y: jax.Array) -> jax.Array:
     return y + jnp.expand_dims(layer["bias"], range(y.ndim - 1))
 
 
@@ -191,7 +192,7 @@ def _primitive(layer: PyTree, x: jax.Array) -> jax.Array:
     kernel = layer["kernel"].reshape(3, 3, x.shape[-1], -1)
     names = ("NHWC", "HWIO", "NHWC")
     y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=names)
-    return y + jnp.expand_dims(layer["bias"], range(y.ndim - 1))
+    return _biased(layer, y)
 
 
 def _pool(x: jax.Array) -> jax.Array:

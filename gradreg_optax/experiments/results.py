@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gradreg_optax.experiments.common import CommandError, MissingError
+from gradreg_optax.experiments.common import CommandError
 
 FILE = "results.json"
 PACKAGES = [Path(__file__).parents[1]]  # the numbers depend on these sources
@@ -56,13 +56,12 @@ def load(path: Path, command: str | None = None) -> dict[str, Any]:
       command: last word of the command that must have computed them; any by default.
 
     Raises:
-      MissingError: there is no file.
-      CommandError: the file is broken or of another command.
+      CommandError: the file is missing, broken or of another command.
     """
     path = path / FILE if path.is_dir() else path
     remedy = "Run the command without --redraw"
     if not path.exists():
-        raise MissingError(f"no results at {path}. {remedy} first.")
+        raise CommandError(f"no results at {path}. {remedy} first.")
     try:
         document = read(path)
         made, results = document["command"], dict(document["results"])

@@ -21,8 +21,6 @@ import optax
 import gradreg_optax as gr
 from gradreg_optax import curvature
 from gradreg_optax.experiments import common, data, models
-from gradreg_optax.experiments.common import CommandError
-from gradreg_optax.experiments.data import Array
 from gradreg_optax.experiments.models import Model, PyTree
 
 Transformation: TypeAlias = optax.GradientTransformation
@@ -30,7 +28,7 @@ Pool: TypeAlias = tuple[jax.Array, jax.Array]  # all inputs and all labels of th
 Metrics: TypeAlias = Callable[
     ["Problem", PyTree, jax.Array, data.Split, Pool], dict[str, jax.Array]
 ]  # (problem, params, seed, split, pool) of one lane -> its metrics, including "diverged"
-Seeds: TypeAlias = Sequence[int] | Array
+Seeds: TypeAlias = Sequence[int] | data.Array
 Progress: TypeAlias = Callable[[int], Any]  # called with a number of completed steps
 OptimizerName: TypeAlias = Literal["sgd", "momentum", "adam", "adamw"]
 OPTIMIZERS: dict[str, Callable[[Any], Transformation]] = {
@@ -145,7 +143,7 @@ class Recipe:
         if not callable(self.optimizer):
             common.some_of("optimizer", [self.optimizer], OPTIMIZERS)
         if not isinstance(self.model, str) and list(map(callable, self.model)) != [True, True]:
-            raise CommandError(
+            raise common.CommandError(
                 f"model must be a name or a pair of functions (init, apply), got {self.model}."
             )
 
@@ -190,7 +188,7 @@ class Problem:
         self.drawn = len(data.draw(dataset, 0, recipe.train_size, recipe.test_size).train)
         self.size = self.drawn - recipe.held_out
         if recipe.batch_size > self.size:
-            raise CommandError(
+            raise common.CommandError(
                 f"batch_size must be at most {self.size}, the number of training samples, got"
                 f" {recipe.batch_size}."
             )
@@ -224,7 +222,7 @@ class Problem:
 
     def measure(
         self, params: PyTree, seeds: jax.Array, split: data.Split, metrics: Metrics | None = None
-    ) -> dict[str, Array]:
+    ) -> dict[str, data.Array]:
         """Return the metrics of all lanes, NaN for diverged runs.
 
         The lanes are measured one after another to save memory.
@@ -330,7 +328,7 @@ class Trainer:
         seeds: Seeds,
         advanced: Progress = lambda steps: None,
         metrics: Metrics | None = None,
-    ) -> dict[str, Array]:
+    ) -> dict[str, data.Array]:
         """Train one run per lane.
 
         Args:
@@ -414,10 +412,10 @@ class Trainer:
         batch = (x if dataset.tokens else x.astype(jnp.float32)), y
         return state, batch, batch if self._uses_held_out else None
 
-    def _lanes(self, settings: Mapping[str, Any], seeds: Array) -> dict[str, jax.Array]:
+    def _lanes(self, settings: Mapping[str, Any], seeds: data.Array) -> dict[str, jax.Array]:
         expected, given = set(self.method.settings), set(settings) - {"interval"}
         if expected != given:
-            raise CommandError(
+            raise common.CommandError(
                 f"{self.method.label} needs settings for {sorted(expected)}, got {sorted(given)}."
             )
         lanes = {name: _setting(name, value) for name, value in settings.items()}
@@ -461,8 +459,7 @@ class Trainer:
             return jax.vmap(one)(states, lanes, splits, rows)
 
         end = jnp.minimum(first + _CHUNK, self._recipe.steps)
-        last: gr.TrainState = jax.lax.fori_loop(first, end, advance, states)
-        return last
+        return jax.lax.fori_loop(first, end, advance, states)
 
 
 def _shuffles(seed: jax.Array, epochs: jax.Array, samples: int) -> jax.Array:
@@ -486,7 +483,7 @@ def _model(dataset: data.Dataset, recipe: Recipe) -> Model:
     shape = jax.eval_shape(lambda key, x: apply(init(key), x), jax.random.key(0), x).shape
     expected = (*dataset.train_y.shape[1:], dataset.classes)
     if shape != (2, *expected):
-        raise CommandError(
+        raise common.CommandError(
             f"model must return logits of shape (batch, {', '.join(map(str, expected))}), got"
             f" {shape} for a batch of 2 inputs of shape {dataset.shape}."
         )

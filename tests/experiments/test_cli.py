@@ -110,7 +110,10 @@ def test_a_wrong_command_line_is_refused_with_a_remedy(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sweep", "--dataset", "imagenet"], "gradreg sweep: unknown data set 'imagenet'"),
+        (
+            ["sweep", "--dataset", "imagenet"],
+            "gradreg sweep: dataset must be some of digits, mnist1d, got im",
+        ),
         (
             ["sweep", "--batch-size", "500"],
             "gradreg sweep: batch_size must be at most 300, the numb",

@@ -88,9 +88,9 @@ OWN |= {"x_test": np.ones((2, 3)), "y_test": np.arange(2)}
         ({"x_train": np.ones((0, 3)), "y_train": np.arange(0)}, "or are empty"),
         ({"x_train": np.ones((5, 0))}, "or are empty"),
         ({"x_train": np.float64(1.0)}, "do not match"),
-        ({"y_test": np.array([0.5, 1.5])}, "test labels must be integers from 0"),
-        ({"y_train": np.array([-1, 0, 1, 2, 3])}, "training labels must be integers from 0"),
-        ({"y_train": np.array([0, 1, 2, 3, 2**63], np.uint64)}, "training labels must be integers"),
+        ({"y_test": np.array([0.5, 1.5])}, "test inputs .* labels integers from 0"),
+        ({"y_train": np.array([-1, 0, 1, 2, 3])}, "training inputs .* labels integers from 0"),
+        ({"y_train": np.array([0, 1, 2, 3, 2**63], np.uint64)}, "labels integers from 0"),
         ({"y_train": np.array([0, 1, 2, 3, 7])}, "and below 7, the number of classes or of all"),
         ({"x_train": np.ones((5, 3), np.uint8)}, "type uint8, test inputs .* float64"),
         ({"x_train": np.ones((5, 3), np.uint16)}, "must be uint8 from 0 to 255, or floats"),
@@ -98,8 +98,11 @@ OWN |= {"x_test": np.ones((2, 3)), "y_test": np.arange(2)}
         ({"x_train": np.full((5, 3), np.nan)}, "that are finite in float32"),
         ({"x_test": np.full((2, 3), 1e300)}, "that are finite in float32"),
         ({"x_test": np.ones((2, 4))}, r"training inputs have shape \(3,\) .* inputs \(4,\)"),
-        ({"y_train": None}, "has no y_train"),
-        ({"y_train": np.array([0, "a", 1, 2, 3], object)}, "not an .npz file of plain arrays"),
+        ({"y_train": None}, "y_train is not a file"),
+        (
+            {"y_train": np.array([0, "a", 1, 2, 3], object)},
+            "must be an .npz file of the plain arrays",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_by_its_name(tmp_path, change, message):

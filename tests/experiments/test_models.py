@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from gradreg_optax.experiments import models
-from gradreg_optax.experiments.common import CommandError
 
 
 @pytest.mark.parametrize(
@@ -98,8 +97,3 @@ def test_an_mlp_has_the_given_sizes_and_outputs_of_order_one():
     assert [layer["kernel"].shape for layer in params] == [(64, 64), (64, 10)]
     logits = apply(params, np.random.default_rng(0).normal(size=(50, 8, 8, 1)))
     assert 0.3 < np.std(logits) < 1
-
-
-def test_an_unknown_network_is_named():
-    with pytest.raises(CommandError, match="unknown model 'vit': choose one of 'mlp', 'cnn', 'res"):
-        models.build("vit", (8, 8, 1), 10)

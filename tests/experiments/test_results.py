@@ -107,7 +107,7 @@ def test_a_full_disk_is_an_error_and_leaves_no_file(tmp_path, monkeypatch):
 
 
 def test_a_second_save_replaces_the_first_and_leaves_nothing_else(tmp_path):
-    with pytest.raises(FileNotFoundError, match="Run the command without --redraw first"):
+    with pytest.raises(CommandError, match="Run the command without --redraw first"):
         results.load(tmp_path)
     for value in (1, 2):
         results.save(tmp_path, "test", Config(), {"a": value})

@@ -131,7 +131,7 @@ def test_a_changed_file_uses_no_stale_part(tmp_path, pretended):
         ({"gammas": (1.0, float("nan"))}, "gammas must be at least 0, got nan"),
         ({"gammas": ()}, "gammas must hold at least one value"),
         ({"epsilons": (0.0,)}, "epsilons must be above 0"),
-        ({"rhos": (-0.1,)}, "rhos must be at least 0, got -0.1"),
+        ({"rhos": (-0.1,)}, "rhos must be above 0, got -0.1"),
         ({"penalty_fraction": 0.0}, "penalty_fraction must be above 0"),
         ({"penalty_fraction": 1.5}, "penalty_fraction must be at most 1, got 1.5"),
         ({"methods": ()}, "methods must be some of SGD, .*, got none"),

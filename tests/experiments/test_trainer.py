@@ -102,7 +102,7 @@ def test_settings_of_another_method_are_refused(settings, forward):
     [
         ({"steps": 0}, "steps must be at least 1"),
         ({"optimizer": "lion"}, "optimizer must be some of sgd, momentum, adam, adamw, got lion"),
-        ({"model": "vit"}, "unknown model 'vit'"),
+        ({"model": "vit"}, "model must be some of mlp, cnn, resnet, got vit"),
         ({"model": (jnp.sin,)}, r"a pair of functions \(init, apply\)"),
         ({"model": (jnp.sin, "mlp")}, r"a pair of functions \(init, apply\)"),
         ({"model": (lambda key: 0.0, lambda p, x: x)}, r"logits of shape \(batch, 10\), got"),

@@ -122,7 +122,7 @@ def test_the_share_of_the_gain_is_one_for_the_full_penalty_and_zero_for_the_plai
         ({"fractions": (0.25,)}, "must begin with 1"),
         ({"intervals": (4, 1)}, "must begin with 1"),
         ({"fractions": (1.0, 2.0)}, "must be at most 1"),
-        ({"fractions": (1.0, -0.5)}, "fractions must be at least 0, got -0.5"),
+        ({"fractions": (1.0, -0.5)}, "fractions must be above 0, got -0.5"),
         ({"gammas": ()}, "gammas must hold at least one value"),
         ({"epsilon": 0.0}, "epsilon must be above 0"),
         ({"optimizers": ()}, "optimizers must not be empty"),
