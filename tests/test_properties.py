@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from gradreg_optax import (
     asam,
     checking,
-    curvature,
     dbp_gradreg,
     dbp_value_and_grad,
     fd_gradreg,
@@ -35,7 +34,7 @@ from gradreg_optax import (
     sam,
 )
 
-CASES = int(os.environ.get("GRADREG_CASES", "18")) // 6  # over six theorems
+CASES = int(os.environ.get("GRADREG_CASES", "12")) // 4  # over four theorems
 MODES = [mode for mode in os.environ.get("GRADREG_MODE", "").split(",") if mode]
 cases = hypothesis.settings(max_examples=max(CASES, 1))
 SIZE = 4  # of a batch
@@ -212,14 +211,19 @@ def test_a_transformation_is_its_formula_on_the_updates_it_takes(
 
 
 @cases
-@given(problems, settings, st.integers(0, 1), st.booleans())
-def test_gradient_functions_and_losses_are_that_formula_too(problem, case, argnum, has_aux):
-    def loss_fn(*args):
+@given(problems, settings, st.integers(0, 1), st.booleans(), st.sampled_from([1, 2, 4]))
+@hypothesis.example(Waves([(3,), ()], 0), DIFFERENCE, 0, True, 4)
+@hypothesis.example(Waves([(2, 2)], 1), PRODUCT, 0, False, 2)
+def test_gradient_functions_and_losses_are_that_formula_too(problem, case, argnum, has_aux, count):
+    """In micro-batches as well, where the batch is the second argument."""
+
+    def whole_loss(*args):
         params, batch = args[argnum], args[1 - argnum]
         value = problem.loss_fn(params, batch)
         return (value, {"batch": batch}) if has_aux else value
 
     with environment():
+        loss_fn = whole_loss if argnum else microbatched(whole_loss, count, has_aux=has_aux)
         args = [problem.params, problem.phases][:: 1 if argnum == 0 else -1]
         options = {"argnums": argnum, "has_aux": has_aux}
         expected = problem.gradient(problem.x) + case.correction(problem, problem.x)
@@ -262,17 +266,6 @@ def test_a_train_step_is_its_formula_in_parts_and_groups(problem, case, groups, 
 
 
 @cases
-@given(problems, settings, st.sampled_from([1, 2, 4]))
-def test_micro_batches_change_no_formula(problem, case, count):
-    with environment():
-        loss = regularized_loss(microbatched(problem.loss_fn, count), case.make())
-        value, gradient = jax.jit(jax.value_and_grad(loss))(problem.params, problem.phases)
-        expected = problem.gradient(problem.x) + case.correction(problem, problem.x)
-        close(value, [problem.value(problem.x)])
-        close(gradient, expected, case.gamma / case.epsilon)
-
-
-@cases
 @given(problems, st.floats(0.0, 1.0), st.floats(-5.0, 5.0))
 def test_the_relative_penalty_has_its_share_and_flooding_its_sign(problem, strength, level):
     @jax.jit
@@ -289,34 +282,3 @@ def test_the_relative_penalty_has_its_share_and_flooding_its_sign(problem, stren
         close(added, [strength * np.linalg.norm(g)], 10 * np.linalg.norm(g))
         hypothesis.assume(abs(problem.value(problem.x) - level) > 1e-3)
         close(flooded, np.sign(problem.value(problem.x) - level) * g)
-
-
-@cases
-@given(problems, st.floats(-1.0, 1.0), st.floats(0.05, 1.0), st.integers(0, 9))
-def test_curvature_is_that_of_the_dense_hessian(problem, rho, epsilon, seed):
-    @jax.jit
-    def measured(params, key):
-        value_fn = problem.value_fn
-        return {
-            "product": curvature.hessian_vector_product(value_fn, params, params),
-            "top": curvature.top_hessian_eigenvalue(value_fn, params, key, num_matvecs=12),
-            "trace": curvature.hessian_trace(value_fn, params, key, num_samples=8),
-            "sharpness": curvature.perturbed_sharpness(value_fn, params, rho),
-            "difference": curvature.difference_error(value_fn, params, epsilon),
-        }
-
-    with environment():
-        found, x = measured(problem.params, jax.random.key(seed)), problem.x
-        hessian, g = problem.hessian(x), problem.gradient(x)
-        close(found["product"], hessian @ x, 10)
-        close(found["top"].value, [np.linalg.eigvalsh(hessian)[-1]], 10)
-        mean, error = found["trace"]
-        # eight samples: Student's t with seven degrees of freedom, p = 1e-6
-        off = 12 * float(error) + 1e-2 + 4 * np.linalg.norm(hessian - np.diag(np.diag(hessian)))
-        assert abs(float(mean) - np.trace(hessian)) <= off
-        close(found["sharpness"], [problem.value(x + rho * unit(g)) - problem.value(x)], 10)
-        difference = (problem.gradient(x + epsilon * g) - g) / epsilon
-        size = np.linalg.norm(hessian @ g)
-        hypothesis.assume(size > 1e-2)
-        error = np.linalg.norm(difference - hessian @ g) / size
-        close(found["difference"].relative_error, [error], 10)

@@ -5,10 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from gradreg_optax import fd_gradreg, normalized
+from gradreg_optax import normalized
 from problems import (
     GRADIENT_FUNCTIONS,
     REGULARIZERS,
@@ -44,34 +43,6 @@ def test_reuse_updates_false_adds_the_penalty_to_whatever_comes_in(x64, name, op
     for given, updated in updates:
         # rounding over epsilon
         np.testing.assert_allclose(flat(updated) - flat(given), expected, atol=1e-12)
-
-
-def test_reuse_updates_false_repairs_a_regularizer_that_is_not_first(x64):
-    firsts = [optax.clip_by_global_norm(0.1), optax.add_decayed_weights(0.5), optax.trace(0.9)]
-    options = {"gamma": 0.5, "epsilon": 0.1}
-
-    @jax.jit
-    def repaired(params, batch):
-        gradient = jax.grad(loss_fn)(params, batch)
-        own = fd_gradreg(loss_fn, **options, reuse_updates=False)
-        found = [
-            (
-                update_of(optax.chain(first, own), gradient, params, batch=batch),
-                update_of(first, gradient, params),
-            )
-            for first in firsts
-        ]
-        return (
-            gradient,
-            update_of(fd_gradreg(loss_fn, **options), gradient, params, batch=batch),
-            found,
-        )
-
-    gradient, penalised, found = repaired(params_of(), batch_of())
-    for updates, clean in found:
-        # rounding over epsilon
-        expected = flat(clean) + flat(penalised) - flat(gradient)
-        np.testing.assert_allclose(flat(updates), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["fd central", "dbp forward_over_reverse", "asam"])
