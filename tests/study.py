@@ -1,8 +1,9 @@
 """What every module of ``studies`` keeps; ``tests/studies/conftest.py`` runs a small one."""
 
+import numpy as np
 import pytest
 
-from gradreg_optax.experiments import results
+from gradreg_optax.experiments import data, results, runs
 from gradreg_optax.experiments.trainer import Trainer
 
 
@@ -30,6 +31,43 @@ class Study:
         assert [label for label in self.rows if f"\n{label}  " not in text] == []
         (path,) = self.study.plot(found, tmp_path)
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+class TunedStudy(Study):
+    """Tests of a study with tuning seeds.
+
+    Attributes:
+      roles: of the tuning runs, and of those with the best setting.
+      among: the columns that name what is tuned separately.
+      setting: the column of the setting.
+    """
+
+    roles = "choose", "report"
+    among: tuple[str, ...]
+    setting = "value"
+
+    def test_settings_are_the_best_of_the_tuning_seeds_and_evaluated_on_others(self, found):
+        tried, reported = (runs.select(found["runs"], role=role) for role in self.roles)
+        assert not set(tried["seed"]) & set(reported["seed"])
+        tuned = 0
+        for names, rows in runs.groups(reported, *self.among):
+            assert rows["seed"].tolist() == [0, 1]
+            where = dict(zip(self.among, names, strict=True))
+            best = runs.best(runs.select(tried, **where), self.setting)
+            if best:
+                tuned += 1
+                assert set(rows[self.setting]) == {best[self.setting]}
+        assert tuned
+
+
+def images(train, test):
+    """A data set of random images, as many of each class."""
+    draws = np.random.default_rng(0)
+
+    def part(size):
+        return draws.integers(0, 256, (size, 28, 28), np.uint8), np.arange(size) % 10
+
+    return data.from_arrays("made up", *part(train), *part(test), classes=10)
 
 
 def patched(*changes):
