@@ -167,10 +167,9 @@ def test_accumulation_around_us_takes_the_loss_of_the_last_micro_batch(x64):
 
 def test_conditionally_transform_evaluates_only_when_it_fires(counter):
     loss, params, batch = counter.wrap(loss_fn), params_of(), batch_of()
-    tx = optax.conditionally_transform(
-        fd_gradreg(loss, gamma=0.3, epsilon=0.2), lambda step: step % 3 == 0
-    )
-    update, state = jax.jit(lambda s: tx.update(params, s, params, batch=batch)), tx.init(params)
+    tx = optax.conditionally_transform(fd, lambda step: step % 3 == 0)
+    value_fn, state = lambda p: loss(p, batch), tx.init(params)
+    update = jax.jit(lambda s: tx.update(params, s, params, value_fn=value_fn))
     for _ in range(4):
         _, state = update(state)
     assert counter.read()[1] == 2

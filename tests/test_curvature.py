@@ -184,16 +184,12 @@ def square(p):
 
 
 ONE, ONES, ZEROS = jnp.asarray(1.0), jnp.ones(3), jnp.zeros(3)
+SLOPES = jnp.asarray([1.0, 1e-9, 0.0, -1e-9])
 DIFFERENCES = {  # (loss, parameters, epsilon, scheme), (relative error, share that does not move)
     "x^3 / 3 at 1: 2 + epsilon for 2": ((lambda x: x**3 / 3, ONE, 0.5), (0.25, 0)),
-    "absolute where the product is zero: 3 (epsilon g)^2 / epsilon": (
-        (lambda p: p + p**3, jnp.zeros([]), 0.1),
-        (0.3, 0),
-    ),
-    "two of the three with a gradient": (
-        (lambda p: jnp.sum(jnp.asarray([1.0, 1e-9, 0.0, -1e-9]) * p), jnp.ones(4), 0.1),
-        (0, 2 / 3),
-    ),
+    # 3 (epsilon g)^2 / epsilon
+    "absolute where the product is zero": ((lambda p: p + p**3, 0 * ONE, 0.1), (0.3, 0)),
+    "two of three with a gradient": ((lambda p: p @ SLOPES, jnp.ones(4), 0.1), (0, 2 / 3)),
     "a difference of nothing": ((square, ONES.astype(jnp.bfloat16), 1e-4), (1, 1)),
     "the only parameter": ((square, ONE, 1e-12), (1, 1)),
     "no gradient": ((square, ZEROS, 0.1), (0, 0)),

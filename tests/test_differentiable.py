@@ -13,24 +13,16 @@ import optax
 import pytest
 
 import gradreg_optax as gr
-from problems import batch_of, loss_fn, params_of
+from problems import REGULARIZERS, batch_of, loss_fn, params_of
 
 RATE, STEPS, STEP = 0.1, 2, 1e-5
-families = {
-    "forward": lambda gamma: gr.fd_gradreg(gamma=gamma, epsilon=0.1),
-    "backward": lambda gamma: gr.fd_gradreg(gamma=gamma, epsilon=0.1, scheme="backward"),
-    "central": lambda gamma: gr.fd_gradreg(gamma=gamma, epsilon=0.1, scheme="central"),
-    "product": lambda gamma: gr.dbp_gradreg(gamma=gamma),
-    "product, reverse": lambda gamma: gr.dbp_gradreg(gamma=gamma, mode="reverse_over_reverse"),
-    "sam": lambda gamma: gr.sam(rho=gamma),
-    "asam": lambda gamma: gr.asam(rho=gamma),
-    "gnp": lambda gamma: gr.gradient_norm_penalty(gamma=gamma, epsilon=0.1),
+OTHERS = {
     "momentum": lambda gamma: gr.fd_gradreg(gamma=gamma, epsilon=0.1, ascent=optax.trace(0.9)),
     "lazy": lambda gamma: gr.fd_gradreg(gamma=gamma, epsilon=0.1, interval=2),
     "relative": lambda gamma: gr.relative_gradreg(strength=gamma),
     "flooding": lambda gamma: gr.flooding(level=0.01),
 }
-each_family = pytest.mark.parametrize("name", families)
+each_family = pytest.mark.parametrize("name", [*REGULARIZERS, *OTHERS])
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +30,14 @@ def _in_float64(x64):
     """The mathematics, not the rounding."""
 
 
-def adapted(make, params, gamma):
+def family(name, gamma):
+    strength = "rho" if name in ("sam", "asam") else "gamma"
+    return OTHERS[name](gamma) if name in OTHERS else REGULARIZERS[name](**{strength: gamma})
+
+
+def adapted(tx, params):
     """The parameters after an inner training of a few steps, in ``scan``."""
-    tx, batch = make(gamma), batch_of()
+    batch = batch_of()
 
     def step(carry, _):
         params, state = carry
@@ -54,7 +51,7 @@ def adapted(make, params, gamma):
 
 def adapted_loss(name, params, gamma):
     """What meta-learning descends: another loss of the adapted parameters."""
-    return loss_fn(adapted(families[name], params, gamma), batch_of(7))
+    return loss_fn(adapted(family(name, gamma), params), batch_of(7))
 
 
 def along(function, point, direction):
@@ -94,7 +91,9 @@ def test_the_derivative_through_a_training_in_the_initial_parameters_and_in_gamm
         assert_close(found, numerical)
 
 
-@pytest.mark.parametrize("name", [pytest.param("forward", marks=pytest.mark.slow), "product"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("fd forward", marks=pytest.mark.slow), "dbp forward_over_reverse"]
+)
 def test_it_may_be_done_twice(name):
     """The Hessian of the adapted loss times a vector, forward over reverse."""
     params, vector = params_of(), random_like(params_of(), seed=2)
@@ -133,12 +132,12 @@ def test_jacfwd_and_jacrev_of_a_gradient_function_agree_with_numbers(name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("central", marks=pytest.mark.slow), "product", "sam"]
+    "name", [pytest.param("fd central", marks=pytest.mark.slow), "dbp forward_over_reverse", "sam"]
 )
 def test_the_gradient_of_a_regularized_loss_may_be_differentiated_in_reverse(name):
     """Its own derivative, once more: of a training on it, in the initial parameters."""
     params, batch = params_of(), batch_of()
-    loss = gr.regularized_loss(loss_fn, families[name](0.2))
+    loss = gr.regularized_loss(loss_fn, family(name, 0.2))
 
     def outer(params):
         def step(params, _):

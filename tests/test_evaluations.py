@@ -9,19 +9,9 @@ import problems
 from problems import REGULARIZERS, batch_of, flat, loss_fn, params_of
 
 
-@pytest.mark.parametrize(
-    ("name", "reuse"),
-    [
-        ("fd forward", True),
-        ("fd central", False),
-        ("dbp forward_over_reverse", True),
-        ("dbp reverse_over_reverse", False),
-        ("sam", False),
-    ],
-)
-def test_gradients_per_update_are_those_of_the_table_and_skipped_updates_cost_none(
-    counter, name, reuse
-):
+@pytest.mark.parametrize("name", [name for name in REGULARIZERS if name not in ("asam", "gnp")])
+def test_gradients_per_update_are_those_of_the_table_and_skipped_updates_cost_none(counter, name):
+    reuse = name in ("fd forward", "dbp forward_over_reverse")
     params, batch, interval = params_of(), batch_of(), 3
     tx = REGULARIZERS[name](counter.wrap(loss_fn), interval=interval, reuse_updates=reuse)
     gradient = jax.grad(loss_fn)(params, batch)
