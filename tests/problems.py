@@ -39,6 +39,11 @@ def params_of(seed=1, dtype=None):
     }
 
 
+def convolve(x, kernel):
+    order = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=order)
+
+
 def add(a, b, scale=1.0):
     return jax.tree.map(lambda x, y: x + scale * y, a, b)
 

@@ -13,7 +13,7 @@ import pytest
 
 from gradreg_optax import curvature, dbp_gradreg, fd_gradreg, make_train_step, microbatched
 from gradreg_optax._convolutions import canonical_convolutions
-from problems import flat
+from problems import convolve, flat
 
 on_cpu = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="the slow path is the CPU backend's"
@@ -24,11 +24,6 @@ PARAMS = {
     "second": jnp.linspace(1.0, -1.0, 9 * 64).reshape(3, 3, 8, 8),
 }
 BATCH = jnp.sin(jnp.arange(8 * 6 * 6 * 2.0)).reshape(8, 6, 6, 2)
-
-
-def convolve(x, kernel):
-    order = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=order)
 
 
 def loss_fn(params, batch):
@@ -89,9 +84,7 @@ def eigenvalue(params, batch):
 LAZY = {"gamma": 0.1, "interval": 4}
 PROGRAMS = {
     "lazy product": lambda: step_of(dbp_gradreg(**LAZY)),
-    "lazy, in micro-batches": lambda: step_of(
-        fd_gradreg(epsilon=0.1, **LAZY), microbatched(loss_fn, 4)
-    ),
+    "lazy, in parts": lambda: step_of(fd_gradreg(epsilon=0.1, **LAZY), microbatched(loss_fn, 4)),
     "eigenvalue": lambda: compiled(eigenvalue, PARAMS, BATCH),
 }
 

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import gradreg_optax as gr
-from problems import update_of
+from problems import convolve, update_of
 
 # Everything beyond the gradients (the perturbation, the difference, the norm) touches each
 # parameter a few times, while a gradient touches it several times for each sample of the batch: 2%
@@ -29,11 +29,6 @@ def network_of(layer, shapes, x):
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
     return loss_fn, kernels, (x, jnp.zeros(len(x), int))
-
-
-def convolve(x, kernel):
-    order = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=order)
 
 
 DENSE = [(64, 128), (128, 128), (128, 128), (128, 10)]

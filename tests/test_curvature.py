@@ -44,10 +44,6 @@ def quadratic(hessian):
     return lambda x: x @ jnp.asarray(hessian) @ x / 2
 
 
-def unit(gradient):
-    return gradient / np.linalg.norm(gradient)
-
-
 def every_measure(loss, params, vector):
     """Each measure once, as one program."""
     return {
@@ -73,8 +69,9 @@ def test_every_measure_is_that_of_the_dense_derivatives_and_the_same_in_vmap(x64
         value, residual = found["top"]
         np.testing.assert_allclose(value, np.linalg.eigvalsh(hessian)[-1], rtol=1e-12)
         assert residual < 1e-11  # rounding of the iteration over the whole space
+        unit = gradient / np.linalg.norm(gradient)
         for rho, rise in zip(RADII, found["sharpness"], strict=True):
-            shifted = ravel_pytree(params)[1](flat(params) + rho * unit(gradient))
+            shifted = ravel_pytree(params)[1](flat(params) + rho * unit)
             np.testing.assert_allclose(rise, value_of(shifted) - value_of(params), rtol=1e-12)
         for a, b in zip(*map(jax.tree.leaves, (together, found)), strict=True):
             # residuals are rounding themselves

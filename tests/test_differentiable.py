@@ -22,7 +22,6 @@ OTHERS = {
     "relative": lambda gamma: gr.relative_gradreg(strength=gamma),
     "flooding": lambda gamma: gr.flooding(level=0.01),
 }
-each_family = pytest.mark.parametrize("name", [*REGULARIZERS, *OTHERS])
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +68,7 @@ def assert_close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
 
 
-@each_family
+@pytest.mark.parametrize("name", [*REGULARIZERS, *OTHERS])
 @pytest.mark.slow
 def test_the_derivative_through_a_training_in_the_initial_parameters_and_in_gamma(name):
     """MAML and learnt strengths: reverse mode and forward mode, against numbers."""
