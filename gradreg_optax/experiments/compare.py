@@ -72,13 +72,7 @@ TASKS = {
 # A scan of the signed ascent step at one gamma: B-GR is negative, DB zero, F-GR positive.
 SIGNED_ON, COMMON_GAMMA = "digits", 3.0
 SIGNED_EPSILON = (-1.0, -0.3, 0.0, 0.3, 1.0, 3.0)
-PAIRS = (
-    ("F-GR", "DB"),
-    ("F-GR", "SAM"),
-    ("lazy F-GR", "F-GR"),
-    ("relative", "SAM"),
-    ("self-tuned", "SGD"),
-)
+PAIRS = {"F-GR": ["DB", "SAM"], "lazy F-GR": ["F-GR"], "relative": ["SAM"], "self-tuned": ["SGD"]}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -202,13 +202,7 @@ def _npz(path: Path) -> list[Array]:
 
 
 def from_arrays(
-    name: str,
-    x_train: Array,
-    y_train: Array,
-    x_test: Array,
-    y_test: Array,
-    *,
-    classes: int | None = None,
+    name: str, x_train: Array, y_train: Array, x_test: Array, y_test: Array, *, classes: int = 0
 ) -> Dataset:
     """Make a data set from arrays.
 
@@ -219,7 +213,7 @@ def from_arrays(
       y_train: training labels, integers from 0, shape (samples,).
       x_test: test inputs, of the same type and shape.
       y_test: test labels.
-      classes: number of classes, by default one more than the largest label.
+      classes: number of classes; by default (0) one more than the largest label.
 
     Raises:
       CommandError: inconsistent arrays.

@@ -9,20 +9,9 @@ from matplotlib.figure import Figure
 
 from gradreg_optax.experiments import statistics
 
-COLORS = {
-    "SGD": "#7f7f7f",
-    "DB": "#1f77b4",
-    "B-GR": "#9467bd",
-    "C-GR": "#17becf",
-    "F-GR": "#d62728",
-    "SAM": "#ff7f0e",
-    "ASAM": "#8c564b",
-    "GNP": "#bcbd22",
-    "relative": "#e377c2",
-    "flooding": "#2ca02c",
-    "lazy F-GR": "#a50f15",
-    "self-tuned": "#c51b8a",
-}
+_CYCLE = ("DB", "SAM", "flooding", "F-GR", "B-GR", "ASAM", "relative", "SGD", "GNP", "C-GR")
+COLORS = {label: f"C{place}" for place, label in enumerate(_CYCLE)}  # Matplotlib's own colors
+COLORS |= {"lazy F-GR": "#a50f15", "self-tuned": "#c51b8a"}
 
 
 def color(label: str) -> str:

@@ -12,15 +12,8 @@ from gradreg_optax.experiments import statistics
 
 Rows: TypeAlias = Mapping[str, Any]  # runs as columns, see :mod:`gradreg_optax.experiments.runs`
 Column: TypeAlias = Callable[[Rows], Any]
-HYPERPARAMETERS = {
-    "gamma": "γ",
-    "epsilon": "ε",
-    "rho": "ρ",
-    "level": "b",
-    "strength": "r",
-    "fraction": "f",
-    "interval": "k",
-}
+HYPERPARAMETERS = {"gamma": "γ", "epsilon": "ε", "rho": "ρ", "level": "b", "strength": "r"}
+HYPERPARAMETERS |= {"fraction": "f", "interval": "k"}  # of a lazy penalty
 
 
 class Number(NamedTuple):
@@ -178,11 +171,11 @@ def settings(symbols: Mapping[str, str] = HYPERPARAMETERS) -> Column:
     return cell
 
 
-def pairs(groups: Mapping[str, Rows], wanted: Iterable[tuple[str, str]]) -> Table:
-    """Return a table of paired differences between methods, in percentage points."""
+def pairs(groups: Mapping[str, Rows], others: Mapping[str, Sequence[str]]) -> Table:
+    """Return a table of paired differences between methods and others, in percentage points."""
     rows = []
-    for one, other in wanted:
-        if one in groups and other in groups:
+    for one in (label for label in others if label in groups):
+        for other in (label for label in others[one] if label in groups):
             gain = statistics.points(groups[one], groups[other])
             cells = Number(gain, "+.2f"), Number(gain.p, ".1g"), gain.size
             rows.append([f"{one} minus {other}", *cells])

@@ -13,7 +13,7 @@ import itertools
 import json
 import pickle
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -47,11 +47,7 @@ class Run:
 
 
 def grid(
-    method: Method,
-    recipe: Recipe,
-    values: Mapping[str, float | Sequence[float]],
-    seeds: Sequence[int],
-    **tags: Any,
+    method: Method, recipe: Recipe, values: Mapping[str, Any], seeds: Sequence[int], **tags: Any
 ) -> list[Run]:
     """Return all combinations of values, each on all seeds.
 
@@ -63,17 +59,14 @@ def grid(
       seeds: the seeds.
       **tags: further columns of the rows.
     """
-    names, wanted = _known(method, recipe, values), []
+    known, wanted = {*method.settings, "interval", *vars(recipe)}, []
+    names = [name for name in values if name in known]
     for combination in itertools.product(*(np.atleast_1d(values[name]).tolist() for name in names)):
         given = dict(zip(names, combination, strict=True))
         changes = {name: given.pop(name) for name in names if name in vars(recipe)}
         changed = dataclasses.replace(recipe, **changes) if changes else recipe
         wanted += [Run(method, changed, given, int(seed), tags | changes) for seed in seeds]
     return wanted
-
-
-def _known(method: Method, recipe: Recipe, names: Iterable[str]) -> list[str]:
-    return [name for name in names if name in {*method.settings, "interval", *vars(recipe)}]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +89,6 @@ class Candidate:
         """Return the runs of all values; ``values`` replaces some of them."""
         chosen = {**self.values, **(values or {})}
         return grid(self.method, self.recipe, chosen, seeds, role=role, **self.tags)
-
-    @property
-    def names(self) -> list[str]:
-        """The columns with its values."""
-        return _known(self.method, self.recipe, self.values)
 
 
 def select_then_report(
@@ -141,7 +129,7 @@ def select_then_report(
     chosen, first = list[Run](), 0
     for candidate, runs in zip(candidates, tried, strict=True):
         rows = {name: values[first : first + len(runs)] for name, values in found.items()}
-        setting = best(rows, *candidate.names, score=score)
+        setting = best(rows, *(name for name in candidate.values if name in rows), score=score)
         chosen += [] if setting is None else candidate.runs(evaluation, "report", setting)
         first += len(runs)
     return stack(found, train(dataset, chosen, store, **options))
@@ -320,16 +308,13 @@ def tidy(axes: Mapping[str, Any], **blocks: Any) -> Columns:
 def blocks(columns: Mapping[str, Any], *axes: str) -> dict[str, Array]:
     """Convert columns to arrays with one axis per given column: the inverse of :func:`tidy`.
 
-    The values along each axis, in order of appearance, are returned under its name.
+    The rows must be in the order of :func:`tidy`. The values along each axis are returned under its
+    name.
     """
-    table = {name: np.asarray(values) for name, values in columns.items()}
-    along = {axis: list(dict.fromkeys(table[axis].tolist())) for axis in axes}
-    places = tuple([along[axis].index(value) for value in table[axis].tolist()] for axis in axes)
-    found = {axis: np.array(values) for axis, values in along.items()}
-    for name in set(table) - set(axes):
-        found[name] = np.empty([len(values) for values in along.values()], table[name].dtype)
-        found[name][places] = table[name]
-    return found
+    along = {axis: list(dict.fromkeys(np.asarray(columns[axis]).tolist())) for axis in axes}
+    shape = [len(values) for values in along.values()]
+    found = {name: np.reshape(columns[name], shape) for name in columns if name not in axes}
+    return found | {axis: np.array(values) for axis, values in along.items()}
 
 
 def best(

@@ -11,16 +11,8 @@ from gradreg_optax.experiments import common, data, models, plots, report, runs,
 from gradreg_optax.experiments.report import HYPERPARAMETERS, Number, Report, Table
 from gradreg_optax.experiments.trainer import METHODS, OptimizerName, Recipe
 
-PAIRS = (
-    ("F-GR", "SGD"),
-    ("F-GR", "DB"),
-    ("F-GR", "B-GR"),
-    ("F-GR", "SAM"),
-    ("DB", "SGD"),
-    ("SAM", "SGD"),
-    ("relative", "SGD"),
-    ("relative", "F-GR"),
-)
+PAIRS = {"F-GR": ["SGD", "DB", "B-GR", "SAM"], "DB": ["SGD"], "SAM": ["SGD"]}
+PAIRS |= {"relative": ["SGD", "F-GR"]}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,7 +49,7 @@ def test_gradients_are_rounded_half_up_as_the_documentation_does():
 
 
 def test_pairs_name_the_number_of_seeds_and_leave_out_methods_that_are_absent():
-    text = str(report.pairs(ROWS, [("F-GR", "SGD"), ("SAM", "SGD")]))
+    text = str(report.pairs(ROWS, {"F-GR": ["SGD"], "SAM": ["SGD"]}))
     assert "F-GR minus SGD     +15.00 ± 5.00  0.2      2" in text
     assert "SAM" not in text
 

@@ -1,4 +1,4 @@
-"""Fashion-MNIST: which files are read, which are refused, and how they are downloaded."""
+"""Fashion-MNIST: which files are read, which are an error, and how they are downloaded."""
 
 import functools
 import gzip
