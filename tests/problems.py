@@ -76,22 +76,20 @@ def relative_error(tree, expected):
 
 SCHEMES = ("forward", "backward", "central")
 MODES = ("forward_over_reverse", "reverse_over_reverse")
+FD = {"gamma": 0.3, "epsilon": 0.2}
 REGULARIZERS = {
-    **{f"fd {s}": functools.partial(fd_gradreg, gamma=0.3, epsilon=0.2, scheme=s) for s in SCHEMES},
+    **{f"fd {s}": functools.partial(fd_gradreg, **FD, scheme=s) for s in SCHEMES},
     **{f"dbp {m}": functools.partial(dbp_gradreg, gamma=0.3, mode=m) for m in MODES},
     "sam": functools.partial(sam, rho=0.2),
     "asam": functools.partial(asam, rho=0.2),
-    "gnp": functools.partial(gradient_norm_penalty, gamma=0.3, epsilon=0.2),
+    "gnp": functools.partial(gradient_norm_penalty, **FD),
 }
 GRADIENT_FUNCTIONS = {
-    **{
-        f"fd {s}": functools.partial(fd_value_and_grad, gamma=0.3, epsilon=0.2, scheme=s)
-        for s in SCHEMES
-    },
+    **{f"fd {s}": functools.partial(fd_value_and_grad, **FD, scheme=s) for s in SCHEMES},
     **{f"dbp {m}": functools.partial(dbp_value_and_grad, gamma=0.3, mode=m) for m in MODES},
     "sam": functools.partial(fd_value_and_grad, gamma=0.2, epsilon=0.2, ascent=normalized),
     "asam": functools.partial(fd_value_and_grad, gamma=0.2, epsilon=0.2, ascent=adaptive),
-    "gnp": functools.partial(fd_value_and_grad, gamma=0.3, epsilon=0.2, ascent=normalized),
+    "gnp": functools.partial(fd_value_and_grad, **FD, ascent=normalized),
 }
 # gradients beyond the incoming one, as the paper counts; the first half of a Hessian-vector product
 # is one

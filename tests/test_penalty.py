@@ -275,6 +275,22 @@ def test_a_zero_gradient_has_a_zero_correction():
         np.testing.assert_array_equal(gradient, np.zeros(3))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_difference_of_narrow_gradients_is_formed_in_float32(dtype):
+    def loss(params):
+        return jnp.sum(jnp.sin(params))
+
+    params, gradient_of = jnp.linspace(-1.0, 1.0, 50, dtype=dtype), jax.grad(loss)
+    before = gradient_of(params)
+    wide = [x.astype(np.float32) for x in (params, before)]
+    after = gradient_of(add(*wide, 3.0).astype(dtype))
+    tx = fd_gradreg(loss, gamma=3.0, epsilon=3.0, reuse_updates=False)
+    updates, _ = tx.update(np.zeros(50, np.float32), tx.init(params), params)
+    assert updates.dtype == jnp.float32
+    # eps(float32); eps(dtype) is 1e-3 or more
+    np.testing.assert_allclose(flat(updates), flat(after) - flat(before), rtol=1e-6)
+
+
 def test_a_large_gamma_over_epsilon_does_not_cancel_in_bfloat16():
     # (1 - c) g + c g' at c = 5000 loses every digit; g + c (g' - g) loses none
     gradient = jnp.asarray(np.random.default_rng(0).normal(size=50), jnp.bfloat16)

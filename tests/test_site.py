@@ -1,9 +1,9 @@
 """The site builds without a warning, its links resolve, and the reference is complete."""
 
 import html.parser
-import importlib
 import inspect
 import pathlib
+import pkgutil
 import re
 import subprocess
 import sys
@@ -83,15 +83,11 @@ def test_no_page_loads_anything_from_another_site(pages):
 
 def public_names():
     """Public names by their full name."""
-    curvature = importlib.import_module("gradreg_optax.curvature")
-    found = {
-        f"gradreg_optax.{name}": getattr(gradreg_optax, name) for name in gradreg_optax.__all__
-    }
-    del found["gradreg_optax.curvature"]
-    for name, value in vars(curvature).items():
-        if getattr(value, "__module__", "") == curvature.__name__ and not name.startswith("_"):
-            found[f"gradreg_optax.curvature.{name}"] = value
-    return found
+    names = [f"gradreg_optax.{name}" for name in gradreg_optax.__all__ if name != "curvature"]
+    for name, value in vars(gradreg_optax.curvature).items():
+        if getattr(value, "__module__", "").endswith(".curvature") and not name.startswith("_"):
+            names.append(f"gradreg_optax.curvature.{name}")
+    return {name: pkgutil.resolve_name(name) for name in names}
 
 
 PUBLIC = public_names()
