@@ -63,13 +63,15 @@ def test_gamma_and_epsilon_can_be_vmapped_jitted_and_differentiated(x64):
     @jax.jit
     def found():
         table = jax.vmap(lambda e: jax.vmap(lambda g: fd(g, e))(gammas))(epsilons)
-        climbed = jax.vmap(lambda r: two.updated(sam(rho=r), p))(epsilons)
-        return table, jax.vmap(lambda e: jax.jacobian(fd)(0.0, e))(epsilons), climbed
+        slopes = jax.vmap(lambda e: jax.jacobian(fd)(0.0, e))(epsilons)
+        products = jax.vmap(lambda g: two.updated(dbp_gradreg(gamma=g), p))(gammas)
+        return table, slopes, products, jax.vmap(lambda r: two.updated(sam(rho=r), p))(epsilons)
 
-    gradient, (table, slopes, climbed) = 4 * p**3, found()
+    gradient, (table, slopes, products, climbed) = 4 * p**3, found()
     changes = [(4 * (p + e * gradient) ** 3 - gradient) / e for e in epsilons]
     close(slopes, changes)
     close(table, [gradient + np.outer(gammas, change) for change in changes])
+    close(products, gradient + np.outer(gammas, 12 * p**2 * gradient))
     unit = gradient / np.linalg.norm(gradient)
     close(climbed, 4 * (p + np.outer(epsilons, unit)) ** 3)
 
@@ -157,7 +159,7 @@ def test_epsilon_and_gamma_at_the_ends_of_float32_are_refused():
         fd_gradreg(gamma=1e39, epsilon=1e-40)
 
 
-UNKNOWN = [np.longdouble(1), np.timedelta64(1), np.datetime64("2020"), b"1", [1, [2]], object()]
+UNKNOWN = [np.longdouble(1), np.timedelta64(1), np.datetime64("2020"), b"1", "1", [1, [2]], object]
 
 
 def test_scalars_that_jax_does_not_know_are_refused():
