@@ -40,7 +40,7 @@ def _idx(name: str, root: Path | str | None) -> Array:
     """Read unsigned bytes in the idx format: a header and the data."""
     path = _find(name, root)
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = gzip.decompress(path.read_bytes())
     except (EOFError, OSError, zlib.error) as error:
         raise CommandError(f"{_NAME}: cannot unpack {path} ({error}).") from error
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != _MD5[name][1]:
@@ -55,9 +55,8 @@ def _find(name: str, root: Path | str | None) -> Path:
     folders = [Path(given) / part for part in (_NAME, "FashionMNIST/raw", "")] if given else []
     folders += [] if root else [_DEBIAN / _NAME, cache() / _NAME]
     for folder in folders:
-        for path in (folder / f"{name}-ubyte.gz", folder / f"{name}-ubyte"):
-            if path.is_file():
-                return path
+        if (folder / f"{name}-ubyte.gz").is_file():
+            return folder / f"{name}-ubyte.gz"
     if root is not None:
         raise CommandError(
             f"{_NAME}: no {name}-ubyte.gz in {', '.join(map(str, folders))}. Put the published"

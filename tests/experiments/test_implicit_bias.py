@@ -102,20 +102,13 @@ def test_invalid_sizes_are_refused(change):
         dataclasses.replace(SMALL, **change)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The results of a small run, as they come back from disk."""
-    config = dataclasses.replace(SMALL, output=tmp_path_factory.mktemp("implicit_bias"))
-    found = implicit_bias.run(config)
-    return results.load(results.save(config.output, "implicit-bias", config, found))
-
-
 @pytest.fixture(scope="module", params=["committed", pytest.param("trained", marks=slow)])
-def found(request):
-    """The committed results, and those of a small run."""
+def found(request, tmp_path_factory):
+    """The committed results, and those of a small run, as they come back from disk."""
     if request.param == "committed":
         return results.load(COMMITTED)
-    return request.getfixturevalue("trained")
+    config = dataclasses.replace(SMALL, output=tmp_path_factory.mktemp("implicit_bias"))
+    return results.load(results.save(config.output, "it", config, implicit_bias.run(config)))
 
 
 @pytest.mark.parametrize("name", SMALL.cases())
@@ -137,12 +130,3 @@ def test_a_converged_flow_reaches_the_interpolator_of_least_entropy(found):
 
 def test_alpha_eff_decreases_strictly_with_epsilon(found):
     assert np.all(np.diff(implicit_bias.case(found, "mean_one")["scale"][:, 1:]) < 0)
-
-
-@pytest.mark.slow
-def test_tracing_adds_no_program_when_epsilon_changes(trained, tmp_path):
-    del trained  # it has compiled the programs of this module's configuration
-    before = implicit_bias.integrate._cache_size()
-    change = {"epsilons": (-0.1, 0.0, 0.3), "gamma": 0.05, "seed": 7, "horizon": 1.0}
-    implicit_bias.run(dataclasses.replace(SMALL, output=tmp_path, **change))
-    assert implicit_bias.integrate._cache_size() == before

@@ -185,15 +185,6 @@ def test_metrics_of_the_users_own_are_kept_until_they_change(tmp_path):
     assert len(list((tmp_path / "parts").iterdir())) == 3
 
 
-def test_an_own_pair_is_the_same_program_as_the_named_network():
-    pair = trainer.problem(DIGITS, RECIPE).model
-    named, own = (
-        trainer.Trainer(DIGITS, METHODS["DB"], recipe).digest(("gamma",))
-        for recipe in (RECIPE, dataclasses.replace(RECIPE, model=pair))
-    )
-    assert named == own
-
-
 @given(shape=st.tuples(st.integers(1, 3), st.integers(1, 4)))
 def test_columns_and_arrays_are_two_ways_to_write_one_table(shape):
     values = np.arange(np.prod(shape)).reshape(shape)

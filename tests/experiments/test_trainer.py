@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,19 +68,6 @@ def test_a_lane_is_the_loop_that_one_would_write_by_hand(forward):
     assert abs(found["accuracy"] - np.mean(guesses == y[split.test])) <= 1 / 50
 
 
-def test_lanes_of_a_convolutional_network_are_runs_of_their_own():
-    """On signals, which no convolution in two dimensions has seen."""
-    x = np.random.default_rng(0).normal(size=(60, 12)).astype(np.float32)
-    parts = x[:40], np.arange(40) % 3, x[40:], np.arange(20) % 3
-    signals = data.from_arrays("signals", *parts)
-    sizes = {"train_size": None, "test_size": None, "batch_size": 16, "steps": 6, "width": 2}
-    recipe = training.Recipe(model="cnn", label_noise=0.0, eigenvalue=False, **sizes)
-    trainer = training.Trainer(signals, training.METHODS["SGD"], recipe)
-    both, twice = (trainer({}, seeds)["train_loss"] for seeds in ([0, 1], [1, 1]))
-    np.testing.assert_allclose(twice, both[[1, 1]], rtol=1e-5)
-    assert abs(twice[0] - both[0]) > 1e-3
-
-
 def test_a_diverged_run_is_marked_and_its_neighbour_is_not(forward):
     found = forward[0](GIVEN | {"gamma": np.array([1e6, 1.0])}, [0, 1])
     np.testing.assert_array_equal(found["diverged"], [True, False])
@@ -114,17 +99,6 @@ def test_an_invalid_recipe_is_refused(change, message):
     recipe = {"train_size": 40, "batch_size": 16} | change
     with pytest.raises(CommandError, match=message):
         training.Trainer(DIGITS, training.METHODS["SGD"], training.Recipe(**recipe))
-
-
-def test_any_function_of_a_schedule_is_an_optimizer():
-    def double(rate):
-        return optax.chain(optax.sgd(rate), optax.scale(2.0))
-
-    own = dataclasses.replace(RECIPE, optimizer=double)
-    one, twice = (training._optimizer(recipe) for recipe in (RECIPE, own))
-    x = np.float32(1.0)
-    update, doubled = (tx.update(x, tx.init(x))[0] for tx in (one, twice))
-    assert doubled == 2 * update == pytest.approx(-2 * RECIPE.learning_rate)
 
 
 def test_a_recipe_is_described_by_names_and_numbers():
