@@ -8,7 +8,6 @@ import pytest
 from flax import nnx
 
 import gradreg_optax as gr
-from problems import relative_error
 
 peft_trainer = pytest.importorskip("tunix.sft.peft_trainer")
 
@@ -61,11 +60,6 @@ def token_loss(model, input_tokens, input_mask, positions, attention_mask):
     return jnp.sum(losses * input_mask[:, 1:]) / jnp.sum(input_mask[:, 1:])
 
 
-def token_sum(*args, **kwargs):
-    """The same as a sum over 16 tokens."""
-    return 16 * token_loss(*args, **kwargs)
-
-
 def network(lora):
     model = Decoder(nnx.Rngs(0), lora)
     if lora:
@@ -115,16 +109,3 @@ def test_the_trainer_equals_the_loop_by_hand(lora):
     if lora:
         frozen = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
         np.testing.assert_array_equal(flat(found, frozen), flat(network(lora), frozen))
-
-
-def test_a_sum_over_tokens_wants_gamma_and_epsilon_of_the_mean_divided_by_their_number():
-    """The trainer's own factor stays outside: sixteen times the loss, a sixteenth of the rate."""
-
-    def gradient(loss_fn, tx):
-        loss = gr.nnx_regularized_loss(loss_fn, tx)
-        grads = nnx.grad(lambda m: loss(m, **model_input(batches()[0])))(network(False))
-        return nnx.to_pure_dict(grads)
-
-    divided = gr.fd_gradreg(gamma=GAMMA / 16, epsilon=EPSILON / 16)
-    of_sum = jax.tree.map(lambda x: x / 16, gradient(token_sum, divided))
-    assert relative_error(of_sum, gradient(token_loss, FD)) < 1e-4

@@ -19,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gradreg_optax as gr
+from gradreg_optax._sharding import varying
 
 STEPS = 4
 PENALTY = {"gamma": 0.05, "epsilon": 0.01}
@@ -46,14 +47,10 @@ def collectives(compiled):
     """How often each collective stands in the program, apart from those that carry scalars, and the
     number of elements each moves."""
     counts, elements = collections.Counter(), collections.Counter()
-    for shapes, kind in re.findall(
-        r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(",
-        compiled.as_text(),
-    ):
-        sizes = [
-            math.prod(int(n) for n in shape.split(",") if n)
-            for shape in re.findall(r"\w+\[([\d,]*)\]", shapes)
-        ]
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    for shapes, kind in re.findall(rf"= (.*?) ({kinds})\(", compiled.as_text()):
+        shapes = [shape.split(",") for shape in re.findall(r"\w+\[([\d,]*)\]", shapes)]
+        sizes = [math.prod(int(n) for n in shape if n) for shape in shapes]
         counts["scalars" if max(sizes) == 1 else kind] += 1
         elements[kind] += sum(sizes)
     return {"counts": counts, "elements": elements}
@@ -109,26 +106,16 @@ def train_in_shard_map(mesh, local):
     common one."""
 
     def own(params, data):
-        # otherwise the gradient of replicated parameters would already be the sum over the devices;
-        # ``pvary`` is its name before JAX 0.9
-        if hasattr(jax.lax, "pcast"):
-            params = jax.lax.pcast(params, "data", to="varying")
-        else:
-            params = jax.lax.pvary(params, "data")
+        # otherwise the gradient of replicated parameters would already be the sum over the devices
+        params = varying(params, frozenset({"data"}))
         gradient = gr.fd_value_and_grad(loss_fn, **PENALTY)(params, data)[1]
         return jax.lax.pmean(gradient, "data")
 
     common = of_loss(lambda p, b: jax.lax.pmean(loss_fn(p, b), "data"))
-    step = jax.jit(
-        jax.shard_map(
-            functools.partial(plain_step, own if local else common),
-            mesh=mesh,
-            in_specs=(P(), P("data")),
-            out_specs=P(),
-        )
-    )
+    step = functools.partial(plain_step, own if local else common)
+    step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
     params = initial_params()
-    state, moved = trained(step, (params, ADAM.init(params)), batch())
+    state, moved = trained(jax.jit(step), (params, ADAM.init(params)), batch())
     return state[0], moved, True
 
 
@@ -150,11 +137,7 @@ def derivatives(mesh):
         return jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=specs))(*inputs)
 
     rng = np.random.default_rng(2)
-    inputs = (
-        jnp.float32(rng.normal(size=3)),
-        jnp.float32(rng.normal(size=(32, 3))),
-        jnp.float32(1.5),
-    )
+    inputs = jax.tree.map(jnp.float32, (rng.normal(size=3), rng.normal(size=(32, 3)), 1.5))
     off = gr.fd_gradreg(gamma=0.0, epsilon=0.1)
     ways = {
         "regularized": gr.regularized_loss,
@@ -172,17 +155,14 @@ def derivatives(mesh):
     }
 
 
-def refusals():
-    """Errors for parts that an explicit mesh of eight devices does not divide."""
+def refusal(**options):
+    """The error for parts that an explicit mesh of eight devices does not divide."""
     data = jax.device_put(batch(), NamedSharding(jax.sharding.get_mesh(), P("data")))
-    said = {}
-    for options in {"ascent_groups": 4}, {"penalty_fraction": 0.05}:
-        init, step = gr.make_train_step(loss_fn, optax.sgd(0.1), FD, **options)
-        try:
-            step(init(initial_params()), data)
-        except ValueError as error:
-            said[next(iter(options))] = str(error)
-    return said
+    init, step = gr.make_train_step(loss_fn, optax.sgd(0.1), FD, **options)
+    try:
+        step(init(initial_params()), data)
+    except ValueError as error:
+        return str(error)
 
 
 def main():
@@ -212,7 +192,8 @@ def main():
         runs["loss, explicit mesh"] = ("fd", wrapped(explicit))
         runs["groups, explicit mesh"] = ("groups", ways["groups"](explicit))
         runs["micro-batches, explicit mesh"] = ("fd", accumulated(explicit))
-        report = {"refusals": refusals(), "runs": {}}
+        refusals = refusal(ascent_groups=4), refusal(penalty_fraction=0.05)
+        report = {"refusals": refusals, "runs": {}}
     for name, (reference, (params, moved, stayed)) in runs.items():
         reference = one.get(reference, params)  # for "plain" nothing of ours is to be compared
         expected = np.concatenate([np.ravel(x) for x in jax.tree.leaves(reference)])

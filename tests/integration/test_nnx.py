@@ -10,7 +10,7 @@ from flax import nnx
 
 import gradreg_optax as gr
 import nnx_cases as cases
-from nnx_cases import FD, X
+from nnx_cases import FD, X, linear, mean_square
 from problems import relative_error
 
 SGD = optax.sgd(cases.RATE)
@@ -46,14 +46,6 @@ def test_a_step_moves_parameters_and_every_object_as_by_hand(name, wrt, chained)
     nnx.update(model, before)  # what else it holds is compared with one evaluation
     cases.assert_as_by_hand(expected, (info.loss, info.aux), gradient, (args, kwargs))
     np.testing.assert_allclose(info.grad_norm, expected.norm, rtol=1e-6)
-
-
-def linear():
-    return nnx.Linear(3, 1, use_bias=False, rngs=nnx.Rngs(0))
-
-
-def mean_square(model, x):
-    return cases.square(model(x))
 
 
 def descended(kernel, gamma, part=None):

@@ -13,12 +13,8 @@ from flax import nnx
 import gradreg_optax as gr
 import nnx_cases as cases
 from gradreg_optax import nnx_regularized_loss
-from nnx_cases import FD, X
+from nnx_cases import FD, X, linear, mean_square
 from problems import relative_error
-
-
-def mean_square(model, x):
-    return cases.square(model(x))
 
 
 @pytest.mark.parametrize(
@@ -139,10 +135,6 @@ def test_a_step_of_the_call_reaches_the_schedule_and_a_loss_that_has_one():
         gradient = nnx.grad(lambda weights, step, late=late: late(weights, x, step=step))
         found = [gradient(weights, step)[...] for step in (2, 3)]
         np.testing.assert_allclose(found, [[before] * 2, [after] * 2], rtol=1e-5)
-
-
-def linear():
-    return nnx.Linear(3, 1, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("count", [None, 2])

@@ -39,19 +39,15 @@ def loss_in(dtype, factor=1.0):
     return loss_fn
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def regularized(dtype, gamma, epsilon, factor=1.0):
-    """(gradient, regularized gradient) by a difference."""
+@functools.partial(jax.jit, static_argnames=("dtype", "method"))
+def regularized(dtype, factor=1.0, method=gr.fd_value_and_grad, **options):
+    """(gradient, regularized gradient)."""
     loss_fn = loss_in(dtype, factor)
-    _, found = gr.fd_value_and_grad(loss_fn, gamma=gamma, epsilon=epsilon)(*problem())
-    return jax.grad(loss_fn)(*problem()), found
+    return jax.grad(loss_fn)(*problem()), method(loss_fn, **options)(*problem())[1]
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
 def exact(dtype):
-    """(gradient, regularized gradient) by a Hessian-vector product."""
-    _, found = gr.dbp_value_and_grad(loss_in(dtype), gamma=GAMMA)(*problem())
-    return jax.grad(loss_in(dtype))(*problem()), found
+    return regularized(dtype, method=gr.dbp_value_and_grad, gamma=GAMMA)
 
 
 def penalty_error(pair):
@@ -63,12 +59,12 @@ def penalty_error(pair):
 def test_bfloat16_compute_drowns_a_small_ascent_step_in_rounding_and_two_recipes_help():
     """Float32 parameters do not help: the noise is that of the bfloat16 passes, divided by
     epsilon."""
-    assert penalty_error(regularized(jnp.bfloat16, GAMMA, 1e-3)) > 1.0
-    assert penalty_error(regularized(jnp.float32, GAMMA, 1e-3)) < 0.05
+    assert penalty_error(regularized(jnp.bfloat16, gamma=GAMMA, epsilon=1e-3)) > 1.0
+    assert penalty_error(regularized(jnp.float32, gamma=GAMMA, epsilon=1e-3)) < 0.05
     # The exact product has bfloat16's rounding, 2**-8, through a few layers, and no 1 / epsilon.
     assert penalty_error(exact(jnp.bfloat16)) < 0.1
     # A long step: its rounding is below its truncation, which F-GR needs in any case.
-    assert penalty_error(regularized(jnp.bfloat16, GAMMA, 0.3)) < 0.4
+    assert penalty_error(regularized(jnp.bfloat16, gamma=GAMMA, epsilon=0.3)) < 0.4
 
 
 def test_difference_error_tells_in_one_call_whether_epsilon_is_lost_in_rounding():
@@ -100,9 +96,10 @@ def test_a_loss_scale_divides_gamma_and_epsilon(scale):
     """
     # Of a loss that is 1e-7 times as large, the same relative penalty has a gamma and an epsilon
     # that are 1e7 times as large.
-    gamma, epsilon = GAMMA / TINY, 0.1 / TINY
-    _, grads = regularized(jnp.float16, gamma / scale, epsilon / scale, TINY * scale)
-    _, expected = regularized(jnp.float32, gamma, epsilon, TINY)
+    whole = {"gamma": GAMMA / TINY, "epsilon": 0.1 / TINY}
+    divided = {name: value / scale for name, value in whole.items()}
+    _, grads = regularized(jnp.float16, TINY * scale, **divided)
+    _, expected = regularized(jnp.float32, TINY, **whole)
     found = jax.tree.map(lambda g: g / scale, grads)
     # float16 rounds to 2**-11, the difference multiplies that by gamma / epsilon = 1.
     assert (relative_error(found, expected) < 0.02) == (scale > 1)

@@ -1,14 +1,14 @@
 """Several processes: ``examples/distributed.py`` on localhost, with JAX's own runtime and gloo
 collectives."""
 
-import contextlib
-import importlib.util
 import os
 import pathlib
+import runpy
 import shutil
 import socket
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -20,10 +20,7 @@ OPTIONS = ("--steps=12", "--save-every=6", "--log-every=6", "--batch-size=32")
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("distributed_example", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return types.SimpleNamespace(**runpy.run_path(PROGRAM))
 
 
 def free_port():
@@ -37,15 +34,17 @@ def in_two_processes(folder):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     coordinator = f"--coordinator=127.0.0.1:{free_port()}"
     command = [sys.executable, PROGRAM, f"--checkpoints={folder}", "--distributed", coordinator]
+    command += ["--processes=2", *OPTIONS]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    started = []
-    with contextlib.ExitStack() as stack:
-        for number in range(2):
-            options = "--processes=2", f"--process={number}", *OPTIONS
-            process = subprocess.Popen([*command, *options], env=environment, **pipes)
-            started.append(stack.enter_context(process))
-            stack.callback(process.kill)
+    started = [
+        subprocess.Popen([*command, f"--process={number}"], env=environment, **pipes)
+        for number in range(2)
+    ]
+    try:
         outputs = [process.communicate(timeout=240)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
     assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
     return outputs[0].splitlines()
 

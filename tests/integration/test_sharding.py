@@ -20,15 +20,8 @@ def report():
     # On a busy machine eight threads may take long to meet: by default XLA aborts after 40 seconds.
     patience = "--xla_cpu_collective_call_terminate_timeout_seconds=240"
     flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {patience}"}
-    done = subprocess.run(
-        [sys.executable, program],
-        env=os.environ | flags,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=500,
-        check=True,
-    )
-    return json.loads(done.stdout)
+    command = [sys.executable, program]
+    return json.loads(subprocess.check_output(command, env=os.environ | flags, timeout=500))
 
 
 def test_the_answer_does_not_change_with_the_number_of_devices(report):
@@ -84,8 +77,7 @@ def test_fsdp_takes_the_collectives_of_the_plain_step_twice(report):
 
 
 def test_parts_that_an_explicit_mesh_does_not_divide_are_named(report):
-    parts = {"ascent_groups": "gives 4 parts", "penalty_fraction": "keeps 4 samples"}
-    for option, part in parts.items():
-        said = report["refusals"][option]
-        assert said.startswith(f"make_train_step: {option} {part}, not a multiple of the 8 devices")
+    parts = "ascent_groups gives 4 parts", "penalty_fraction keeps 4 samples"
+    for part, said in zip(parts, report["refusals"], strict=True):
+        assert said.startswith(f"make_train_step: {part}, not a multiple of the 8 devices")
         assert "Auto axes" in said

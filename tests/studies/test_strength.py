@@ -80,12 +80,13 @@ def test_the_price_of_self_tuning_is_an_evaluation_of_held_out_samples(tmp_path)
 def test_what_is_held_out_is_not_trained_on():
     recipe = Recipe(train_size=40, held_out=8, batch_size=8, width=4, steps=9, eigenvalue=False)
     dataset = data.load("digits")
-    first, second = (data.draw(dataset, 0, 40, 1000, noise) for noise in (0.3, 0.3))
-    labels = np.where(np.arange(40) < 32, second.train_labels, (second.train_labels + 1) % 10)
+    drawn = data.draw(dataset, 0, 40, 1000, 0.3)
+    others = (drawn.train_labels + 1) % 10
+    other = drawn._replace(train_labels=np.where(np.arange(40) < 32, drawn.train_labels, others))
     losses = []
-    for drawn in (first, second._replace(train_labels=labels)):
+    for one in (drawn, other):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trainer.data, "draw", lambda *_, d=drawn: d)
+            patch.setattr(trainer.data, "draw", lambda *_, d=one: d)
             method = Trainer(dataset, METHODS["SGD"], recipe)
             losses.append(method({}, [0])["train_loss"])
         trainer._problem.cache_clear()
