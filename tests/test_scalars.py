@@ -159,7 +159,7 @@ def test_epsilon_and_gamma_at_the_ends_of_float32_are_refused():
         fd_gradreg(gamma=1e39, epsilon=1e-40)
 
 
-UNKNOWN = [np.longdouble(1), np.timedelta64(1), np.datetime64("2020"), b"1", "1", [1, [2]], object]
+UNKNOWN = [np.longdouble(1), np.timedelta64(1), np.datetime64("2020"), b"1", "1", [1, [2]], set()]
 
 
 def test_scalars_that_jax_does_not_know_are_refused():
