@@ -168,8 +168,7 @@ def test_a_bad_batch_leaves_no_trace_but_in_the_counter(x64, tx):
         params, state = initial(), chain.init(initial())
         for bad in batches:
             if bad is None:  # as if that batch had not been: only the counter advances
-                count = state[0].step + 1
-                state = state[0]._replace(step=count), state[1]
+                state = state[0]._replace(step=state[0].step + 1), state[1]
             else:
                 params, state = step(params, state, bad)
         return params, state
@@ -190,16 +189,15 @@ def test_what_is_not_finite_does_not_enter_wherever_it_comes_from(x64, make):
     """In the first batch, an infinity of which clipping would make a finite direction, or only at
     the perturbed parameters.
     """
-    ascent = optax.chain(optax.clip(1.0), optax.scale_by_adam())
-    tx, params = make(ascent=ascent), initial()
+    tx = make(ascent=optax.chain(optax.clip(1.0), optax.scale_by_adam()))
+    params, gradient = two.P, jax.grad(two.quartic)(two.P)
 
     @jax.jit
     def update(state, added, ahead):
         def loss(p):
-            return loss_fn(p) + jnp.where(p["b"] == 0.7, 0.0, ahead) * p["b"]
+            return two.quartic(p) + jnp.where(p[0] == params[0], 0.0, ahead) * p[0]
 
-        gradient = jax.tree.map(lambda g: g + added, jax.grad(loss_fn)(params))
-        return tx.update(gradient, state, params, value_fn=loss)
+        return tx.update(gradient + added, state, params, value_fn=loss)
 
     places = {"first": (jnp.nan, 0.0), "infinite": (jnp.inf, 0.0), "ahead": (0.0, jnp.inf)}
     if make is dbp:
@@ -207,10 +205,9 @@ def test_what_is_not_finite_does_not_enter_wherever_it_comes_from(x64, make):
     state = tx.init(params)
     for where, bad in places.items():
         updates, after = update(state, *bad)
-        if make is fd or where != "ahead":  # it passes the updates through there
-            assert not np.all(np.isfinite(flat(updates)))
-        for a, b in zip(jax.tree.leaves(after.ascent), jax.tree.leaves(state.ascent), strict=True):
-            np.testing.assert_array_equal(a, b)
+        if make is fd or where != "ahead":  # relative_gradreg passes the updates through there
+            assert not np.isfinite(updates).all()
+        np.testing.assert_array_equal(flat(after.ascent), flat(state.ascent))
         assert int(after.step) == 1
 
 
