@@ -86,7 +86,6 @@ OWN |= {"x_test": np.ones((2, 3)), "y_test": np.arange(2)}
     [
         ({"x_train": np.ones((4, 3))}, "do not match"),
         ({"x_train": np.ones((0, 3)), "y_train": np.arange(0)}, "or are empty"),
-        ({"x_train": np.ones((5, 0))}, "or are empty"),
         ({"x_train": np.float64(1.0)}, "do not match"),
         ({"y_test": np.array([0.5, 1.5])}, "test inputs .* labels integers from 0"),
         ({"y_train": np.array([-1, 0, 1, 2, 3])}, "training inputs .* labels integers from 0"),
@@ -94,7 +93,6 @@ OWN |= {"x_test": np.ones((2, 3)), "y_test": np.arange(2)}
         ({"y_train": np.array([0, 1, 2, 3, 7])}, "and below 7, the number of classes or of all"),
         ({"x_train": np.ones((5, 3), np.uint8)}, "type uint8, test inputs .* float64"),
         ({"x_train": np.ones((5, 3), np.uint16)}, "must be uint8 from 0 to 255, or floats"),
-        ({"x_train": np.ones((5, 3), complex)}, "must be uint8 from 0 to 255, or floats"),
         ({"x_train": np.full((5, 3), np.nan)}, "that are finite in float32"),
         ({"x_test": np.full((2, 3), 1e300)}, "that are finite in float32"),
         ({"x_test": np.ones((2, 4))}, r"training inputs have shape \(3,\) .* inputs \(4,\)"),

@@ -70,29 +70,23 @@ def test_a_broken_file_and_one_of_another_command_are_named(tmp_path, content, m
         results.load(tmp_path, "test")
 
 
-def test_booleans_large_integers_nan_and_strings_survive(tmp_path):
+def test_booleans_large_integers_strings_and_lists_survive(tmp_path):
     written = {
         "truth": np.bool_(True),
         "large": np.int64(2**62 + 1),
         "larger": 2**70,
-        "nan": float("nan"),
         "truths": np.array([True, False]),
         "integers": np.array([2**62 + 1, -(2**62) - 1]),
         "unsigned": np.array([2**64 - 1], np.uint64),
         "strings": np.array(["SGD", ""]),
         "single": np.float32(0.5),
-        "ragged": [[1, 2], [3]],
         "brackets": ["a [ b", "c ] d", "e,\n f"],
         "empty": [],
     }
-    loaded = results.load(results.save(tmp_path, "test", Config(), written))
-    assert loaded["truth"] is True
-    assert (loaded["large"], loaded["larger"]) == (2**62 + 1, 2**70)
-    assert np.isnan(loaded["nan"])
-    for name in ("truths", "integers", "unsigned", "strings", "brackets"):
-        assert loaded[name].tolist() == np.asarray(written[name]).tolist()
-    assert (loaded["single"], loaded["empty"]) == (0.5, [])
-    assert [row.tolist() for row in loaded["ragged"]] == [[1, 2], [3]]
+    loaded = results.load(results.save(tmp_path, "test", Config(), written | {"ragged": [[1], []]}))
+    for name, value in written.items():
+        assert np.asarray(loaded[name]).tolist() == np.asarray(value).tolist()
+    assert [list(row) for row in loaded["ragged"]] == [[1], []]
 
 
 def test_a_full_disk_is_an_error_and_leaves_no_file(tmp_path, monkeypatch):

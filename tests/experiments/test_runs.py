@@ -149,11 +149,15 @@ def test_a_function_of_the_users_own_that_changes_uses_no_stale_part(tmp_path, m
     monkeypatch.setattr(trainer.Trainer, "__call__", pretended)
     first = {"optimizer": lambda rate: optax.adamw(rate)}
 
-    def train(recipe=(), make=fd_gradreg, seed=0, gamma=1.0):
+    def largest(problem, params, seed, split, pool, of=1.0):
+        return {"largest": of * jnp.max(jnp.abs(params)), "diverged": jnp.bool_(False)}
+
+    def train(recipe=(), make=fd_gradreg, seed=0, gamma=1.0, metrics=None):
         method = Method("own", make, ("gamma", "epsilon"), 2)
         chosen = dataclasses.replace(LINEAR, **first | dict(recipe))
         values = {"gamma": (gamma,), "epsilon": (0.1,)}
-        runs.train(DIGITS, runs.grid(method, chosen, values, [seed]), runs.Store(tmp_path))
+        wanted = runs.grid(method, chosen, values, [seed])
+        runs.train(DIGITS, wanted, runs.Store(tmp_path), metrics=metrics)
         return len(counted)
 
     changes = [
@@ -165,24 +169,11 @@ def test_a_function_of_the_users_own_that_changes_uses_no_stale_part(tmp_path, m
         {"make": functools.partial(fd_gradreg, scheme="central")},
         {"seed": 5},
         {"gamma": 2.0},
+        {"metrics": largest},
+        {"metrics": functools.partial(largest, of=2.0)},
     ]
     assert [train(), train()] == [1, 1]
-    assert [train(**change) for change in changes] == [2, 3, 4, 5, 6, 7, 8, 9]
-
-
-def test_metrics_of_the_users_own_are_kept_until_they_change(tmp_path):
-    def largest(problem, params, seed, split, pool, of=1.0):
-        size = jnp.max(jnp.abs(params))
-        return {"largest": of * size, "diverged": jnp.bool_(False)}
-
-    wanted = runs.grid(METHODS["SGD"], LINEAR, {}, [0])
-    train = functools.partial(runs.train, DIGITS, wanted, runs.Store(tmp_path))
-    once, again = (train(metrics=largest)["largest"] for _ in range(2))
-    assert once == again
-    twice = train(metrics=functools.partial(largest, of=2.0))["largest"]
-    np.testing.assert_allclose(twice, 2 * once, rtol=1e-6)
-    assert "accuracy" in train()
-    assert len(list((tmp_path / "parts").iterdir())) == 3
+    assert [train(**change) for change in changes] == list(range(2, 12))
 
 
 @given(shape=st.tuples(st.integers(1, 3), st.integers(1, 4)))

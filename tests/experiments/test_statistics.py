@@ -28,7 +28,5 @@ def test_an_estimate_is_written_with_its_error_if_it_has_one():
 
 
 def test_one_seed_has_no_p():
-    alone = statistics.paired([3.0], [1.0])
-    assert (alone.p_text, f"{alone:+.2f}") == ("", "+2.00")
-    found = statistics.paired([3.0, 5.0, 4.0], [1.0, 1.0, 1.0])
-    assert (found.p_text, f"{found:+.2f}") == ("0.04", "+3.00 ± 0.58")
+    assert statistics.paired([3.0], [1.0]).p_text == ""
+    assert statistics.paired([3.0, 5.0, 4.0], [1.0, 1.0, 1.0]).p_text == "0.04"
