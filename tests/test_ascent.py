@@ -228,6 +228,16 @@ def test_an_infinity_that_was_there_from_the_start_may_stay_and_go(x64):
     np.testing.assert_allclose(state.ascent["least"], np.linalg.norm(gradient))
 
 
+def test_a_memory_that_would_overflow_stays_as_it_was():
+    grows = optax.GradientTransformation(
+        lambda params: jnp.float32(1e30), lambda gradient, state, _=None: (gradient, state * state)
+    )
+    tx = fd(ascent=grows)
+    updates, after = tx.update(two.P, tx.init(two.P), two.P, value_fn=two.quartic)
+    assert np.isfinite(updates).all()
+    assert after.ascent == np.float32(1e30)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.complex64])
 def test_an_ascent_is_handed_the_steepest_direction_in_float32_or_wider(dtype):
     seen = []
