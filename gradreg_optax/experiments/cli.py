@@ -5,6 +5,7 @@ JAX nor a command before one is chosen, so that ``--help`` and ``--version`` ans
 """
 
 import argparse
+import difflib
 import importlib
 import importlib.metadata
 import os
@@ -102,6 +103,9 @@ def parse(program: Program, arguments: Sequence[str]) -> tuple[str, Any]:
     )
     for name, command in program.commands.items():
         commands.add_parser(name, help=command.summary, add_help=False)
+    for known in difflib.get_close_matches("".join(arguments[:1]), program.commands, n=1):
+        if known != arguments[0]:
+            parser.error(f"no command {arguments[0]!r}. Did you mean {known!r}?")
     chosen: str = parser.parse_args(arguments[:1]).name
     return chosen, _config(program, chosen, arguments[1:])
 

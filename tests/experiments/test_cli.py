@@ -88,7 +88,8 @@ OTHERS = [f"gradreg {name}" for name in PROGRAM.commands if name != "compare"]
 @pytest.mark.parametrize(
     ("arguments", "shown", "absent"),
     [
-        (["comprae"], ["invalid choice: 'comprae'", *PROGRAM.commands], []),
+        (["comprae"], ["no command 'comprae'. Did you mean 'compare'?"], []),
+        (["train"], ["invalid choice: 'train'", *PROGRAM.commands], []),
         ([], ["required: COMMAND"], []),
         (["compare", "--sedes", "3"], ["--seeds", "gradreg compare --help"], OTHERS),
         (["sweep", "--model", "vit"], ["--model"], []),
