@@ -134,6 +134,13 @@ def test_a_weight_that_is_known_and_impossible_is_refused(weight):
         step(init(1.0), unequal())
 
 
+def test_a_batch_of_which_no_sample_counts_has_the_sum_for_its_mean():
+    batch = {"x": np.ones(4), "mask": np.zeros(4)}
+    for loss in (masked_squares, microbatched(masked_squares, 2)):
+        found = gr.fd_value_and_grad(loss, gamma=0.1, epsilon=0.1)(1.0, batch)
+        np.testing.assert_array_equal(found, 0.0)
+
+
 def test_a_sparse_batch_is_refused_and_not_halved():
     x = jnp.sin(jnp.arange(12.0)).reshape(4, 3)
     batch, params = sparse.BCOO.fromdense(x), jnp.ones(3)

@@ -11,6 +11,7 @@ from gradreg_optax import (
     fd_gradreg,
     fd_value_and_grad,
     flooding,
+    regularized_loss,
 )
 from problems import REGULARIZERS, batch_of, flat, loss_fn, params_of, update_of
 
@@ -118,3 +119,12 @@ def test_a_narrow_weight_does_not_narrow_the_total():
 
     value, _ = fd_value_and_grad(loss, gamma=0.1, epsilon=0.1)(jnp.float32(1.0))
     assert float(value) == 100000.0
+
+
+def test_a_narrow_total_is_divided_without_a_promotion():
+    loss = regularized_loss(
+        lambda p: Weighted(jnp.sum(p), jnp.float32(2)), fd_gradreg(gamma=0.1, epsilon=0.1)
+    )
+    with jax.numpy_dtype_promotion("strict"):
+        value = loss(jnp.ones(3, jnp.float16))
+    assert (value, value.dtype) == (1.5, jnp.float16)

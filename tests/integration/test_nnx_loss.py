@@ -191,6 +191,13 @@ def test_an_object_from_outside_is_read_and_its_change_refused_as_by_the_plain_l
     cases.assert_close(cases.numbers(outside), cases.numbers(inside))
 
 
+def test_parameters_without_a_gradient_are_refused():
+    model = linear()
+    model.kernel = nnx.Param(jnp.arange(3).reshape(3, 1))
+    with pytest.raises(TypeError, match=r"nnx_regularized_loss: the parameters.*kernel.* int32"):
+        nnx_regularized_loss(mean_square, FD)(model, X)
+
+
 @pytest.mark.parametrize("evaluate", [lambda f: f, jax.grad, jax.jit], ids=["value", "grad", "jit"])
 def test_micro_batches_of_a_loss_that_changes_its_model_need_a_wrapper_for_modules(evaluate):
     model, loss = nnx.BatchNorm(3, rngs=nnx.Rngs(0)), gr.microbatched(mean_square, 2)
