@@ -111,3 +111,19 @@ def test_a_count_in_float16_does_not_end_at_65504():
 
     value, _ = gr.fd_value_and_grad(loss, **two.PENALTY)(jnp.asarray(1.0, jnp.float16))
     np.testing.assert_allclose(value, 0.5, rtol=2e-3)
+
+
+def test_narrow_gradients_of_groups_are_averaged_in_float32():
+    x = jax.random.normal(jax.random.key(0), (8, 50)).astype(jnp.bfloat16)
+    weight = jnp.asarray([1.0, 2, 4, 1, 2, 1, 1, 1])  # powers of two: the gradients are exact
+
+    def loss(params, batch):
+        x, weight = batch
+        total = jnp.sum(weight.astype(x.dtype)[:, None] * x * params)
+        return gr.Weighted(total, jnp.sum(weight))
+
+    regularizer = gr.fd_gradreg(gamma=0.0, epsilon=0.1)
+    init, step = gr.make_train_step(loss, optax.sgd(1.0), regularizer, ascent_groups=8)
+    state, _ = step(init(jnp.zeros(50, jnp.bfloat16)), (x, weight))
+    expected = -np.average(np.asarray(x, np.float32), axis=0, weights=weight)
+    np.testing.assert_array_equal(state.params, expected.astype(jnp.bfloat16))
