@@ -3,12 +3,10 @@
 """
 
 import dataclasses
-import functools
 import importlib.util
 import json
 import subprocess
 import sys
-import timeit
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from benchmarks.jax_steps import INTERVAL, steps
+from benchmarks.jax_steps import interleave, steps
 from benchmarks.networks import SHAPES, problem
 from benchmarks.report import table
 from gradreg_optax.experiments import results, timing
@@ -84,13 +82,7 @@ def measure_jax(name: str, config: Config) -> dict[str, Any]:
             step, state = builder()
             programs[label].append(timing.build(step, state, task.batch))
     rounds = tqdm(range(config.rounds), desc=f"{name}: running", disable=None)
-    runs = {label: found[-1].run for label, found in programs.items()}
-    lazy = [label for label in runs if "lazy" in label]
-    runs |= {
-        label: functools.partial(timeit.timeit, runs[label], number=INTERVAL) for label in lazy
-    }
-    seconds = timing.interleave(runs, rounds)
-    seconds |= {label: seconds[label] / INTERVAL for label in lazy}
+    seconds = interleave({label: found[-1] for label, found in programs.items()}, rounds)
     return {label: _row(found, seconds[label]) for label, found in programs.items()}
 
 

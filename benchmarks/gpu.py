@@ -8,9 +8,7 @@ Tested at toy size on a CPU only (``--size toy``); the sizes for a GPU are estim
 """
 
 import dataclasses
-import functools
 import time
-import timeit
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +19,7 @@ import numpy as np
 import optax
 import tyro
 
-from benchmarks.jax_steps import EPSILON, FRACTION, GAMMA, INTERVAL, RATE, RHO
+from benchmarks.jax_steps import EPSILON, FRACTION, GAMMA, INTERVAL, RATE, RHO, interleave
 from benchmarks.networks import Problem, residual, transformer
 from gradreg_optax import dbp_gradreg, fd_gradreg, make_train_step, relative_gradreg, sam
 from gradreg_optax.experiments import results, sweep, timing
@@ -117,13 +115,7 @@ def measure(name: str, dtype: str, config: Config) -> dict[str, Any]:
             programs[label] = timing.build(step, state, problem.batch)
         except jax.errors.JaxRuntimeError as error:  # out of memory: the other methods still count
             failed[label] = str(error)[:300]
-    runs = {label: program.run for label, program in programs.items()}
-    lazy = [label for label in runs if "lazy" in label]
-    runs |= {
-        label: functools.partial(timeit.timeit, runs[label], number=INTERVAL) for label in lazy
-    }
-    seconds = timing.interleave(runs, range(config.rounds))
-    seconds |= {label: seconds[label] / INTERVAL for label in lazy}
+    seconds = interleave(programs, range(config.rounds))
     rows = {label: _row(program, seconds[label]) for label, program in programs.items()}
     return {"methods": rows, "failed": failed}
 

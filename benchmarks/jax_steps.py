@@ -2,7 +2,9 @@
 hand, and Optax's SAM.
 """
 
-from collections.abc import Callable
+import functools
+import timeit
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +20,8 @@ from gradreg_optax import (
     relative_gradreg,
     sam,
 )
+from gradreg_optax.experiments import timing
+from gradreg_optax.experiments.timing import Floats, Program
 
 RATE, GAMMA, EPSILON, RHO = 0.01, 0.01, 0.1, 0.05
 # Optimizer steps in the period of a lazy penalty: its time and FLOPs are averages over as many.
@@ -120,3 +124,14 @@ def _jitted(
 ) -> Step:
     state = problem.params, optimizer.init(problem.params)
     return jax.jit(step, donate_argnums=0), jax.tree.map(jnp.copy, state)
+
+
+def interleave(programs: Mapping[str, Program], rounds: Iterable[int]) -> dict[str, Floats]:
+    """Return the seconds per step of each round; a lazy step is averaged over its interval."""
+    runs = {label: program.run for label, program in programs.items()}
+    lazy = [label for label in runs if "lazy" in label]
+    runs |= {
+        label: functools.partial(timeit.timeit, runs[label], number=INTERVAL) for label in lazy
+    }
+    seconds = timing.interleave(runs, rounds)
+    return seconds | {label: seconds[label] / INTERVAL for label in lazy}

@@ -98,12 +98,13 @@ def parse(program: Program, arguments: Sequence[str]) -> tuple[str, Any]:
     )
     version = f"{program.name} {importlib.metadata.version('gradreg-optax')}"
     parser.add_argument("--version", action="version", version=version)
-    commands = parser.add_subparsers(
-        title="commands", metavar="COMMAND", dest="name", required=True
-    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="name")
     for name, command in program.commands.items():
         commands.add_parser(name, help=command.summary, add_help=False)
-    for known in difflib.get_close_matches("".join(arguments[:1]), program.commands, n=1):
+    if not arguments:
+        parser.print_help(sys.stderr)
+        parser.exit(2, f"\n{program.name}: a command is required.\n")
+    for known in difflib.get_close_matches(arguments[0], program.commands, n=1):
         if known != arguments[0]:
             parser.error(f"no command {arguments[0]!r}. Did you mean {known!r}?")
     chosen: str = parser.parse_args(arguments[:1]).name

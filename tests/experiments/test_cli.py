@@ -90,7 +90,7 @@ OTHERS = [f"gradreg {name}" for name in PROGRAM.commands if name != "compare"]
     [
         (["comprae"], ["no command 'comprae'. Did you mean 'compare'?"], []),
         (["train"], ["invalid choice: 'train'", *PROGRAM.commands], []),
-        ([], ["required: COMMAND"], []),
+        ([], ["a command is required", *PROGRAM.commands], []),
         (["compare", "--sedes", "3"], ["--seeds", "gradreg compare --help"], OTHERS),
         (["sweep", "--model", "vit"], ["--model"], []),
         (["compare", "--steps", "many"], ["--steps"], []),
