@@ -193,6 +193,9 @@ def test_what_is_no_optimizer_no_batch_and_no_argument_is_named():
     optimizer, step = optimizer_of(model), gr.make_nnx_train_step(mean_square, FD)
     with pytest.raises(TypeError, match=r"must be an nnx\.Optimizer\(.*, got Linear"):
         step(optimizer, model, X)
+    owner = nnx.ModelAndOptimizer(model, SGD, wrt=nnx.Param)  # its update takes no model
+    with pytest.raises(TypeError, match=r"must be an nnx\.Optimizer\(.*, got ModelAndOptimizer"):
+        step(model, owner, X)
     step = gr.make_nnx_train_step(lambda model, batch: model(batch["x"]).sum(), FD, **PART)
     with pytest.raises(TypeError, match=r"^make_nnx_train_step: .*cannot split a Rngs"):
         step(model, optimizer, {"x": X, "more": [nnx.Rngs(1), None]})
