@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from gradreg_optax import _validation as validation
-from gradreg_optax._custom_gradient import Rule, StaticPart, with_gradient
+from gradreg_optax._custom_gradient import StaticPart, with_gradient
 from gradreg_optax._leaves import split
 from gradreg_optax._loss import (
     TransformedLoss,
@@ -123,13 +123,14 @@ class RegularizedLoss(TransformedLoss):
             value, further = call.value_and_more(tree(numbers))
             return value, static.arrays(further)
 
-        def regularized(numbers: list[Any], value: jax.Array, gradients: list[Any]) -> list[Any]:
-            params, gradient = tree(numbers), tree(gradients)
+        def regularized(numbers: list[Any]) -> Any:
+            params = tree(numbers)
             state = counting(_CALLER, self._pass.init(params), step)
-            updates, _ = self._pass.regularize(call, params, state, gradient, value=value)
-            return jax.tree.leaves(updates)
+            outcome = self._pass.run(call, params, state)
+            output = outcome.value, static.arrays((outcome.weight, outcome.aux))
+            return output, jax.tree.leaves(outcome.updates)
 
-        value, arrays = with_gradient(plain, Rule(regularized, True), numbers)
+        value, arrays = with_gradient(plain, regularized, numbers)
         weight, aux = static.whole(arrays)
         return value, weight, aux
 

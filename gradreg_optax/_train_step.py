@@ -294,15 +294,9 @@ class RegularizedPass:
         """Evaluate the loss and its gradient, and regularize it."""
         clean = jax.value_and_grad(call.value_and_more, has_aux=True)
         (value, (weight, aux)), gradient = clean(params)
-        updates, state = self.regularize(call, params, state, gradient, value=value)
-        return Pass(value, aux, gradient, updates, state, weight)
-
-    def regularize(
-        self, call: Call, params: PyTree, state: optax.OptState, gradient: PyTree, *, value: Any
-    ) -> tuple[PyTree, optax.OptState]:
-        """Return the regularized gradient and the new state, the second part of ``run``."""
         with penalty_arguments(self._caller, call, self._kept) as extra:
-            return self._tx.update(gradient, state, params, value=value, **extra)
+            updates, state = self._tx.update(gradient, state, params, value=value, **extra)
+        return Pass(value, aux, gradient, updates, state, weight)
 
 
 @contextlib.contextmanager
