@@ -12,22 +12,22 @@ import jax.numpy as jnp
 import optax
 
 from gradreg_optax import _validation as validation
+from gradreg_optax._arguments import signature_of
 from gradreg_optax._batching import batch_size
 from gradreg_optax._leaves import identical
-from gradreg_optax._loss import TransformedLoss, signature_of, with_weight
+from gradreg_optax._loss import TransformedLoss, with_weight
 from gradreg_optax._microbatching import MicrobatchedLoss, pieces_of
 from gradreg_optax._numerics import global_norm
 from gradreg_optax._regularized_loss import RegularizedLoss, bind_step
-from gradreg_optax._train_step import (
+from gradreg_optax._regularized_pass import (
     Call,
     RegularizedPass,
-    StepInfo,
     check_once,
     counting,
     is_penalized,
     penalty_arguments,
-    static_arguments,
 )
+from gradreg_optax._train_step import StepInfo, static_arguments
 from gradreg_optax._types import Loss, LossFn, PyTree, Transformation, Weighted
 
 _LOSS = "nnx_regularized_loss"

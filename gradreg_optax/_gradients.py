@@ -7,9 +7,10 @@ from typing import Any, TypeAlias
 
 import jax
 
+from gradreg_optax._arguments import arguments_at, keeps_signature
 from gradreg_optax._ascent import ascent_transformation, stateless
 from gradreg_optax._estimators import add_penalty, difference, product
-from gradreg_optax._loss import arguments_at, keeps_signature, with_aux
+from gradreg_optax._loss import with_aux
 from gradreg_optax._types import Argnums, Ascent, GradFn, LossFn, Mode, PyTree, Scalar, Scheme
 from gradreg_optax._validation import check_choice, check_inexact, constant
 

@@ -10,17 +10,11 @@ import numpy as np
 import optax
 
 from gradreg_optax import _validation as validation
+from gradreg_optax._arguments import accepts, arguments_at, named_arguments, signature_of
 from gradreg_optax._custom_gradient import StaticPart, with_gradient
 from gradreg_optax._leaves import split
-from gradreg_optax._loss import (
-    TransformedLoss,
-    accepts,
-    arguments_at,
-    named_arguments,
-    signature_of,
-    with_weight,
-)
-from gradreg_optax._train_step import Call, RegularizedPass, check_once, counting
+from gradreg_optax._loss import TransformedLoss, with_weight
+from gradreg_optax._regularized_pass import Call, RegularizedPass, check_once, counting
 from gradreg_optax._types import Argnums, Loss, LossFn, PyTree, Transformation, Weighted
 
 _CALLER = "regularized_loss"

@@ -1,7 +1,6 @@
 """Train steps: a regularizer, an optimizer and a loss in one jitted function."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,22 +8,18 @@ import jax.numpy as jnp
 import optax
 
 from gradreg_optax import _validation as validation
-from gradreg_optax._batching import first_fraction, split_batch
-from gradreg_optax._loss import (
-    TransformedLoss,
-    accepts,
-    mean_of,
-    named_arguments,
-    signature_of,
-    unreserved,
-    with_weight,
-)
+from gradreg_optax._arguments import accepts, signature_of
+from gradreg_optax._batching import split_batch
+from gradreg_optax._loss import with_weight
 from gradreg_optax._numerics import ASCENT_GROUPS, cast, global_norm, owned, widen
-from gradreg_optax._relative import RelativeState
-from gradreg_optax._transforms import GradregState
-from gradreg_optax._types import LossFn, PyTree, Transformation, Weighted
-
-_OURS = GradregState, RelativeState
+from gradreg_optax._regularized_pass import (
+    REGULARIZER_STATES,
+    Call,
+    Pass,
+    RegularizedPass,
+    check_once,
+)
+from gradreg_optax._types import LossFn, PyTree
 
 
 class TrainState(NamedTuple):
@@ -205,179 +200,13 @@ def static_arguments(
     return {"static_argnames": static, "static_argnums": numbers} if static else {}
 
 
-class Call(NamedTuple):
-    """A loss and its arguments, without the parameters.
-
-    Attributes:
-      loss: ``loss(params, *args, **kwargs) -> (Weighted, aux)``.
-      args: the positional arguments, the batch first.
-      kwargs: the keyword arguments.
-      loss_fn: the user's loss, with the names of the arguments in its signature.
-      held_out: another batch, for a regularizer with a self-tuned strength.
-    """
-
-    loss: Callable[..., tuple[Weighted, Any]]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    loss_fn: LossFn | None = None
-    held_out: PyTree = None
-
-    def on(self, batch: PyTree) -> "Call":
-        """Return the call with another batch."""
-        return self._replace(args=(batch, *self.args[1:]))
-
-    def value_fn(self, params: PyTree) -> jax.Array:
-        """Return the loss at ``params``."""
-        return mean_of(self.loss(params, *self.args, **self.kwargs)[0])
-
-    def value_and_more(self, params: PyTree) -> tuple[jax.Array, tuple[Any, Any]]:
-        """Return the loss at ``params``, and (its weight, aux)."""
-        mean, aux = self.loss(params, *self.args, **self.kwargs)
-        return mean_of(mean), (mean.weight, aux)
-
-    def named(self) -> dict[str, Any]:
-        """Return the arguments by name, for a regularizer with its own loss."""
-        if self.loss_fn is None:
-            return unreserved(self.kwargs)
-        return named_arguments(self.loss_fn, (None, *self.args), dict(self.kwargs))
-
-
-class Pass(NamedTuple):
-    """The results of a loss and a regularizer on a batch.
-
-    Attributes:
-      value: the loss.
-      aux: aux of the loss.
-      gradient: the gradient of the loss.
-      updates: the regularized gradient.
-      state: the new state of the regularizer.
-      weight: the weight of the batch, or None.
-    """
-
-    value: jax.Array
-    aux: Any
-    gradient: PyTree
-    updates: PyTree
-    state: optax.OptState
-    weight: jax.Array | None = None
-
-
-class RegularizedPass:
-    """A gradient evaluation followed by a regularizer, as in train steps and regularized losses."""
-
-    def __init__(
-        self, caller: str, regularizer: Transformation | None, kept: float = 1.0, groups: int = 1
-    ) -> None:
-        """Check the regularizer, which penalises the fraction ``kept`` of the batch."""
-        self._caller, self._kept = caller, kept
-        if regularizer is not None:
-            validation.check_transformation(caller, "regularizer", regularizer)
-        elif kept < 1 or groups > 1:
-            raise ValueError(
-                f"{caller}: penalty_fraction and ascent_groups need a regularizer, got None. Pass"
-                " regularizer=."
-            )
-        self._tx = optax.with_extra_args_support(regularizer or optax.identity())
-
-    def init(self, params: PyTree) -> optax.OptState:
-        """Return the state of the regularizer."""
-        state = self._tx.init(params)
-        if self._kept < 1 and not is_penalized(state):
-            raise TypeError(
-                f"{self._caller}: penalty_fraction needs a transformation of this package, got"
-                " another one, which would discard the gradient of the whole batch. Use"
-                " fd_gradreg, dbp_gradreg, sam, ..., or penalty_fraction=1."
-            )
-        return state
-
-    def run(self, call: Call, params: PyTree, state: optax.OptState) -> Pass:
-        """Evaluate the loss and its gradient, and regularize it."""
-        clean = jax.value_and_grad(call.value_and_more, has_aux=True)
-        (value, (weight, aux)), gradient = clean(params)
-        with penalty_arguments(self._caller, call, self._kept) as extra:
-            updates, state = self._tx.update(gradient, state, params, value=value, **extra)
-        return Pass(value, aux, gradient, updates, state, weight)
-
-
-@contextlib.contextmanager
-def penalty_arguments(caller: str, call: Call, kept: float) -> Iterator[dict[str, Any]]:
-    """Provide the extra arguments of a regularizer: the loss on the samples that it penalises.
-
-    Held-out samples that the regularizer has not evaluated are an error.
-    """
-    penalised, extra, evaluated = call, dict[str, Any](), False
-    if kept < 1:
-        penalised = call.on(first_fraction(caller, "penalty_fraction", call.args[0], kept))
-        extra["reuse_updates"] = False
-
-    def held_out_fn(params: PyTree) -> jax.Array:
-        nonlocal evaluated
-        evaluated = True
-        try:
-            return call.on(call.held_out).value_fn(params)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"held_out=: {error}") from error
-
-    if call.held_out is not None:
-        extra["held_out_fn"] = held_out_fn
-    yield penalised.named() | {"value_fn": penalised.value_fn} | extra
-    if call.held_out is not None and not evaluated:
-        raise TypeError(
-            f"{caller}: held_out= needs a regularizer with a self-tuned strength, got none. Use"
-            " relative_gradreg(strength=None), or remove held_out=."
-        )
-
-
-def is_penalized(state: optax.OptState) -> bool:
-    """Whether a chain with this state contains a transformation of this package."""
-    leaves = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, _OURS))
-    return any(isinstance(leaf, _OURS) for leaf in leaves)
-
-
 def _check_optimizer(caller: str, state: optax.OptState) -> None:
     """Check by its state that the optimizer is not a regularizer."""
-    if isinstance(state, _OURS):
+    if isinstance(state, REGULARIZER_STATES):
         raise ValueError(
             f"{caller}: optimizer must take steps, got a regularizer alone. Write"
             f" {caller}(loss_fn, optimizer, regularizer)."
         )
-
-
-def check_once(caller: str, loss_fn: LossFn, params: PyTree, *states: optax.OptState) -> None:
-    """Check that only one transformation, or the loss, contains a regularizer."""
-    of_loss = regularizer_of(loss_fn)
-    if of_loss is not None:
-        states = *states, of_loss.init(params)
-    if sum(map(is_penalized, states)) > 1:
-        raise ValueError(
-            f"{caller}: there is a regularizer in more than one of the loss, the optimizer's chain"
-            f" and {caller}, which would penalise twice. Remove one, or chain them:"
-            " regularizer=optax.chain(...)."
-        )
-
-
-def regularizer_of(loss_fn: Any) -> optax.GradientTransformation | None:
-    """Return the regularizer inside a loss, under any wrapper (``jax.jit``, a partial)."""
-    while loss_fn is not None:
-        if isinstance(loss_fn, TransformedLoss) and loss_fn.regularizer is not None:
-            return loss_fn.regularizer
-        loss_fn = getattr(loss_fn, "__wrapped__", getattr(loss_fn, "func", None))
-    return None
-
-
-def counting(caller: str, state: optax.OptState, step: Any) -> optax.OptState:
-    """Return a regularizer's state at ``step``; raise an error if it is more than counters."""
-
-    def counter(leaf: Any) -> GradregState:
-        if not isinstance(leaf, GradregState) or jax.tree.leaves(leaf.ascent):
-            raise ValueError(
-                f"{caller}: the regularizer keeps more state than a step counter, which cannot be"
-                " stored here. Put it in front of the optimizer, optax.chain(regularizer, tx), and"
-                " train with make_train_step or make_nnx_train_step."
-            )
-        return leaf._replace(step=step)
-
-    return jax.tree.map(counter, state, is_leaf=lambda s: isinstance(s, GradregState))
 
 
 def _mean_over_groups(

@@ -1,0 +1,151 @@
+"""The arguments of a loss: by position, by name, as its signature says."""
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gradreg_optax._types import Argnums, LossFn, PyTree
+
+# Names that Optax's update and its line searches reserve: a loss cannot receive them by name.
+RESERVED = frozenset(
+    {"updates", "state", "params", "value", "grad", "value_fn", "reuse_updates", "held_out_fn"}
+)
+
+
+def pick_arguments(caller: str, loss_fn: LossFn, available: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of ``loss_fn`` after its first, picked from ``available`` by name."""
+    offered = unreserved(available)
+    wanted = _parameters_after_first(loss_fn)
+    clash = [p for p in wanted if p.name in RESERVED & available.keys()]
+    greedy = any(p.kind is p.VAR_KEYWORD for p in wanted)
+    picked = offered if greedy else {p.name: offered[p.name] for p in wanted if p.name in offered}
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    named = [p for p in wanted if p.kind not in variadic and p.default is p.empty]
+    missing = [p for p in named if p.kind is p.POSITIONAL_ONLY or p.name not in picked]
+    refused = clash[:1] or missing
+    if refused:
+        names = ", ".join(repr(p.name) for p in refused)
+        raise TypeError(f"{caller}: the loss needs {names}, {_remedy(refused)}.")
+    return picked
+
+
+def unreserved(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that can be passed to ``update`` by name."""
+    return {name: value for name, value in arguments.items() if name not in RESERVED}
+
+
+def named_arguments(
+    loss_fn: LossFn, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Argnums = 0
+) -> dict[str, Any]:
+    """Return a call's arguments by name, without the parameters at ``argnums``.
+
+    A regularizer with its own loss picks its arguments from these.
+    """
+    signature = signature_of(loss_fn)
+    bound, named = signature.bind(*args, **kwargs).arguments, dict[str, Any]()
+    numbers = [n % len(args) for n in _numbers("", argnums)]
+    for position, parameter in enumerate(signature.parameters.values()):
+        if position in numbers:
+            continue
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named.update(bound.get(parameter.name, {}))
+        elif parameter.kind is not parameter.VAR_POSITIONAL and parameter.name in bound:
+            named[parameter.name] = bound[parameter.name]
+    return unreserved(named)
+
+
+def arguments_at(
+    caller: str, argnums: Argnums, args: tuple[Any, ...]
+) -> tuple[PyTree, Callable[[PyTree], tuple[Any, ...]]]:
+    """Return the argument or tuple of arguments at ``argnums``, and a function to replace them."""
+    numbers, single = _numbers(caller, argnums), hasattr(argnums, "__index__")
+    if not all(-len(args) <= n < len(args) for n in numbers):
+        raise ValueError(
+            f"{caller}: argnums must be positions of arguments, got {argnums} in a call with"
+            f" {len(args)} positional arguments. Pass the parameters by position."
+        )
+    if len({n % len(args) for n in numbers}) < len(numbers):
+        raise ValueError(
+            f"{caller}: argnums must be different positions, got {argnums}. Name each only once."
+        )
+
+    def put(params: PyTree) -> tuple[Any, ...]:
+        full = list(args)
+        for number, value in zip(numbers, [params] if single else params, strict=True):
+            full[number] = value
+        return tuple(full)
+
+    chosen = tuple(args[n] for n in numbers)
+    return (chosen[0] if single else chosen), put
+
+
+def _numbers(caller: str, argnums: Argnums) -> list[int]:
+    """Convert ``argnums`` to a list of integers."""
+    try:
+        numbers = list(map(operator.index, [argnums] if hasattr(argnums, "__index__") else argnums))
+    except TypeError:
+        numbers = []
+    if not numbers:
+        raise TypeError(
+            f"{caller}: argnums must be an integer or a sequence of integers, got {argnums!r}. Use"
+            " 0 for the first argument."
+        )
+    return numbers
+
+
+def positional(
+    caller: str, loss_fn: LossFn, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Bind a call of ``loss_fn``: arguments by position where possible, at least params and batch.
+
+    Keyword arguments use the parameter names of the loss.
+    """
+    bound = signature_of(loss_fn).bind(*args, **kwargs)
+    if len(bound.args) < 2:
+        raise TypeError(
+            f"{caller}: the loss must have a batch as its second positional argument, got"
+            f" {len(bound.args)} positional arguments. Call loss(params, batch, ...)."
+        )
+    return bound.args, bound.kwargs
+
+
+def keeps_signature(function: Any, loss_fn: LossFn) -> Any:
+    """Copy name, docstring and signature of a loss to ``function``."""
+    return functools.update_wrapper(function, loss_fn, updated=())
+
+
+def signature_of(loss_fn: LossFn) -> inspect.Signature:
+    """Return the signature of a loss; a builtin without one takes any arguments."""
+    try:
+        return inspect.signature(loss_fn)
+    except ValueError:
+        return inspect.signature(lambda *args, **kwargs: None)
+
+
+def accepts(loss_fn: LossFn, name: str) -> bool:
+    """Whether a loss takes an argument of this name."""
+    parameters = signature_of(loss_fn).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _remedy(missing: list[inspect.Parameter]) -> str:
+    if any(p.name in RESERVED for p in missing):
+        return (
+            "a name that Optax's update reserves. Rename the argument, or pass value_fn= with it"
+            " closed over"
+        )
+    if any(p.kind is p.POSITIONAL_ONLY for p in missing):
+        return (
+            "which is positional-only and cannot be picked by name. Pass value_fn= with it closed"
+            " over"
+        )
+    call = ", ".join(f"{p.name}=..." for p in missing)
+    return f"which update did not receive. Call update(grads, state, params, {call})"
+
+
+def _parameters_after_first(loss_fn: LossFn) -> list[inspect.Parameter]:
+    parameters = list(signature_of(loss_fn).parameters.values())
+    first_is_variadic = bool(parameters) and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
+    return parameters if first_is_variadic else parameters[1:]
