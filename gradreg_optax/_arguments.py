@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gradreg_optax._types import Argnums, LossFn, PyTree
+from gradreg_optax._types import Argnums, Args, Kwargs, LossFn, PyTree
 
 # Names that Optax's update and its line searches reserve: a loss cannot receive them by name.
 RESERVED = frozenset(
@@ -14,7 +14,7 @@ RESERVED = frozenset(
 )
 
 
-def pick_arguments(caller: str, loss_fn: LossFn, available: Mapping[str, Any]) -> dict[str, Any]:
+def pick_arguments(caller: str, loss_fn: LossFn, available: Mapping[str, Any]) -> Kwargs:
     """Return the arguments of ``loss_fn`` after its first, picked from ``available`` by name."""
     offered = unreserved(available)
     wanted = _parameters_after_first(loss_fn)
@@ -31,14 +31,12 @@ def pick_arguments(caller: str, loss_fn: LossFn, available: Mapping[str, Any]) -
     return picked
 
 
-def unreserved(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def unreserved(arguments: Mapping[str, Any]) -> Kwargs:
     """Return the arguments that can be passed to ``update`` by name."""
     return {name: value for name, value in arguments.items() if name not in RESERVED}
 
 
-def named_arguments(
-    loss_fn: LossFn, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Argnums = 0
-) -> dict[str, Any]:
+def named_arguments(loss_fn: LossFn, args: Args, kwargs: Kwargs, argnums: Argnums = 0) -> Kwargs:
     """Return a call's arguments by name, without the parameters at ``argnums``.
 
     A regularizer with its own loss picks its arguments from these.
@@ -57,8 +55,8 @@ def named_arguments(
 
 
 def arguments_at(
-    caller: str, argnums: Argnums, args: tuple[Any, ...]
-) -> tuple[PyTree, Callable[[PyTree], tuple[Any, ...]]]:
+    caller: str, argnums: Argnums, args: Args
+) -> tuple[PyTree, Callable[[PyTree], Args]]:
     """Return the argument or tuple of arguments at ``argnums``, and a function to replace them."""
     numbers, single = _numbers(caller, argnums), hasattr(argnums, "__index__")
     if not all(-len(args) <= n < len(args) for n in numbers):
@@ -71,7 +69,7 @@ def arguments_at(
             f"{caller}: argnums must be different positions, got {argnums}. Name each only once."
         )
 
-    def put(params: PyTree) -> tuple[Any, ...]:
+    def put(params: PyTree) -> Args:
         full = list(args)
         for number, value in zip(numbers, [params] if single else params, strict=True):
             full[number] = value
@@ -89,15 +87,12 @@ def _numbers(caller: str, argnums: Argnums) -> list[int]:
         numbers = []
     if not numbers:
         raise TypeError(
-            f"{caller}: argnums must be an integer or a sequence of integers, got {argnums!r}. Use"
-            " 0 for the first argument."
+            f"{caller}: argnums must be an integer or several, got {argnums!r}. The first is 0."
         )
     return numbers
 
 
-def positional(
-    caller: str, loss_fn: LossFn, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def positional(caller: str, loss_fn: LossFn, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     """Bind a call of ``loss_fn``: arguments by position where possible, at least params and batch.
 
     Keyword arguments use the parameter names of the loss.

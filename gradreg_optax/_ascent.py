@@ -33,8 +33,8 @@ def ascent_transformation(caller: str, ascent: Ascent | None) -> optax.GradientT
     else:
         raise TypeError(
             f"{caller}: ascent must be a function (gradient, params) -> direction, got"
-            f" {type(ascent).__name__}. For a mask, write ascent=masked(mask). For an ascent with"
-            " state, pass an Optax transformation."
+            f" {type(ascent).__name__}. Pass masked(mask) for a mask, an Optax transformation for"
+            " an ascent with state."
         )
 
     def climb(gradient: PyTree, state: optax.OptState, params: PyTree) -> tuple[PyTree, Any]:
@@ -181,8 +181,7 @@ def masked(mask: PyTree) -> AscentFn:
         for leaf in jax.tree.leaves(tree):
             if not (isinstance(leaf, bool) or getattr(leaf, "dtype", None) == jnp.bool_):
                 raise TypeError(
-                    f"masked: the mask must hold bools, got {leaf!r}. Use True for the parameters"
-                    " to perturb, and False for the others."
+                    f"masked: the mask must hold bools, got {leaf!r}. Use True to perturb."
                 )
         try:
             return jax.tree.map(
@@ -194,8 +193,7 @@ def masked(mask: PyTree) -> AscentFn:
             )
         except ValueError as error:
             raise ValueError(
-                "masked: the mask must be a tree of bools that is a prefix of the parameters, got"
-                f" another structure: {error}"
+                f"masked: the mask must be bools in a prefix of the parameters, got: {error}"
             ) from error
 
     return direction

@@ -153,8 +153,7 @@ def _second_derivative(caller: str, grad_fn: GradFn, params: PyTree, mode: Mode)
         grad_fn(params)  # an error of the loss itself is raised here, unchanged
         raise TypeError(
             f"{caller}: the loss must have a second derivative, {mode.replace('_', ' ')}, got an"
-            f" error ({error}). Try the other mode, or use fd_gradreg or fd_value_and_grad, which"
-            " need first derivatives only."
+            f" error ({error}). Try the other mode, or use fd_gradreg or fd_value_and_grad."
         ) from error
 
 

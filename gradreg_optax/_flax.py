@@ -253,8 +253,7 @@ def _pure_loss(
             raise ValueError(
                 f"{caller}: the loss must leave the structure of its NNX objects as it is, got one"
                 " that adds variables (nnx.sow, a cache) or sets attributes (model.eval()). Do this"
-                " before the step, or return intermediate values as aux: nnx.pop(model,"
-                " nnx.Intermediate)."
+                " before the step, or return nnx.pop(model, nnx.Intermediate) as aux."
             )
         pairs = enumerate(zip(before, _arrays(nnx, objects), strict=True))
         changes = {i: new for i, (old, new) in pairs if not identical(old, new)}
@@ -362,10 +361,9 @@ def _check_place(caller: str, here: bool, state: optax.OptState, chain: optax.Op
         )
     if not (here or is_penalized(chain)):
         raise ValueError(
-            f"{caller}: the step needs a regularizer, as an argument of {caller} or in the"
-            f" optimizer's chain, got neither. Write {caller}(loss_fn, fd_gradreg(...)) or"
-            " nnx.Optimizer(model, optax.chain(fd_gradreg(...), tx), wrt=nnx.Param). To train"
-            " without a regularizer, use nnx.value_and_grad."
+            f"{caller}: the step needs a regularizer, here or in the optimizer's chain, got"
+            f" neither. Write {caller}(loss_fn, fd_gradreg(...)) or optax.chain(fd_gradreg(...),"
+            " tx). To train without a regularizer, use nnx.value_and_grad."
         )
 
 
@@ -378,8 +376,7 @@ def _explained(caller: str, clean: Callable[[], Any]) -> Iterator[None]:
         clean()
         raise TypeError(
             f"{caller}: the regularizer or the optimizer raised an error: {str(error).rstrip('.')}."
-            f" The regularizer needs no loss, because {caller} passes one. Write"
-            " fd_gradreg(gamma=..., epsilon=...)."
+            f" The regularizer needs no loss, {caller} passes it. Write fd_gradreg(gamma=...)."
         ) from error
 
 

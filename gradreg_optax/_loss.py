@@ -110,10 +110,9 @@ def with_weight(
         if not isinstance(output, Weighted):
             if in_parts and dropped:
                 raise TypeError(
-                    f"{caller}: the loss must return its weight, which parts of the batch need, got"
-                    " the mean of a weighted loss. Pass the result of microbatched or"
-                    " regularized_loss directly, without a function around it, or return"
-                    " Weighted(total, weight)."
+                    f"{caller}: parts of the batch need the weight of the loss, got the mean of a"
+                    " weighted loss. Pass the result of microbatched or regularized_loss without a"
+                    " function around it, or return Weighted(total, weight)."
                 )
             return Weighted(_real_scalar(caller, output), None), aux
         total = _real_scalar(caller, output.total, cast=True)
@@ -138,8 +137,7 @@ def _weight(caller: str, weight: Any, total: jax.Array) -> jax.Array | None:
     array = _real_scalar(caller, weight, cast=True)
     if not (is_traced(weight) or 0 <= np.asarray(weight) < math.inf):
         raise ValueError(
-            f"{caller}: Weighted.weight must be finite and >= 0, got {weight}. Return the sum of"
-            " the weights of the samples."
+            f"{caller}: Weighted.weight must be finite and >= 0, got {weight}. Return a sum."
         )
     return jax.lax.stop_gradient(array.astype(wide(total.dtype)))
 
@@ -168,9 +166,8 @@ def late_loss(caller: str, loss_fn: LossFn | None, has_aux: bool) -> LateLoss:
         if given is None:
             raise ValueError(
                 f"{caller}: update needs a loss, got none. Write {caller}(loss_fn, ...), or call"
-                " update(grads, state, params, value_fn=loss_of_params), as make_train_step and"
-                " make_nnx_train_step do. For a trainer that passes no value_fn=, use"
-                " regularized_loss."
+                " update(grads, state, params, value_fn=loss_of_params), as make_train_step does."
+                " For a trainer that passes no value_fn=, use regularized_loss."
             )
         loss = with_aux(caller, given, has_aux and loss_fn is not None)
         arguments = pick_arguments(caller, given, extra_args)

@@ -15,7 +15,16 @@ from gradreg_optax._custom_gradient import StaticPart, with_gradient
 from gradreg_optax._leaves import split
 from gradreg_optax._loss import TransformedLoss, with_weight
 from gradreg_optax._regularized_pass import Call, RegularizedPass, check_once, counting
-from gradreg_optax._types import Argnums, Loss, LossFn, PyTree, Transformation, Weighted
+from gradreg_optax._types import (
+    Argnums,
+    Args,
+    Kwargs,
+    Loss,
+    LossFn,
+    PyTree,
+    Transformation,
+    Weighted,
+)
 
 _CALLER = "regularized_loss"
 
@@ -130,8 +139,8 @@ class RegularizedLoss(TransformedLoss):
 
 
 def bind_step(
-    caller: str, loss_fn: LossFn, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], jax.Array | None]:
+    caller: str, loss_fn: LossFn, args: Args, kwargs: Kwargs
+) -> tuple[Args, Kwargs, jax.Array | None]:
     """Bind a call of a regularized loss: ``(args, kwargs, step of the regularizer)``.
 
     If the loss has an argument ``step``, it receives the value, and the regularizer uses it as well

@@ -87,8 +87,7 @@ class RegularizedPass:
             validation.check_transformation(caller, "regularizer", regularizer)
         elif kept < 1 or groups > 1:
             raise ValueError(
-                f"{caller}: penalty_fraction and ascent_groups need a regularizer, got None. Pass"
-                " regularizer=."
+                f"{caller}: penalty_fraction and ascent_groups need a regularizer. Pass regularizer="
             )
         self._tx = optax.with_extra_args_support(regularizer or optax.identity())
 
@@ -154,9 +153,8 @@ def check_once(caller: str, loss_fn: LossFn, params: PyTree, *states: optax.OptS
         states = *states, of_loss.init(params)
     if sum(map(is_penalized, states)) > 1:
         raise ValueError(
-            f"{caller}: there is a regularizer in more than one of the loss, the optimizer's chain"
-            f" and {caller}, which would penalise twice. Remove one, or chain them:"
-            " regularizer=optax.chain(...)."
+            f"{caller}: regularizers in two of the loss, the optimizer's chain and {caller}"
+            " penalise twice. Remove one, or chain them: regularizer=optax.chain(...)."
         )
 
 

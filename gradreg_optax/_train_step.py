@@ -188,8 +188,7 @@ def static_arguments(
     parameters = list(signature_of(loss_fn).parameters)
     if "held_out" in parameters:
         raise TypeError(
-            f"{caller}: the loss has an argument 'held_out', a name that the step reserves. Rename"
-            " the argument."
+            f"{caller}: the argument 'held_out' of the loss is a name of the step. Rename it."
         )
     if not all(accepts(loss_fn, name) and name not in parameters[:1] for name in static):
         raise ValueError(

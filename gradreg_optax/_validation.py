@@ -82,8 +82,7 @@ def scalar(
     array = _real(caller, name, value, wanted)
     if array.shape:
         raise ValueError(
-            f"{caller}: {name} must be a scalar, got shape {array.shape}. Use jax.vmap for several"
-            " values."
+            f"{caller}: {name} must be a scalar, got shape {array.shape}. Use jax.vmap for more."
         )
     dtype, rule = _float_dtype(array.dtype), RULES.get(f"{caller}: {name}", RULES.get(name))
     with np.errstate(over="ignore"):  # an overflow becomes inf, which the rule rejects
@@ -199,8 +198,7 @@ def check_state(caller: str, state: Any, kind: type) -> None:
     if not isinstance(state, kind):
         raise TypeError(
             f"{caller}: the state must be the {kind.__name__} that init made, got"
-            f" {type(state).__name__}. Call init(params), or restore a checkpoint with"
-            " init(params) as its target."
+            f" {type(state).__name__}. Call init(params), also as the target of a checkpoint."
         )
 
 
@@ -241,8 +239,7 @@ def check_inexact(caller: str, name: str, tree: PyTree) -> None:
             kind = getattr(leaf, "dtype", type(leaf).__name__)
             raise TypeError(
                 f"{caller}: {name}{jax.tree_util.keystr(path)} has dtype {kind}, and only real and"
-                " complex numbers have a gradient. Cast it, close over it, or pass it as a further"
-                " argument of the loss."
+                " complex numbers have a gradient. Cast it, or pass it as a further argument."
             )
 
 
@@ -262,8 +259,7 @@ def check_like(caller: str, name: str, tree: PyTree, params: PyTree) -> None:
             raise ValueError(f"{where} must have {wanted}, got {jnp.shape(leaf)}.")
         if jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(parameter):
             raise TypeError(
-                f"{where} must be real, like its parameter, got a complex array. Take its real"
-                " part."
+                f"{where} must be real, like its parameter, got a complex array. Take .real."
             )
     check_inexact(caller, name, tree)
 
@@ -276,8 +272,7 @@ def check_arrays(caller: str, name: str, tree: PyTree) -> None:
         except TypeError as error:
             raise TypeError(
                 f"{caller}: {name}{jax.tree_util.keystr(path)} must be an array, got"
-                f" {type(leaf).__name__}. A compiled program returns arrays only. Leave it out of"
-                " the output of the loss."
+                f" {type(leaf).__name__}. Programs return arrays only. Leave it out."
             ) from error
 
 
@@ -288,8 +283,7 @@ def check_key(caller: str, key: Any) -> None:
     if not (shape == () if typed else dtype == np.uint32 and len(shape or ()) == 1):
         got = f"{dtype} of shape {shape}" if dtype is not None else repr(key)
         raise TypeError(
-            f"{caller}: key must be a single random key, got {got}. Use jax.random.key(0), or"
-            " jax.vmap for several keys."
+            f"{caller}: key must be a single random key, got {got}. Use jax.random.key(0)."
         )
 
 

@@ -312,7 +312,7 @@ def test_a_wrong_mask_is_described():
             gr.masked(mask)(PARAMS, PARAMS)
     two_of_three, wide = [True, False], {"a": np.ones(3, bool), "b": True}
     for mask in ({"a": True}, {"a": True, "b": True, "c": True}, two_of_three, wide):
-        must = "masked: the mask must be a tree of bools that is a prefix of the parameters"
+        must = "masked: the mask must be bools in a prefix of the parameters"
         with says(ValueError, must):
             gr.masked(mask)(PARAMS, PARAMS)
 
