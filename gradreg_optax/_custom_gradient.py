@@ -156,10 +156,7 @@ def _inner(pairs: Sequence[tuple[Any, Any]], value: jax.Array) -> jax.Array:
     """Return the derivative of the value, from pairs of a gradient and a tangent."""
     products = jnp.zeros([])
     for gradient, tangent in pairs:
-        wide = widen(gradient)
-        local = jnp.sum((wide * widen(tangent).astype(wide.dtype)).real)
-        more = axes_of(local) - axes_of(
-            value
-        )  # the leaf differs between devices, the value does not
+        local = jnp.sum((widen(gradient) * widen(tangent)).real)
+        more = axes_of(local) - axes_of(value)  # of a leaf that differs between devices
         products = jnp.add(products, jax.lax.psum(local, tuple(more)) if more else local)
     return products.astype(value.dtype)

@@ -139,6 +139,9 @@ def test_a_batch_of_which_no_sample_counts_has_the_sum_for_its_mean():
     for loss in (masked_squares, microbatched(masked_squares, 2)):
         found = gr.fd_value_and_grad(loss, gamma=0.1, epsilon=0.1)(1.0, batch)
         np.testing.assert_array_equal(found, 0.0)
+    regularizer = gr.fd_gradreg(gamma=0.1, epsilon=0.1)
+    init, step = gr.make_train_step(masked_squares, optax.sgd(0.5), regularizer, ascent_groups=2)
+    assert step(init(1.0), batch)[0].params == 1
 
 
 def test_a_sparse_batch_is_refused_and_not_halved():

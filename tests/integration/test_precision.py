@@ -127,3 +127,14 @@ def test_narrow_gradients_of_groups_are_averaged_in_float32():
     state, _ = step(init(jnp.zeros(50, jnp.bfloat16)), (x, weight))
     expected = -np.average(np.asarray(x, np.float32), axis=0, weights=weight)
     np.testing.assert_array_equal(state.params, expected.astype(jnp.bfloat16))
+
+
+def test_a_derivative_along_narrow_tangents_is_summed_in_float32():
+    x = jnp.full(50, 1 + 2**-7, jnp.bfloat16)  # its square is not a bfloat16
+
+    def loss(params):
+        return jnp.sum(params.astype(jnp.float32) * x.astype(jnp.float32))
+
+    regularized = gr.regularized_loss(loss, gr.fd_gradreg(gamma=0.0, epsilon=0.1))
+    _, along = jax.jvp(regularized, (jnp.zeros_like(x),), (x,))
+    assert along == 50 * (1 + 2**-7) ** 2
