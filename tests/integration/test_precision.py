@@ -136,5 +136,6 @@ def test_a_derivative_along_narrow_tangents_is_summed_in_float32():
         return jnp.sum(params.astype(jnp.float32) * x.astype(jnp.float32))
 
     regularized = gr.regularized_loss(loss, gr.fd_gradreg(gamma=0.0, epsilon=0.1))
-    _, along = jax.jvp(regularized, (jnp.zeros_like(x),), (x,))
+    with jax.numpy_dtype_promotion("strict"):
+        _, along = jax.jvp(regularized, (jnp.zeros_like(x),), (x,))
     assert along == 50 * (1 + 2**-7) ** 2
