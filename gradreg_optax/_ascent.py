@@ -181,7 +181,8 @@ def masked(mask: PyTree) -> AscentFn:
         for leaf in jax.tree.leaves(tree):
             if not (isinstance(leaf, bool) or getattr(leaf, "dtype", None) == jnp.bool_):
                 raise TypeError(
-                    f"masked: the mask must hold bools, got {leaf!r}. Use True to perturb."
+                    f"masked: the mask must hold bools, got {leaf!r}. Use True for the parameters"
+                    " to perturb, and False for the others."
                 )
         try:
             return jax.tree.map(

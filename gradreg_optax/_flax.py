@@ -362,8 +362,9 @@ def _check_place(caller: str, here: bool, state: optax.OptState, chain: optax.Op
     if not (here or is_penalized(chain)):
         raise ValueError(
             f"{caller}: the step needs a regularizer, here or in the optimizer's chain, got"
-            f" neither. Write {caller}(loss_fn, fd_gradreg(...)) or optax.chain(fd_gradreg(...),"
-            " tx). To train without a regularizer, use nnx.value_and_grad."
+            f" neither. Write {caller}(loss_fn, fd_gradreg(...)) or nnx.Optimizer(model,"
+            " optax.chain(fd_gradreg(...), tx), wrt=nnx.Param). To train without a regularizer, use"
+            " nnx.value_and_grad."
         )
 
 
@@ -376,7 +377,8 @@ def _explained(caller: str, clean: Callable[[], Any]) -> Iterator[None]:
         clean()
         raise TypeError(
             f"{caller}: the regularizer or the optimizer raised an error: {str(error).rstrip('.')}."
-            f" The regularizer needs no loss, {caller} passes it. Write fd_gradreg(gamma=...)."
+            f" The regularizer needs no loss, because {caller} passes one. Write"
+            " fd_gradreg(gamma=..., epsilon=...)."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Normalise user losses: one form of output, arguments by name."""
+"""Normalise user losses: one form of output, with a weight and aux; a loss bound late."""
 
 import abc
 import contextvars
@@ -137,7 +137,8 @@ def _weight(caller: str, weight: Any, total: jax.Array) -> jax.Array | None:
     array = _real_scalar(caller, weight, cast=True)
     if not (is_traced(weight) or 0 <= np.asarray(weight) < math.inf):
         raise ValueError(
-            f"{caller}: Weighted.weight must be finite and >= 0, got {weight}. Return a sum."
+            f"{caller}: Weighted.weight must be finite and >= 0, got {weight}. Return the sum of"
+            " the weights of the samples."
         )
     return jax.lax.stop_gradient(array.astype(wide(total.dtype)))
 
@@ -166,8 +167,9 @@ def late_loss(caller: str, loss_fn: LossFn | None, has_aux: bool) -> LateLoss:
         if given is None:
             raise ValueError(
                 f"{caller}: update needs a loss, got none. Write {caller}(loss_fn, ...), or call"
-                " update(grads, state, params, value_fn=loss_of_params), as make_train_step does."
-                " For a trainer that passes no value_fn=, use regularized_loss."
+                " update(grads, state, params, value_fn=loss_of_params), as make_train_step and"
+                " make_nnx_train_step do. For a trainer that passes no value_fn=, use"
+                " regularized_loss."
             )
         loss = with_aux(caller, given, has_aux and loss_fn is not None)
         arguments = pick_arguments(caller, given, extra_args)

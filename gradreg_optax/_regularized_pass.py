@@ -87,7 +87,8 @@ class RegularizedPass:
             validation.check_transformation(caller, "regularizer", regularizer)
         elif kept < 1 or groups > 1:
             raise ValueError(
-                f"{caller}: penalty_fraction and ascent_groups need a regularizer: regularizer=tx"
+                f"{caller}: penalty_fraction and ascent_groups need a regularizer, got None. Pass"
+                " regularizer=."
             )
         self._tx = optax.with_extra_args_support(regularizer or optax.identity())
 

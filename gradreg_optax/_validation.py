@@ -82,7 +82,8 @@ def scalar(
     array = _real(caller, name, value, wanted)
     if array.shape:
         raise ValueError(
-            f"{caller}: {name} must be a scalar, got shape {array.shape}. Use jax.vmap for more."
+            f"{caller}: {name} must be a scalar, got shape {array.shape}. Use jax.vmap for several"
+            " values."
         )
     dtype, rule = _float_dtype(array.dtype), RULES.get(f"{caller}: {name}", RULES.get(name))
     with np.errstate(over="ignore"):  # an overflow becomes inf, which the rule rejects
@@ -198,7 +199,8 @@ def check_state(caller: str, state: Any, kind: type) -> None:
     if not isinstance(state, kind):
         raise TypeError(
             f"{caller}: the state must be the {kind.__name__} that init made, got"
-            f" {type(state).__name__}. Call init(params), also as the target of a checkpoint."
+            f" {type(state).__name__}. Call init(params), or restore a checkpoint with"
+            " init(params) as its target."
         )
 
 
@@ -239,7 +241,8 @@ def check_inexact(caller: str, name: str, tree: PyTree) -> None:
             kind = getattr(leaf, "dtype", type(leaf).__name__)
             raise TypeError(
                 f"{caller}: {name}{jax.tree_util.keystr(path)} has dtype {kind}, and only real and"
-                " complex numbers have a gradient. Cast it, or pass it as a further argument."
+                " complex numbers have a gradient. Cast it, close over it, or pass it as a further"
+                " argument of the loss."
             )
 
 
@@ -272,7 +275,8 @@ def check_arrays(caller: str, name: str, tree: PyTree) -> None:
         except TypeError as error:
             raise TypeError(
                 f"{caller}: {name}{jax.tree_util.keystr(path)} must be an array, got"
-                f" {type(leaf).__name__}. Programs return arrays only. Leave it out."
+                f" {type(leaf).__name__}. A compiled program returns arrays only. Leave it out of"
+                " the output of the loss."
             ) from error
 
 
@@ -283,7 +287,8 @@ def check_key(caller: str, key: Any) -> None:
     if not (shape == () if typed else dtype == np.uint32 and len(shape or ()) == 1):
         got = f"{dtype} of shape {shape}" if dtype is not None else repr(key)
         raise TypeError(
-            f"{caller}: key must be a single random key, got {got}. Use jax.random.key(0)."
+            f"{caller}: key must be a single random key, got {got}. Use jax.random.key(0), or"
+            " jax.vmap for several keys."
         )
 
 

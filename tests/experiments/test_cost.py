@@ -54,11 +54,12 @@ def test_the_committed_results_hold_the_ratios_of_the_paper():
     bounds = dict.fromkeys(("F-GR", "B-GR", "SAM"), (1.96, 2.04))
     bounds |= {"DB forward-over-reverse": (2.7, 3.05)}
     # XLA does not merge all convolutions of its forward pass with those of the gradient
-    bounds |= {"DB reverse-over-reverse": (2.7, 3.4)}
+    literal = {"mlp": (2.7, 3.05), "resnet": (3.2, 3.4)}
     bounds |= {"C-GR": (2.94, 3.06), "flooding": (0.99, 1.01)}
     for family in cost.AXES:
         costs = cost.family_costs(found, family)
         ratios = costs["flops"] / costs["flops"][:, :1]
+        bounds["DB reverse-over-reverse"] = literal[family]
         for name, (low, high) in bounds.items():
             # at three layers the first one's savings are still felt
             of_sizes = ratios[1:, costs["methods"].index(name)]
