@@ -33,7 +33,7 @@ def with_gradient(plain: Plain, rule: Rule, numbers: Leaves) -> Output:
     over the axes of the value, so that their gradients sum over devices.
     """
     numbers = varying(numbers, axes_of_value(plain, numbers))
-    if isinstance(jax.lax.add(0.0, 0.0), jax.core.Tracer):  # under jit, scan, ...
+    if _is_tracing():
         return _with_arguments(plain, rule, numbers)
     try:
         return _with_gradient(plain, rule, numbers, len(numbers))
@@ -54,6 +54,25 @@ class StaticPart:
         """Return the arrays of a tree, and store the rest."""
         arrays, self.whole = split(tree, lambda leaf: isinstance(leaf, jax.Array))
         return arrays
+
+
+def traced_once(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """Return ``function``, which under ``jax.jit`` is traced only on the first of several calls."""
+    static = StaticPart()
+    jitted = jax.jit(lambda *args: static.arrays(function(*args)))
+
+    def evaluate(*args: PyTree) -> PyTree:
+        if not _is_tracing():
+            return function(*args)
+        arrays = jitted(*args)  # sets the static part
+        return static.whole(arrays)
+
+    return evaluate
+
+
+def _is_tracing() -> bool:
+    """Whether operations are recorded: under ``jax.jit``, ``jax.lax.scan``, ..."""
+    return isinstance(jax.lax.add(0.0, 0.0), jax.core.Tracer)
 
 
 def _with_arguments(plain: Plain, rule: Rule, numbers: Leaves) -> Output:
@@ -139,7 +158,7 @@ def _recomputed(rule: Rule) -> Rule:
 
 def _closed(function: Callable[[Leaves], Any], numbers: Leaves) -> tuple[Any, Sequence[Any]]:
     """Trace ``function``; return it with its closed-over arrays as an argument, and these."""
-    closed, shape = jax.make_jaxpr(function, return_shape=True)(numbers)
+    closed, shape = jax.make_jaxpr(jax.jit(function), return_shape=True)(numbers)
     jaxpr, structure = closed.jaxpr, jax.tree.structure(shape)
 
     def explicit(constants: Sequence[Any], numbers: Leaves) -> Any:

@@ -121,7 +121,7 @@ def make_nnx_train_step(
         _write(nnx, arguments, changes)
         updates = _refilled(nnx.state(model, optimizer.wrt), outcome.updates)
         with (
-            penalty_arguments(caller, call._replace(held_out=held_out), kept_there) as extra,
+            penalty_arguments(caller, call, kept_there, held_out) as extra,
             _explained(caller, lambda: call.value_fn(params)),
         ):
             optimizer.update(model, updates, value=outcome.value, grad=outcome.gradient, **extra)

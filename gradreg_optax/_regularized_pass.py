@@ -1,6 +1,8 @@
 """One regularized evaluation of a loss, which all entry points other than a chain share."""
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ import optax
 from gradreg_optax import _validation as validation
 from gradreg_optax._arguments import named_arguments, unreserved
 from gradreg_optax._batching import first_fraction
+from gradreg_optax._custom_gradient import traced_once
 from gradreg_optax._loss import TransformedLoss, mean_of
 from gradreg_optax._relative import RelativeState
 from gradreg_optax._transforms import GradregState
@@ -18,7 +21,8 @@ from gradreg_optax._types import LossFn, PyTree, Transformation, Weighted
 REGULARIZER_STATES = GradregState, RelativeState
 
 
-class Call(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Call:
     """A loss and its arguments, without the parameters.
 
     Attributes:
@@ -26,26 +30,28 @@ class Call(NamedTuple):
       args: the positional arguments, the batch first.
       kwargs: the keyword arguments.
       loss_fn: the user's loss, with the names of the arguments in its signature.
-      held_out: another batch, for a regularizer with a self-tuned strength.
     """
 
     loss: Callable[..., tuple[Weighted, Any]]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     loss_fn: LossFn | None = None
-    held_out: PyTree = None
 
     def on(self, batch: PyTree) -> "Call":
         """Return the call with another batch."""
-        return self._replace(args=(batch, *self.args[1:]))
+        return dataclasses.replace(self, args=(batch, *self.args[1:]))
+
+    @functools.cached_property
+    def _evaluate(self) -> Callable[[PyTree], tuple[Weighted, Any]]:
+        return traced_once(lambda params: self.loss(params, *self.args, **self.kwargs))
 
     def value_fn(self, params: PyTree) -> jax.Array:
         """Return the loss at ``params``."""
-        return mean_of(self.loss(params, *self.args, **self.kwargs)[0])
+        return mean_of(self._evaluate(params)[0])
 
     def value_and_more(self, params: PyTree) -> tuple[jax.Array, tuple[Any, Any]]:
         """Return the loss at ``params``, and (its weight, aux)."""
-        mean, aux = self.loss(params, *self.args, **self.kwargs)
+        mean, aux = self._evaluate(params)
         return mean_of(mean), (mean.weight, aux)
 
     def named(self) -> dict[str, Any]:
@@ -103,17 +109,21 @@ class RegularizedPass:
             )
         return state
 
-    def run(self, call: Call, params: PyTree, state: optax.OptState) -> Pass:
+    def run(
+        self, call: Call, params: PyTree, state: optax.OptState, held_out: PyTree = None
+    ) -> Pass:
         """Evaluate the loss and its gradient, and regularize it."""
         clean = jax.value_and_grad(call.value_and_more, has_aux=True)
         (value, (weight, aux)), gradient = clean(params)
-        with penalty_arguments(self._caller, call, self._kept) as extra:
+        with penalty_arguments(self._caller, call, self._kept, held_out) as extra:
             updates, state = self._tx.update(gradient, state, params, value=value, **extra)
         return Pass(value, aux, gradient, updates, state, weight)
 
 
 @contextlib.contextmanager
-def penalty_arguments(caller: str, call: Call, kept: float) -> Iterator[dict[str, Any]]:
+def penalty_arguments(
+    caller: str, call: Call, kept: float, held_out: PyTree = None
+) -> Iterator[dict[str, Any]]:
     """Provide the extra arguments of a regularizer: the loss on the samples that it penalises.
 
     Held-out samples that the regularizer has not evaluated are an error.
@@ -127,14 +137,14 @@ def penalty_arguments(caller: str, call: Call, kept: float) -> Iterator[dict[str
         nonlocal evaluated
         evaluated = True
         try:
-            return call.on(call.held_out).value_fn(params)
+            return call.on(held_out).value_fn(params)
         except (TypeError, ValueError) as error:
             raise type(error)(f"held_out=: {error}") from error
 
-    if call.held_out is not None:
+    if held_out is not None:
         extra["held_out_fn"] = held_out_fn
     yield penalised.named() | {"value_fn": penalised.value_fn} | extra
-    if call.held_out is not None and not evaluated:
+    if held_out is not None and not evaluated:
         raise TypeError(
             f"{caller}: held_out= needs a regularizer with a self-tuned strength, got none. Use"
             " relative_gradreg(strength=None), or remove held_out=."

@@ -162,10 +162,10 @@ def make_train_step(
     ) -> tuple[TrainState, StepInfo]:
         validation.check_state(caller, state, TrainState)
         params, (first_state, second_state) = state.params, state.opt_state
-        call = Call(loss, (batch, *args), kwargs, loss_fn, held_out)
+        call = Call(loss, (batch, *args), kwargs, loss_fn)
 
         def on(batch: PyTree) -> Pass:
-            return regularized.run(call.on(batch), params, first_state)
+            return regularized.run(call.on(batch), params, first_state, held_out)
 
         outcome, grad_norm = _mean_over_groups(caller, on, batch, groups)
         extra = {"value": outcome.value, "grad": outcome.gradient, "value_fn": call.value_fn}

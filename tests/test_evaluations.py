@@ -6,6 +6,7 @@ import optax
 import pytest
 
 import problems
+from gradreg_optax import make_train_step, regularized_loss
 from problems import REGULARIZERS, batch_of, flat, loss_fn, params_of
 
 
@@ -58,3 +59,22 @@ def test_ten_steps_trace_the_loss_as_often_as_one(name):
     for _ in range(9):
         params, state = step(params, state, batch)
     assert (len(traces), step._cache_size(), int(state.step)) == (first, 1, 10)
+
+
+@pytest.mark.parametrize("name", ["fd central", "dbp forward_over_reverse"])
+@pytest.mark.parametrize("interval", [1, 3])
+def test_a_program_traces_the_loss_once(name, interval):
+    traces, batch, params = [], batch_of(), params_of()
+
+    def counted(params, batch):
+        traces.append(None)
+        return loss_fn(params, batch)
+
+    init, step = make_train_step(counted, optax.sgd(0.1), REGULARIZERS[name](interval=interval))
+    step.lower(init(params), batch)
+    assert len(traces) == 1
+    regularized = regularized_loss(counted, REGULARIZERS[name](interval=interval))
+    for evaluate in (regularized, jax.grad(regularized)):
+        traces.clear()
+        jax.jit(evaluate).lower(params, batch, step=0)
+        assert len(traces) == 1
