@@ -32,6 +32,22 @@ from gradreg_optax._types import GradFn, Mode, PyTree, Scheme
 Climb: TypeAlias = Callable[[PyTree], tuple[PyTree, optax.OptState]]  # gradient -> direction, state
 
 
+class Point(NamedTuple):
+    """Where, and in which direction, to multiply by the Hessian.
+
+    Attributes:
+      grad_fn: the gradient function, which also returns aux.
+      params: the parameters.
+      climb: a function from the gradient to the direction and the new state of the ascent.
+      gradient: the gradient at the parameters, or None if it is not known.
+    """
+
+    grad_fn: GradFn
+    params: PyTree
+    climb: Climb
+    gradient: PyTree = None
+
+
 class Estimate(NamedTuple):
     """An estimate of :math:`H d`, with the gradient that it was computed from.
 
@@ -48,15 +64,7 @@ class Estimate(NamedTuple):
     ascent: optax.OptState
 
 
-def difference(
-    grad_fn: GradFn,
-    params: PyTree,
-    climb: Climb,
-    *,
-    epsilon: jax.Array,
-    scheme: Scheme,
-    gradient: PyTree = None,
-) -> Estimate:
+def difference(at: Point, *, epsilon: jax.Array, scheme: Scheme) -> Estimate:
     r"""Estimate :math:`H d` by a finite difference of gradients.
 
     ========  =================================================================  ========  =====
@@ -71,15 +79,13 @@ def difference(
     difference is computed in float32 or wider. For ``epsilon == 0`` (a warm-up schedule) the
     estimate is zero. For a negative ``epsilon``, forward and backward change places.
     """
-    aux = None
-    if gradient is None:
-        gradient, aux = grad_fn(params)
-    direction, ascent = climb(gradient)
+    gradient, aux = at.grad_fn(at.params) if at.gradient is None else (at.gradient, None)
+    direction, ascent = at.climb(gradient)
     ahead = behind = gradient
     if scheme != "backward":
-        ahead = grad_fn(shift(params, direction, epsilon))[0]
+        ahead = at.grad_fn(shift(at.params, direction, epsilon))[0]
     if scheme != "forward":
-        behind = grad_fn(shift(params, direction, -epsilon))[0]
+        behind = at.grad_fn(shift(at.params, direction, -epsilon))[0]
     inverse = functools.cache(functools.partial(_inverse, epsilon, scheme == "central"))
 
     def quotient(p: Any, a: Any, b: Any) -> jax.Array:
@@ -87,18 +93,10 @@ def difference(
         change = widen(a).astype(dtype) - widen(b).astype(dtype)
         return scale(inverse(change.real.dtype), change)
 
-    return Estimate(gradient, aux, jax.tree.map(quotient, params, ahead, behind), ascent)
+    return Estimate(gradient, aux, jax.tree.map(quotient, at.params, ahead, behind), ascent)
 
 
-def product(
-    caller: str,
-    grad_fn: GradFn,
-    params: PyTree,
-    climb: Climb,
-    *,
-    mode: Mode,
-    gradient: PyTree = None,
-) -> Estimate:
+def product(caller: str, at: Point, *, mode: Mode) -> Estimate:
     r"""Compute :math:`H d` exactly, together with the gradient.
 
     ``forward_over_reverse`` linearizes the gradient. ``reverse_over_reverse`` is literal double
@@ -108,13 +106,13 @@ def product(
     """
     forward = mode == "forward_over_reverse"
     transform: Any = jax.linearize if forward else jax.vjp
-    explained = functools.partial(_second_derivative, caller, grad_fn, params, mode)
+    explained = functools.partial(_second_derivative, caller, at, mode)
     with explained():
-        evaluated, multiply, aux = transform(grad_fn, params, has_aux=True)
-    gradient = evaluated if gradient is None else gradient
-    direction, ascent = climb(gradient)
+        evaluated, multiply, aux = transform(at.grad_fn, at.params, has_aux=True)
+    gradient = evaluated if at.gradient is None else at.gradient
+    direction, ascent = at.climb(gradient)
     with explained():
-        image = multiply(jax.tree.map(cast, direction, params))
+        image = multiply(jax.tree.map(cast, direction, at.params))
     return Estimate(gradient, aux, image if forward else image[0], ascent)
 
 
@@ -145,12 +143,12 @@ def add_penalty(updates: PyTree, gamma: jax.Array, product: PyTree) -> PyTree:
 
 
 @contextlib.contextmanager
-def _second_derivative(caller: str, grad_fn: GradFn, params: PyTree, mode: Mode) -> Iterator[None]:
+def _second_derivative(caller: str, at: Point, mode: Mode) -> Iterator[None]:
     """Explain the error of a loss without a second derivative."""
     try:
         yield
     except (TypeError, ValueError, NotImplementedError) as error:
-        grad_fn(params)  # an error of the loss itself is raised here, unchanged
+        at.grad_fn(at.params)  # an error of the loss itself is raised here, unchanged
         raise TypeError(
             f"{caller}: the loss must have a second derivative, {mode.replace('_', ' ')}, got an"
             f" error ({error}). Try the other mode, or use fd_gradreg or fd_value_and_grad."

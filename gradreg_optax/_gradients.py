@@ -9,7 +9,7 @@ import jax
 
 from gradreg_optax._arguments import arguments_at, keeps_signature
 from gradreg_optax._ascent import ascent_transformation, stateless
-from gradreg_optax._estimators import add_penalty, difference, product
+from gradreg_optax._estimators import Point, add_penalty, difference, product
 from gradreg_optax._loss import with_aux
 from gradreg_optax._types import Argnums, Ascent, GradFn, LossFn, Mode, PyTree, Scalar, Scheme
 from gradreg_optax._validation import check_choice, check_inexact, constant
@@ -84,8 +84,8 @@ def fd_value_and_grad(
     tx = ascent_transformation(caller, ascent)
 
     def penalize(grad_fn: GradFn, params: PyTree) -> tuple[PyTree, Any]:
-        climb, epsilon = stateless(caller, tx, params), epsilon_at(None)
-        estimate = difference(grad_fn, params, climb, epsilon=epsilon, scheme=scheme)
+        at = Point(grad_fn, params, stateless(caller, tx, params))
+        estimate = difference(at, epsilon=epsilon_at(None), scheme=scheme)
         return add_penalty(estimate.gradient, gamma_at(None), estimate.product), estimate.aux
 
     return _value_and_grad(caller, loss_fn, penalize, argnums, has_aux)
@@ -144,7 +144,8 @@ def dbp_value_and_grad(
     tx = ascent_transformation(caller, ascent)
 
     def penalize(grad_fn: GradFn, params: PyTree) -> tuple[PyTree, Any]:
-        estimate = product(caller, grad_fn, params, stateless(caller, tx, params), mode=mode)
+        at = Point(grad_fn, params, stateless(caller, tx, params))
+        estimate = product(caller, at, mode=mode)
         return add_penalty(estimate.gradient, gamma_at(None), estimate.product), estimate.aux
 
     return _value_and_grad(caller, loss_fn, penalize, argnums, has_aux)

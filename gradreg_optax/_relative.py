@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from gradreg_optax._ascent import ascent_transformation
-from gradreg_optax._estimators import add_penalty, difference
+from gradreg_optax._estimators import Point, add_penalty, difference
 from gradreg_optax._loss import late_loss
 from gradreg_optax._numerics import default_float, global_norm, keep_finite, ratio
 from gradreg_optax._self_tuning import Losses, no_losses, self_tuned
@@ -204,9 +204,8 @@ def relative_gradreg(
         own = updates if at.reuse_updates else at.grad_fn(at.params)[0]
         climbed = tx.update(own, state.ascent, at.params)
         epsilon = _epsilon(state.norms, reach_at(state.step).astype(dtype), at.params, climbed[0])
-        estimate = difference(
-            at.grad_fn, at.params, lambda _: climbed, epsilon=epsilon, scheme=scheme, gradient=own
-        )
+        point = Point(at.grad_fn, at.params, lambda _: climbed, own)
+        estimate = difference(point, epsilon=epsilon, scheme=scheme)
         now = Norms(*(global_norm(x).astype(dtype) for x in (updates, own, estimate.product)))
         state, gamma = _measured(
             state._replace(ascent=estimate.ascent), now, decay_at(state.step).astype(dtype)

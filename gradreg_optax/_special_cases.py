@@ -275,7 +275,7 @@ def _sharpness_penalty(
     def penalize(at: Evaluation, updates: PyTree, state: GradregState) -> Penalised:
         if not (at.reuse_updates and schedule.always):
             return by_difference.penalize(at, updates, state)
-        direction, _ = at.climb(tx, state.ascent)(updates)
+        direction, _ = tx.update(updates, state.ascent, at.params)
         ahead, _ = at.grad_fn(shift(at.params, direction, at.gamma))
         return jax.tree.map(cast, ahead, updates), state
 

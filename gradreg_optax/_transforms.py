@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from gradreg_optax import _validation as validation
 from gradreg_optax._ascent import ascent_transformation
 from gradreg_optax._convolutions import canonical_convolutions
-from gradreg_optax._estimators import Climb, Estimate, add_penalty, difference, product
+from gradreg_optax._estimators import Estimate, Point, add_penalty, difference, product
 from gradreg_optax._guard import compare
 from gradreg_optax._loss import gradient_fn, late_loss
 from gradreg_optax._numerics import keep_finite, owned
@@ -35,6 +35,7 @@ from gradreg_optax._types import (
     PyTree,
     ScalarOrSchedule,
     Scheme,
+    Transformation,
 )
 
 
@@ -205,8 +206,7 @@ def dbp_gradreg(
     tx = ascent_transformation(caller, ascent)
 
     def penalize(at: Evaluation, updates: PyTree, state: GradregState) -> Penalised:
-        climb, gradient = at.climb(tx, state.ascent), updates if at.reuse_updates else None
-        estimate = product(caller, at.grad_fn, at.params, climb, mode=mode, gradient=gradient)
+        estimate = product(caller, at.point(tx, state.ascent, updates), mode=mode)
         return _add(updates, state, at.gamma, estimate)
 
     penalty = Penalty(lambda params: initial_state(tx.init(params)), gamma_at, penalize)
@@ -271,9 +271,13 @@ class Evaluation(NamedTuple):
     reuse_updates: bool
     extra_args: Mapping[str, Any]
 
-    def climb(self, tx: optax.GradientTransformation, state: optax.OptState) -> Climb:
-        """Return the ascent direction as a function of the gradient."""
-        return lambda gradient: tx.update(gradient, state, self.params)
+    def point(self, tx: Transformation, state: optax.OptState, updates: PyTree) -> Point:
+        """Return where to estimate the product, with the ascent of ``tx``."""
+
+        def climb(gradient: PyTree) -> tuple[PyTree, Any]:
+            return tx.update(gradient, state, self.params)
+
+        return Point(self.grad_fn, self.params, climb, updates if self.reuse_updates else None)
 
 
 Penalised: TypeAlias = tuple[PyTree, Any]  # updates, state
@@ -333,16 +337,13 @@ def advanced(step: jax.Array | None) -> jax.Array | None:
 
 
 def difference_penalty(
-    gamma_at: AtStep, epsilon_at: AtStep, scheme: Scheme, tx: optax.GradientTransformation
+    gamma_at: AtStep, epsilon_at: AtStep, scheme: Scheme, tx: Transformation
 ) -> Penalty:
     """Add gamma times the finite difference along the ascent of ``tx``."""
 
     def penalize(at: Evaluation, updates: PyTree, state: GradregState) -> Penalised:
-        climb, epsilon = at.climb(tx, state.ascent), epsilon_at(state.step)
-        gradient = updates if at.reuse_updates else None
-        estimate = difference(
-            at.grad_fn, at.params, climb, epsilon=epsilon, scheme=scheme, gradient=gradient
-        )
+        point = at.point(tx, state.ascent, updates)
+        estimate = difference(point, epsilon=epsilon_at(state.step), scheme=scheme)
         return _add(updates, state, at.gamma, estimate)
 
     return Penalty(lambda params: initial_state(tx.init(params)), gamma_at, penalize)

@@ -20,7 +20,7 @@ from gradreg_optax import _validation as validation
 from gradreg_optax._ascent import ascent_transformation, normalized, stateless
 from gradreg_optax._batching import split_batch
 from gradreg_optax._convolutions import canonical_convolutions
-from gradreg_optax._estimators import difference, product, shift
+from gradreg_optax._estimators import Point, difference, product, shift
 from gradreg_optax._loss import gradient_fn, mean_of, with_aux, with_weight
 from gradreg_optax._numerics import cast, conjugate, global_norm, widen
 from gradreg_optax._types import GradFn, LossFn, PyTree, Scalar, Scheme, ValueFn
@@ -300,9 +300,10 @@ def difference_error(
     epsilon = validation.constant(caller, "epsilon", epsilon)(None)
     validation.check_choice(caller, "scheme", scheme, Scheme)
     climb = stateless(caller, ascent_transformation(caller, None), params)
-    exact = product(caller, grad_fn, params, climb, mode="forward_over_reverse")
+    exact = product(caller, Point(grad_fn, params, climb), mode="forward_over_reverse")
     gradient = exact.gradient
-    estimate = difference(grad_fn, params, climb, epsilon=epsilon, scheme=scheme, gradient=gradient)
+    known = Point(grad_fn, params, climb, gradient)
+    estimate = difference(known, epsilon=epsilon, scheme=scheme)
     errors = jax.tree.map(lambda a, b: a - b.astype(a.dtype), estimate.product, exact.product)
     error, size = global_norm(errors), global_norm(exact.product)
     direction, _ = climb(gradient)
