@@ -36,15 +36,16 @@ def test_gradients_per_update_are_those_of_the_table_and_skipped_updates_cost_no
     assert update._cache_size() == 1
 
 
+def counted_loss():
+    """Return the loss, and a list that grows when it is traced."""
+    traces = []
+    return lambda params, batch: traces.append(None) or loss_fn(params, batch), traces
+
+
 @pytest.mark.parametrize("name", ["fd forward", "dbp forward_over_reverse", "asam"])
 def test_ten_steps_trace_the_loss_as_often_as_one(name):
-    traces, batch, params = [], batch_of(), params_of()
-
-    def counted(params, batch):
-        traces.append(None)
-        return loss_fn(params, batch)
-
-    tx = REGULARIZERS[name](interval=2)
+    tx, batch, params = REGULARIZERS[name](interval=2), batch_of(), params_of()
+    counted, traces = counted_loss()
 
     @jax.jit
     # a new lambda on every trace, and no retracing on account of it
@@ -64,17 +65,11 @@ def test_ten_steps_trace_the_loss_as_often_as_one(name):
 @pytest.mark.parametrize("name", ["fd central", "dbp forward_over_reverse"])
 @pytest.mark.parametrize("interval", [1, 3])
 def test_a_program_traces_the_loss_once(name, interval):
-    traces, batch, params = [], batch_of(), params_of()
-
-    def counted(params, batch):
-        traces.append(None)
-        return loss_fn(params, batch)
-
-    init, step = make_train_step(counted, optax.sgd(0.1), REGULARIZERS[name](interval=interval))
+    tx, batch, params = REGULARIZERS[name](interval=interval), batch_of(), params_of()
+    counted, traces = counted_loss()
+    init, step = make_train_step(counted, optax.sgd(0.1), tx)
+    regularized = regularized_loss(counted, tx)
     step.lower(init(params), batch)
-    assert len(traces) == 1
-    regularized = regularized_loss(counted, REGULARIZERS[name](interval=interval))
-    for evaluate in (regularized, jax.grad(regularized)):
-        traces.clear()
-        jax.jit(evaluate).lower(params, batch, step=0)
-        assert len(traces) == 1
+    jax.jit(jax.grad(regularized)).lower(params, batch, step=0)
+    jax.jit(regularized).lower(params, batch, step=0)
+    assert len(traces) == 3  # one for each
