@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from gradreg_optax.experiments.common import CommandError
-from gradreg_optax.experiments.data import Array, Dataset, cache, from_arrays
+from gradreg_optax.experiments.data import Array, Dataset, from_arrays
 
 _NAME = "fashion-mnist"
 _DEBIAN = Path("/usr/share/datasets")
@@ -34,6 +34,11 @@ def load(root: Path | str | None = None) -> Dataset:
       CommandError: the files do not exist and cannot be downloaded, or have unexpected content.
     """
     return from_arrays(_NAME, *(_idx(name, root) for name in _MD5), classes=10)
+
+
+def cache() -> Path:
+    """Return the directory for downloaded files."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradreg_optax"
 
 
 def _idx(name: str, root: Path | str | None) -> Array:

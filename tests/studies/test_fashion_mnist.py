@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from gradreg_optax.experiments.common import CommandError
-from gradreg_optax.experiments.data import cache
 from studies import fashion_mnist
+from studies.fashion_mnist import cache
 
 SHAPES = {
     "train-images-idx3": (12, 4, 5),
