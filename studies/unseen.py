@@ -6,7 +6,7 @@ Every task of :mod:`studies.registered_tasks` trains plainly, with each constant
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from gradreg_optax.experiments import common, data, plots, report, runs, statistics
 from gradreg_optax.experiments.models import PyTree
 from gradreg_optax.experiments.report import Number, Report, Table
-from gradreg_optax.experiments.runs import Candidate, Columns, select
+from gradreg_optax.experiments.runs import Columns, Run, select
 from gradreg_optax.experiments.trainer import METHODS, SELF_TUNED, Pool, Problem, Recipe
 from studies.comparison import tagged
 from studies.registered_tasks import TASKS, Task, score
@@ -77,11 +77,10 @@ def run(config: Config) -> dict[str, Any]:
         task = TASKS[name]
         rows = runs.select_then_report(
             task.make(config.data_dir),
-            candidates(task, config),
-            tuning,
+            candidates(task, config, tuning),
             evaluation,
             store,
-            score=lambda rows: float(np.mean(rows["score"])),
+            score="score",
             metrics=functools.partial(measure, task),
             what=name,
         )
@@ -89,20 +88,26 @@ def run(config: Config) -> dict[str, Any]:
     return {"runs": runs.stack(*found)}
 
 
-def candidates(task: Task, config: Config) -> list[Candidate]:
-    """Return all ways to train; each has one setting, so that all of them are evaluated."""
+def candidates(task: Task, config: Config, tuning: Sequence[int]) -> list[list[Run]]:
+    """Return the tuning runs of all ways to train.
+
+    Each way has one setting, so that all of them are evaluated.
+    """
     recipe = Recipe(**task.recipe)
     if config.steps is not None:
         recipe = dataclasses.replace(recipe, steps=config.steps)
     everything, plain = dataclasses.replace(recipe, held_out=0), METHODS["SGD"]
-    made = [Candidate(plain, recipe, tags={"part": ""})]
-    made.append(Candidate(plain, everything, tags={"part": "all"}))
+    made = [runs.grid(plain, recipe, {}, tuning, part="")]
+    made.append(runs.grid(plain, everything, {}, tuning, part="all"))
     for part, (fraction, interval) in PARTS.items():
-        shared = dataclasses.replace(recipe, penalty_fraction=fraction), {"interval": interval}
-        made.append(Candidate(SELF_TUNED, *shared, {"part": part}))
+        lazy, values = (
+            dataclasses.replace(recipe, penalty_fraction=fraction),
+            {"interval": interval},
+        )
+        made.append(runs.grid(SELF_TUNED, lazy, values, tuning, part=part))
         for strength in config.strengths:
-            values = shared[1] | {"strength": strength}
-            made.append(Candidate(METHODS["relative"], shared[0], values, {"part": part}))
+            one = values | {"strength": strength}
+            made.append(runs.grid(METHODS["relative"], lazy, one, tuning, part=part))
     return made
 
 
@@ -169,15 +174,11 @@ def cells(results: dict[str, Any]) -> Iterator[Cell]:
             choose, rows = (select(of_task, role=role) for role in ("choose", "report"))
             plain, everything = (select(rows, part=part) for part in ("", "all"))
             rows, tried = (select(one, part=part) for one in (rows, choose))
-            best = runs.best(select(tried, method="relative"), "strength", score=_mean_score)
+            best = runs.best(select(tried, method="relative"), "strength", score="score")
             constant = runs.by(select(rows, method="relative"), "strength")
             tuned = select(rows, method=SELF_TUNED.label)
             strength = (best or {"strength": next(iter(constant))})["strength"]
             yield Cell(task, part, plain, everything, constant, tuned, strength)
-
-
-def _mean_score(rows: Columns) -> float:
-    return float(np.mean(rows["score"]))
 
 
 def table(results: dict[str, Any]) -> Report:

@@ -13,10 +13,10 @@ import itertools
 import json
 import pickle
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -27,8 +27,7 @@ from gradreg_optax.experiments.trainer import METHODS, Method, Metrics, Progress
 Columns: TypeAlias = dict[str, Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One training run.
 
     Attributes:
@@ -43,7 +42,7 @@ class Run:
     recipe: Recipe
     settings: Mapping[str, float]
     seed: int
-    tags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tags: Mapping[str, Any]
 
 
 def grid(
@@ -54,51 +53,24 @@ def grid(
     Args:
       method: the method.
       recipe: the recipe.
-      values: one or several values for each hyperparameter of the method, for "interval", and for
-        fields of the recipe, such as "learning_rate"; other names are ignored.
+      values: one or several values for each hyperparameter of the method, and for "interval"; other
+        names are ignored.
       seeds: the seeds.
       **tags: further columns of the rows.
     """
-    known, wanted = {*method.settings, "interval", *vars(recipe)}, []
-    names = [name for name in values if name in known]
-    for combination in itertools.product(*(np.atleast_1d(values[name]).tolist() for name in names)):
-        given = dict(zip(names, combination, strict=True))
-        changes = {name: given.pop(name) for name in names if name in vars(recipe)}
-        changed = dataclasses.replace(recipe, **changes) if changes else recipe
-        wanted += [Run(method, changed, given, int(seed), tags | changes) for seed in seeds]
-    return wanted
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A row of a comparison.
-
-    Attributes:
-      method: the method.
-      recipe: the recipe.
-      values: candidate values, see :func:`grid`.
-      tags: further columns of its runs, which with the method's label identify it.
-    """
-
-    method: Method
-    recipe: Recipe
-    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    tags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def runs(self, seeds: Sequence[int], role: str, values: Any = None) -> list[Run]:
-        """Return the runs of all values; ``values`` replaces some of them."""
-        chosen = {**self.values, **(values or {})}
-        return grid(self.method, self.recipe, chosen, seeds, role=role, **self.tags)
+    names = [name for name in values if name in (*method.settings, "interval")]
+    tried = itertools.product(*(np.atleast_1d(values[name]).tolist() for name in names))
+    settings = [dict(zip(names, combination, strict=True)) for combination in tried]
+    return [Run(method, recipe, given, int(seed), tags) for given in settings for seed in seeds]
 
 
 def select_then_report(
     dataset: Dataset,
-    candidates: Sequence[Candidate],
-    tuning: Sequence[int],
+    candidates: Iterable[Sequence[Run]],
     evaluation: Sequence[int],
     store: "Store | None" = None,
     *,
-    score: Callable[[Columns], float] | None = None,
+    score: str = "accuracy",
     **options: Any,
 ) -> Columns:
     """Tune every candidate on some seeds and evaluate its best setting on others.
@@ -108,12 +80,11 @@ def select_then_report(
 
     Args:
       dataset: the data.
-      candidates: the methods to compare.
-      tuning: seeds for all settings.
+      candidates: the methods to compare, each as its runs with all settings on the tuning seeds,
+        see :func:`grid`.
       evaluation: other seeds, for the best setting of each candidate, unless all of them diverged.
       store: see :func:`train`.
-      score: function from the runs of a setting to the number to maximize; by default the mean
-        accuracy.
+      score: the column whose mean the best setting maximizes.
       **options: further arguments of :func:`train`.
 
     Returns:
@@ -122,16 +93,18 @@ def select_then_report(
     Raises:
       CommandError: a seed in both sets.
     """
-    if set(tuning) & set(evaluation):
+    tried = [[_with_role(run, "choose") for run in runs] for runs in candidates]
+    tuning = [run for runs in tried for run in runs]
+    if {run.seed for run in tuning} & set(evaluation):
         raise common.CommandError("tuning and evaluation seeds must differ.")
-    tried = [one.runs(tuning, "choose") for one in candidates]
-    found = train(dataset, [run for runs in tried for run in runs], store, **options)
-    chosen, first = list[Run](), 0
-    for candidate, runs in zip(candidates, tried, strict=True):
-        rows = {name: values[first : first + len(runs)] for name, values in found.items()}
-        setting = best(rows, *(name for name in candidate.values if name in rows), score=score)
-        chosen += [] if setting is None else candidate.runs(evaluation, "report", setting)
-        first += len(runs)
+    found, chosen, last = train(dataset, tuning, store, **options), list[Run](), 0
+    for runs in tried:
+        first, last = last, last + len(runs)
+        rows = {name: values[first:last] for name, values in found.items()}
+        setting = best(rows, *runs[0].settings, score=score)
+        if setting is not None:
+            run = _with_role(runs[0], "report")._replace(settings=setting)
+            chosen += [run._replace(seed=seed) for seed in evaluation]
     return stack(found, train(dataset, chosen, store, **options))
 
 
@@ -238,14 +211,13 @@ def train(
 def flops(dataset: Dataset, method: Method, recipe: Recipe, store: Store) -> float:
     """Return the floating-point operations of a penalised step, relative to a plain one."""
 
-    def count(method: Method, recipe: Recipe) -> float:
+    def count(method: Method) -> float:
         trainer = _trainer(dataset, method, recipe)
-        what = {"recipe": recipe.describe(), "program": trainer.digest(method.settings)}
-        made = store.keep(f"flops-{method.label}", what, lambda: {"flops": trainer.flops()})
+        program = trainer.digest(method.settings)
+        made = store.keep(f"flops-{method.label}", program, lambda: {"flops": trainer.flops()})
         return float(made["flops"])
 
-    plain = dataclasses.replace(recipe, penalty_fraction=1.0, held_out=0)
-    return count(method, recipe) / count(METHODS["SGD"], plain)
+    return count(method) / count(METHODS["SGD"])
 
 
 @functools.lru_cache(maxsize=4)
@@ -318,22 +290,21 @@ def blocks(columns: Mapping[str, Any], *axes: str) -> dict[str, Array]:
 
 
 def best(
-    columns: Mapping[str, Any], *names: str, score: Callable[[Columns], float] | None = None
+    columns: Mapping[str, Any], *names: str, score: str = "accuracy"
 ) -> dict[str, float] | None:
-    """Return the setting with the best score among those without a diverged run.
+    """Return the setting with the best mean score among those without a diverged run.
 
     Args:
       columns: the runs of one method.
       names: the columns that define a setting.
-      score: see :func:`select_then_report`.
+      score: the column to maximize.
 
     Returns:
       Its values, the first of equals; None if every setting diverged.
     """
-    score = score or (lambda rows: float(np.mean(rows["accuracy"])))
     settings = groups(columns, *names)
-    scores = {values: score(rows) for values, rows in settings if not np.any(rows["diverged"])}
-    best = max(scores, key=lambda values: scores[values], default=None)
+    sound = {values: rows[score] for values, rows in settings if not np.any(rows["diverged"])}
+    best = max(sound, key=lambda values: np.mean(sound[values]), default=None)
     return None if best is None else dict(zip(names, best, strict=True))
 
 
@@ -383,6 +354,10 @@ def _trainer(dataset: Dataset, method: Method, recipe: Recipe) -> Trainer:
 def _size(columns: Mapping[str, Any]) -> int:
     """Return the number of rows."""
     return len(next(iter(columns.values())))
+
+
+def _with_role(run: Run, role: str) -> Run:
+    return run._replace(tags={**run.tags, "role": role})
 
 
 def _row(run: Run) -> dict[str, Any]:

@@ -81,10 +81,10 @@ def run(config: Config) -> dict[str, Any]:
     """
     dataset, recipe = data.load(config.dataset), _recipe(config)
     first = config.seed + config.seeds
+    tuning = range(config.seed, first)
     table = runs.select_then_report(
         dataset,
-        [runs.Candidate(METHODS[label], recipe, _grids(config)) for label in config.methods],
-        range(config.seed, first),
+        [runs.grid(METHODS[label], recipe, _grids(config), tuning) for label in config.methods],
         range(first, first + config.report_seeds),
         runs.Store(config.output),
         lanes=config.lanes,
