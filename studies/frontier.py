@@ -34,6 +34,7 @@ from gradreg_optax.experiments.trainer import (
     problem,
 )
 from studies.comparison import tagged
+from studies.warmup import warmed_up
 
 LEARNING_RATES: dict[str, float] = {"sgd": 0.2, "momentum": 0.02, "adam": 0.002}
 _PROBES = 16  # number of batches for a mean gradient norm or eigenvalue
@@ -167,7 +168,7 @@ class _Study:
     def warmups(self, gamma: float) -> Columns:
         """Train with Adam, a warm-up over a tenth of the steps, and schedules of the penalty."""
         steps = self.config.steps // 10
-        recipe = dataclasses.replace(_recipe(self.config, "adam"), warmup_steps=steps)
+        recipe = warmed_up(_recipe(self.config, "adam"), steps)
         values = {"gamma": gamma, "epsilon": self.config.epsilon}
         tags, wanted = {"warmup_steps": steps, "penalty": gamma}, []
         for method in starts(steps):

@@ -9,21 +9,32 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from gradreg_optax import relative_gradreg
 from gradreg_optax.experiments import common, data, plots, report, runs, statistics
 from gradreg_optax.experiments.common import CommandError
+from gradreg_optax.experiments.models import PyTree
 from gradreg_optax.experiments.report import Report, Table
 from gradreg_optax.experiments.runs import Columns, select
-from gradreg_optax.experiments.trainer import METHODS, SELF_TUNED, Method, Recipe
+from gradreg_optax.experiments.trainer import (
+    METHODS,
+    SELF_TUNED,
+    Method,
+    Pool,
+    Problem,
+    Recipe,
+)
 from studies import corpus
+from studies.warmup import warmed_up
 
 PLAIN = METHODS["SGD"]  # the plain gradient, here followed by AdamW
 PART, INTERVAL = 1 / 4, 4  # fraction and interval of the lazy penalty
 LATE = 3 / 4  # fraction of the steps before a late penalty starts
 _LAZY_STRENGTH = 0.25
 _WARM_UP = 1 / 10  # fraction of the steps
+MEASURED = 500  # windows for the training loss
 _SEARCHED = {"F-GR": "gamma", "SAM": "rho"}  # values from the option with this name in the plural
 _SYMBOLS = {"gamma": "γ=ε", "rho": "ρ", "strength": "r"}
 
@@ -81,9 +92,11 @@ def run(config: Config) -> dict[str, Any]:
     dataset, store = corpus.source_code(config.length, packages=True), runs.Store(config.output)
     first = config.seed + config.choose_seeds
     choose, report = range(config.seed, first), range(first, first + config.seeds)
-    train = functools.partial(runs.train, dataset, store=store, lanes=1, what="language")
+    train = functools.partial(
+        runs.train, dataset, store=store, lanes=1, what="language", metrics=measure
+    )
     base = _recipe(config, dataset)
-    search = functools.partial(_runs, seeds=choose, role="search")
+    search = functools.partial(_runs, config, seeds=choose, role="search")
     rates = [dataclasses.replace(base, learning_rate=rate) for rate in config.learning_rates]
     found = [train([one for recipe in rates for one in search("AdamW", PLAIN, recipe, {})])]
     recipe = dataclasses.replace(base, learning_rate=best(found[0], "learning_rate"))
@@ -119,18 +132,24 @@ def _recipe(config: Config, dataset: data.Dataset) -> Recipe:
         **sizes,
         train_size=size,
         label_noise=0.0,
-        warmup_steps=int(_WARM_UP * config.steps),
         optimizer="adamw",
         held_out=held_out,
         eigenvalue=False,
-        measured=500,
     )
+
+
+def measure(
+    problem: Problem, params: PyTree, seed: jax.Array, split: data.Split, pool: Pool
+) -> dict[str, jax.Array]:
+    """Return the metrics of a network, with the training loss of few windows."""
+    few = split._replace(train=split.train[:MEASURED], train_labels=split.train_labels[:MEASURED])
+    return problem.metrics(params, seed, few, pool)
 
 
 def rows_of(config: Config, recipe: Recipe, chosen: dict[str, float], seeds: Any) -> list[runs.Run]:
     """Return the evaluation runs of some seeds."""
     relative, lazy = METHODS["relative"], dataclasses.replace(recipe, penalty_fraction=PART)
-    report = functools.partial(_runs, seeds=seeds, role="report")
+    report = functools.partial(_runs, config, seeds=seeds, role="report")
     wanted = []
     for cost in (1.0, METHODS["F-GR"].cost(PART, INTERVAL), METHODS["F-GR"].cost()):
         longer = dataclasses.replace(recipe, steps=round(cost * config.steps))
@@ -161,12 +180,14 @@ def _settings(label: str, value: float) -> dict[str, float]:
 
 
 def _runs(
-    row: str, method: Method, recipe: Recipe, settings: Any, *, share: float = 1.0, **how: Any
+    config: Config, row: str, method: Method, recipe: Recipe, settings: Any, **how: Any
 ) -> list[runs.Run]:
     """Return the runs of a row; a fraction ``share`` of the steps can apply the penalty."""
+    share, warmup = how.pop("share", 1.0), int(_WARM_UP * config.steps)
     cost = method.cost(recipe.penalty_fraction, settings.get("interval", 1))
     how |= {"row": row, "steps": recipe.steps, "gradients": 1 + share * (cost - 1)}
-    return runs.grid(method, recipe, settings, **how, learning_rate=recipe.learning_rate)
+    how["learning_rate"] = recipe.learning_rate
+    return runs.grid(method, warmed_up(recipe, warmup), settings, **how)
 
 
 def best(tried: Columns, name: str) -> float:

@@ -29,6 +29,7 @@ from gradreg_optax.experiments.trainer import (
 )
 from studies import corpus, fashion_mnist
 from studies.comparison import tagged, tied
+from studies.warmup import warmed_up
 
 PARTS = {"full": (1.0, 1), "lazy": (0.25, 4)}  # fraction of the batch, interval
 LEARNING_RATES = {"sgd": 0.2, "momentum": 0.02, "adam": 2e-3, "adamw": 2e-3}
@@ -51,6 +52,7 @@ class Task:
       optimizers: the optimizers.
       metric: "accuracy" or "test_loss".
       expensive: use at most three evaluation seeds and one tuning seed.
+      warmup: number of steps of a learning-rate warm-up.
     """
 
     dataset: str
@@ -58,11 +60,12 @@ class Task:
     optimizers: tuple[str, ...] = ("sgd",)
     metric: str = "accuracy"
     expensive: bool = False
+    warmup: int = 0
 
 
 _DIGITS = {"train_size": 360, "held_out": 60}
 _FASHION = {"train_size": 1200, "held_out": 200, "test_size": 4000}
-_TEXT: dict[str, Any] = {"warmup_steps": 100, "batch_size": 8, "label_noise": 0.0}
+_TEXT: dict[str, Any] = {"batch_size": 8, "label_noise": 0.0}
 TASKS = {
     "digits, 30 % label noise": Task("digits", _DIGITS, ("sgd", "momentum", "adam")),
     "digits": Task("digits", _DIGITS | {"label_noise": 0.0}, ("sgd", "momentum", "adam")),
@@ -78,6 +81,7 @@ TASKS = {
         ("adamw",),
         "test_loss",
         expensive=True,
+        warmup=100,
     ),
     "text, underfitting": Task(
         "text",
@@ -85,6 +89,7 @@ TASKS = {
         ("adamw",),
         "test_loss",
         expensive=True,
+        warmup=100,
     ),
 }
 
@@ -157,8 +162,8 @@ def _recipe(task: Task, dataset: data.Dataset, optimizer: str, config: Config) -
     if dataset.tokens:
         given["model"] = corpus.transformer(dataset.classes, *dataset.shape)
     if config.steps is not None:
-        given |= {"steps": config.steps, "warmup_steps": 0}
-    return Recipe(**given)
+        return Recipe(**given | {"steps": config.steps})
+    return warmed_up(Recipe(**given), task.warmup)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,15 +108,12 @@ class Recipe:
       batch_size: samples per step, drawn without replacement in every epoch.
       steps: number of steps.
       learning_rate: initial learning rate of a cosine schedule that ends at zero.
-      warmup_steps: number of steps of a linear warm-up from zero.
       optimizer: "sgd", "momentum" (0.9), "adam", "adamw", or a function from a learning-rate
         schedule to an Optax optimizer.
       penalty_fraction: fraction of the batch for the penalty.
       held_out: number of training samples that are held out. A self-tuned method evaluates a batch
         of them in every penalised step.
       eigenvalue: whether to measure the top Hessian eigenvalue at the end.
-      measured: number of training samples for the training loss, its gradient and its curvature; by
-        default all, and at most 1000 for gradient and curvature.
     """
 
     model: str | Model | tuple[Callable[..., Any], Callable[..., Any]] = "mlp"
@@ -128,18 +125,15 @@ class Recipe:
     batch_size: int = 32
     steps: int = 3000
     learning_rate: float = 0.2
-    warmup_steps: int = 0
     optimizer: str | Callable[[Any], Transformation] = "sgd"
     penalty_fraction: float = 1.0
     held_out: int = 0
     eigenvalue: bool = True
-    measured: int | None = None
 
     def __post_init__(self) -> None:
         """Check all settings that do not depend on the data."""
-        common.at_least(self, 1, "width", "depth", "batch_size", "steps", "measured")
-        common.at_least(self, 0, "learning_rate", "held_out", "warmup_steps")
-        common.at_most(self, self.steps - 1, "warmup_steps")
+        common.at_least(self, 1, "width", "depth", "batch_size", "steps")
+        common.at_least(self, 0, "learning_rate", "held_out")
         if not callable(self.optimizer):
             common.some_of("optimizer", [self.optimizer], OPTIMIZERS)
         if not isinstance(self.model, str) and list(map(callable, self.model)) != [True, True]:
@@ -246,15 +240,14 @@ class Problem:
         self, params: PyTree, seed: jax.Array, split: data.Split, pool: Pool
     ) -> dict[str, jax.Array]:
         """Return the metrics of one lane, see :class:`Trainer`."""
-        size = min(self.size, self.recipe.measured or self.size)
-        train = split.train[:size], split.train_labels[:size]
-        test = split.test, pool[1][split.test]
-        loss = self._mean(params, pool, train, _cross_entropy)
-        batch = self.batch(pool, split, jnp.arange(min(size, _CURVATURE_SAMPLES)))
+        train = split.train[: self.size], split.train_labels[: self.size]
+        accuracy, test_loss = self._means(params, pool, (split.test, pool[1][split.test]))
+        _, loss = self._means(params, pool, train)
+        batch = self.batch(pool, split, jnp.arange(min(len(train[0]), _CURVATURE_SAMPLES)))
         finite, uniform = jnp.isfinite(optax.tree.norm(params)), math.log(self.dataset.classes)
         found = {
-            "accuracy": self._mean(params, pool, test, _correct),
-            "test_loss": self._mean(params, pool, test, _cross_entropy),
+            "accuracy": accuracy,
+            "test_loss": test_loss,
             "train_loss": loss,
             "grad_norm": curvature.gradient_norm(lambda p: self.loss(p, batch), params),
             "diverged": ~(finite & (loss < _DIVERGED * uniform)),
@@ -265,15 +258,17 @@ class Problem:
             found |= {"eigenvalue": top.value, "eigenvalue_residual": top.residual}
         return found
 
-    def _mean(self, params: PyTree, pool: Pool, samples: Pool, score: Any) -> jax.Array:
-        """Return the mean score over samples, given by index and label."""
+    def _means(self, params: PyTree, pool: Pool, samples: Pool) -> tuple[jax.Array, jax.Array]:
+        """Return accuracy and mean cross-entropy over samples, given by index and label."""
 
-        def one(sample: Pool) -> jax.Array:
+        def one(sample: Pool) -> Pool:
             row, label = sample
-            return score(self.model.apply(params, self.take(pool, row[None]))[0], label)
+            logits = self.model.apply(params, self.take(pool, row[None]))[0]
+            correct = (jnp.argmax(logits, axis=-1) == label).astype(jnp.float32)
+            return jnp.mean(correct), _cross_entropy(logits, label)
 
         size = min(_EVALUATION_BATCH, len(samples[0]))
-        return jnp.mean(jax.lax.map(one, samples, batch_size=size))
+        return jax.tree.map(jnp.mean, jax.lax.map(one, samples, batch_size=size))
 
 
 def stacked(trees: Iterable[PyTree]) -> PyTree:
@@ -286,9 +281,8 @@ def problem(dataset: data.Dataset, recipe: Recipe) -> Problem:
 
     Recipes that differ only in the training share its data and its compiled metrics.
     """
-    training = ("steps", "learning_rate", "warmup_steps", "penalty_fraction", "optimizer")
-    same: dict[str, Any] = {name: getattr(Recipe, name) for name in training}
-    return _problem(dataset, dataclasses.replace(recipe, **same))
+    training: dict[str, Any] = {"learning_rate": 0, "penalty_fraction": 1, "optimizer": "sgd"}
+    return _problem(dataset, dataclasses.replace(recipe, steps=1, **training))
 
 
 @functools.lru_cache(maxsize=2)
@@ -318,7 +312,7 @@ class Trainer:
         self.method = method
         self._problem, self._recipe = problem(dataset, recipe), recipe
         self._uses_held_out = bool(recipe.held_out and method.evaluations)
-        self._begin = jax.jit(jax.vmap(self._start))
+        self._begin = jax.jit(jax.vmap(lambda lane, params: self._train_step(lane).init(params)))
         self._advance = jax.jit(self._steps, donate_argnums=0)
         self.digest = functools.cache(self._digest)
 
@@ -405,11 +399,10 @@ class Trainer:
 
     def _example(self, lane: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         """Return a state, a batch and held-out samples with the shapes of a step."""
-        init, dataset = self._problem.model.init, self._problem.dataset
-        state = jax.eval_shape(lambda key: self._start(lane, init(key)), jax.random.key(0))
-        arrays = (dataset.train_x, dataset.train_y)
-        x, y = (jnp.zeros((self._recipe.batch_size, *a.shape[1:]), jnp.int32) for a in arrays)
-        batch = (x if dataset.tokens else x.astype(jnp.float32)), y
+        task, rows = self._problem, jnp.arange(self._recipe.batch_size)
+        params = jax.eval_shape(task.model.init, jax.random.key(0))
+        state = jax.eval_shape(self._train_step(lane).init, params)
+        batch = task.batch(task.pool, jax.tree.map(lambda x: x[0], task.draw([0])), rows)
         return state, batch, batch if self._uses_held_out else None
 
     def _lanes(self, settings: Mapping[str, Any], seeds: data.Array) -> dict[str, jax.Array]:
@@ -432,9 +425,6 @@ class Trainer:
         loss, optimizer = self._problem.loss, _optimizer(self._recipe)
         options: Any = {"penalty_fraction": fraction, "donate": False}
         return gr.make_train_step(loss, optimizer, regularizer, **options)
-
-    def _start(self, lane: Mapping[str, Any], params: PyTree) -> gr.TrainState:
-        return self._train_step(lane).init(params)
 
     def _steps(
         self, states: gr.TrainState, lanes: Mapping[str, Any], samples: Any, first: jax.Array
@@ -491,10 +481,7 @@ def _model(dataset: data.Dataset, recipe: Recipe) -> Model:
 
 
 def _optimizer(recipe: Recipe) -> Transformation:
-    chosen, warmup = recipe.optimizer, recipe.warmup_steps
-    rate = optax.cosine_decay_schedule(recipe.learning_rate, recipe.steps)
-    if warmup:
-        rate = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, warmup, recipe.steps)
+    chosen, rate = recipe.optimizer, optax.cosine_decay_schedule(recipe.learning_rate, recipe.steps)
     return chosen(rate) if callable(chosen) else OPTIMIZERS[chosen](rate)
 
 
@@ -510,7 +497,3 @@ def cross_entropy(apply: Callable[..., jax.Array]) -> Callable[[PyTree, Any], ja
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-
-
-def _correct(logits: jax.Array, label: jax.Array) -> jax.Array:
-    return jnp.mean((jnp.argmax(logits, axis=-1) == label).astype(jnp.float32))

@@ -1,7 +1,6 @@
 """Study language: what is tested on was in no file of the training, no window is seen twice, and
 equal compute is equal."""
 
-import dataclasses
 import sysconfig
 
 import jax
@@ -102,12 +101,12 @@ def test_more_steps_than_the_text_lasts_for_are_refused():
 
 
 @pytest.mark.slow
-def test_the_training_loss_is_that_of_as_many_samples_as_are_wanted():
+def test_the_training_loss_is_that_of_as_many_samples_as_are_wanted(monkeypatch):
+    monkeypatch.setattr(language, "MEASURED", 3)
     dataset, seeds = corpus.source_code(8, packages=True), jnp.arange(1, dtype=jnp.uint32)
-    recipe = language._recipe(CONFIG, dataset)
-    task = Problem(dataset, dataclasses.replace(recipe, measured=3))
+    task = Problem(dataset, language._recipe(CONFIG, dataset))
     params, split = task.init(seeds), task.draw([0])
     batch = task.batch(task.pool, jax.tree.map(lambda x: x[0], split), jnp.arange(3))
     expected = task.loss(params[0], batch)
-    measured = task.measure(params, seeds, split)["train_loss"][0]
+    measured = task.measure(params, seeds, split, language.measure)["train_loss"][0]
     np.testing.assert_allclose(measured, expected, rtol=1e-6)
