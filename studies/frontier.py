@@ -139,23 +139,26 @@ class _Study:
         twice = dataclasses.replace(recipe, steps=2 * config.steps)
         wanted = runs.grid(_PLAIN, recipe, {}, self.report, flops=1.0)
         wanted += runs.grid(_TWICE, twice, {}, self.report, flops=2.0, gradients=2.0)
-        flops = runs.flops(self.dataset, METHODS["DB"], recipe, self.store)
-        tags = {"choice": "search", "flops": flops}
-        wanted += runs.grid(METHODS["DB"], recipe, {"gamma": gamma}, self.report, **tags)
+        values = {"gamma": gamma}
+        full_product = runs.grid(METHODS["DB"], recipe, values, self.report, choice="search")
+        wanted += self._with_flops(full_product)
         for fraction, choice in itertools.product(config.fractions, ("search", "rule")):
-            flops = runs.flops(self.dataset, METHODS["F-GR"], parts[fraction], self.store)
             for interval in config.intervals:
                 by_rule = float(f"{full * scales[fraction]:.2g}")
                 gamma = by_rule if choice == "rule" else _best(search, fraction, interval)
                 one = lazy | {"gamma": gamma, "interval": interval}
                 tags = {"fraction": fraction, "choice": choice}
-                tags["flops"] = 1 + (flops - 1) / interval
-                wanted += grid(parts[fraction], one, self.report, **tags)
+                wanted += self._with_flops(grid(parts[fraction], one, self.report, **tags))
         found = {"cells": self._train(wanted, "cells"), "search": search, "probes": probes}
         return {name: tagged(table, optimizer=optimizer) for name, table in found.items()}
 
     def _train(self, wanted: list[runs.Run], what: str) -> Columns:
         return runs.train(self.dataset, wanted, self.store, what=what)
+
+    def _with_flops(self, wanted: list[runs.Run]) -> list[runs.Run]:
+        """Return runs of one setting with the FLOPs of a step as a column."""
+        flops = runs.flops(self.dataset, wanted[0], self.store)
+        return [run._replace(tags={**run.tags, "flops": flops}) for run in wanted]
 
     def _probes(self, recipe: Recipe, gamma: float) -> Columns:
         """Return the measurements for the rule, along the training with the full penalty."""

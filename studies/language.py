@@ -172,7 +172,7 @@ def rows_of(config: Config, recipe: Recipe, chosen: dict[str, float], seeds: Any
 @functools.cache  # the same object compiles once
 def _late(start: int) -> Method:
     make = functools.partial(relative_gradreg, start=start)
-    return dataclasses.replace(METHODS["relative"], label="late relative", make=make)
+    return METHODS["relative"]._replace(label="late relative", make=make)
 
 
 def _settings(label: str, value: float) -> dict[str, float]:

@@ -217,17 +217,16 @@ class _Study:
         trainer, task = Trainer(self.dataset, method, recipe), problem(self.dataset, recipe)
         split, lanes = task.draw(seeds), jnp.asarray(seeds, jnp.uint32)
         measure = functools.partial(task.measure, seeds=lanes, split=split)
-        shares, losses, steps = [], [], recipe.steps
+        shares, losses, chunks = [], [], 1 + -(-recipe.steps // 100)
         settings = {} if method.make is None else {"interval": interval}
-        with common.progress(len(seeds) * steps, "strength", "step") as bar:
-            for states in trainer.states(settings, seeds, bar.update):
-                share = optax.tree.get(states.opt_state, "strength", jnp.nan)
-                shares.append(np.broadcast_to(np.asarray(share), len(seeds)))
-                if self.task.metric == "test_loss":
-                    losses.append(measure(states.params)["test_loss"])
-        along = np.array(shares)
-        early = along[1 : max(2, len(along) // 6 + 1)]
-        found = {"seed": np.array(seeds), "early": early.mean(axis=0), "late": along[-1]}
+        along = trainer.states(settings, seeds)
+        for states in common.progress("strength", "chunk", along, chunks):
+            share = optax.tree.get(states.opt_state, "strength", jnp.nan)
+            shares.append(np.broadcast_to(np.asarray(share), len(seeds)))
+            if self.task.metric == "test_loss":
+                losses.append(measure(states.params)["test_loss"])
+        early = np.array(shares[1 : max(2, len(shares) // 6 + 1)])
+        found = {"seed": np.array(seeds), "early": early.mean(axis=0), "late": shares[-1]}
         if losses:
             found["best_loss"] = np.nanmin(losses, axis=0)
         return found | measure(states.params)

@@ -119,8 +119,8 @@ def settings(config: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in presentation}
 
 
-def progress(total: int, what: str, unit: str) -> Any:
-    """Return a progress bar, which is hidden where stderr is not a terminal."""
+def progress(what: str, unit: str, over: Iterable[Any], total: int | None = None) -> Any:
+    """Iterate with a progress bar, which is hidden where stderr is not a terminal."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, unit=unit, disable=None, leave=False)
+    return tqdm(over, what, total, unit=unit, disable=None, leave=False)

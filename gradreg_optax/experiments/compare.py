@@ -6,7 +6,7 @@ Reports test accuracy, training loss, curvature and cost.
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,13 +14,12 @@ from gradreg_optax.experiments import common, data, plots, report, runs, statist
 from gradreg_optax.experiments.report import Number, Report, Table
 from gradreg_optax.experiments.trainer import METHODS, SELF_TUNED, Recipe
 
-LAZY = dataclasses.replace(METHODS["F-GR"], label="lazy F-GR")
+LAZY = METHODS["F-GR"]._replace(label="lazy F-GR")
 ROWS = METHODS | {row.label: row for row in (LAZY, SELF_TUNED)}
 _LAZY_FRACTION, _HELD_OUT = 1 / 4, 1 / 10  # of the batch, and of the training samples
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """A data set and how every row trains on it.
 
     Attributes:
@@ -106,17 +105,16 @@ def run(config: Config) -> dict[str, Any]:
     store = runs.Store(config.output)
     recipes, costs, found = {}, [], []
     for name in config.datasets:
-        dataset, settings, seeds = data.load(name), TASKS[name].settings, seeds_of(config, name)
-        chosen = {label: recipe(config, name, label) for label in settings}
-        wanted = [one for label in settings for one in wanted_runs(config, name, label, seeds)]
+        dataset, seeds = data.load(name), seeds_of(config, name)
+        rows = [wanted_runs(config, name, label, seeds) for label in TASKS[name].settings]
+        wanted = [run for row in rows for run in row]
         if name == SIGNED_ON:
-            wanted += _signed(chosen["SGD"], seeds)
+            wanted += _signed(recipe(config, name), seeds)
         found.append(runs.train(dataset, wanted, store, what=f"compare {name}"))
-        for label, given in settings.items():
-            flops = runs.flops(dataset, ROWS[label], chosen[label], store)
-            flops = 1 + (flops - 1) / given.get("interval", 1)
-            costs.append({"dataset": name, "method": label, "flops": flops})
-        recipes[name] = chosen["SGD"].describe()
+        for run, *_ in rows:
+            flops = runs.flops(dataset, run, store)
+            costs.append({"dataset": name, "method": run.method.label, "flops": flops})
+        recipes[name] = recipe(config, name).describe()
     return {"recipes": recipes, "costs": runs.columns(costs), "runs": runs.stack(*found)}
 
 
@@ -148,11 +146,11 @@ def wanted_runs(config: common.Training, name: str, label: str, seeds: Any) -> l
 
 def _signed(chosen: Recipe, seeds: Any) -> list[runs.Run]:
     wanted = []
+    tags = {"role": "signed", "dataset": SIGNED_ON}
     for step in SIGNED_EPSILON:
         method = METHODS["DB" if step == 0 else "F-GR" if step > 0 else "B-GR"]
         values = {"gamma": COMMON_GAMMA, "epsilon": abs(step)}
-        tags = {"role": "signed", "dataset": SIGNED_ON, "step": step}
-        wanted += runs.grid(method, chosen, values, seeds, **tags)
+        wanted += runs.grid(method, chosen, values, seeds, **tags, step=step)
     return wanted
 
 
@@ -201,9 +199,8 @@ def described(name: str, recipe: Mapping[str, Any]) -> str:
     """Return a title with the number of training samples and the label noise."""
     size, noise = recipe["train_size"], recipe["label_noise"]
     samples = f", {size} training samples" if size is not None and size == size else ""
-    return f"{TASKS[name].title}{samples}, " + (
-        f"{100 * noise:g} % label noise" if noise else "clean"
-    )
+    labels = f"{100 * noise:g} % label noise" if noise else "clean"
+    return f"{TASKS[name].title}{samples}, {labels}"
 
 
 def cost(results: dict[str, Any], name: str, label: str) -> float:

@@ -7,7 +7,6 @@ Source: Karakida et al., ICML 2023.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -20,14 +19,11 @@ import numpy as np
 import optax
 
 from gradreg_optax import dbp_gradreg, fd_gradreg, flooding, make_train_step, sam
-from gradreg_optax.experiments import common, plots, runs
-from gradreg_optax.experiments.models import PyTree, build
+from gradreg_optax.experiments import common, models, plots, runs, timing
 from gradreg_optax.experiments.report import Number, Report, Table
-from gradreg_optax.experiments.timing import Floats, Program, interleave, ratio
-from gradreg_optax.experiments.timing import build as compile_step
+from gradreg_optax.experiments.timing import ratio
 from gradreg_optax.experiments.trainer import cross_entropy
 
-Batch = tuple[jax.Array, jax.Array]
 CLASSES = 10
 PLAIN = "SGD"
 METHODS: dict[str, optax.GradientTransformation | None] = {
@@ -40,6 +36,7 @@ METHODS: dict[str, optax.GradientTransformation | None] = {
     "DB reverse-over-reverse": dbp_gradreg(gamma=0.01, mode="reverse_over_reverse"),
     "flooding": flooding(level=0.1),
 }
+RATIOS = {"F-GR": PLAIN, "DB forward-over-reverse": "F-GR", "DB reverse-over-reverse": "F-GR"}
 THEORY = {PLAIN: 3, "F-GR": 6, "DB forward-over-reverse": 9}  # matrix products per layer
 AXES = {"mlp": "depth (layers)", "resnet": "width (channels of the first stage)"}
 
@@ -76,14 +73,13 @@ def run(config: Config) -> dict[str, Any]:
     networks = [("mlp", depth) for depth in config.depths]
     networks += [("resnet", width) for width in config.widths]
     programs, times = [], []
-    with common.progress(len(METHODS) * len(networks), "cost", "program") as progress:
-        for family, size in networks:
-            make = partial(_measure, config, family, size, progress)
-            found = store.keep(f"{family}-{size}", [family, size], make)
-            axes = {"family": [family], "size": [size], "method": list(METHODS)}
-            rounds = axes | {"round": np.arange(config.rounds)}
-            times.append(runs.tidy(rounds, seconds=found.pop("seconds")))
-            programs.append(runs.tidy(axes, **found))
+    for family, size in common.progress("cost", "network", networks):
+        make = partial(_measure, config, family, size)
+        found = store.keep(f"{family}-{size}", [family, size], make)
+        axes = {"family": [family], "size": [size], "method": list(METHODS)}
+        rounds = axes | {"round": np.arange(config.rounds)}
+        times.append(runs.tidy(rounds, seconds=found.pop("seconds")))
+        programs.append(runs.tidy(axes, **found))
     store.clear()  # the next run measures again
     return {"programs": runs.stack(*programs), "times": runs.stack(*times)}
 
@@ -94,40 +90,38 @@ def family_costs(results: dict[str, Any], family: str) -> dict[str, Any]:
     "seconds" has a last axis for the rounds; "sizes" and "methods" are the axes.
     """
     programs, times = (runs.select(results[name], family=family) for name in ("programs", "times"))
-    found = runs.blocks(programs, "size", "method")
-    found |= runs.blocks(times, "size", "method", "round")
+    found = runs.blocks(programs, "size", "method") | runs.blocks(times, "size", "method", "round")
     return found | {"sizes": found["size"], "methods": found["method"].tolist()}
 
 
-def _measure(config: Config, family: str, size: int, progress: Any) -> dict[str, Any]:
+def _measure(config: Config, family: str, size: int) -> dict[str, Any]:
     if family == "mlp":
         shape: tuple[int, ...] = (config.hidden,)
-        network = build("mlp", shape, CLASSES, width=config.hidden, depth=size - 1)
+        network = models.build("mlp", shape, CLASSES, width=config.hidden, depth=size - 1)
     else:  # with XLA's convolution, which has no fast kernel if it is differentiated twice
         shape = (config.image, config.image, 3)
-        network = build("resnet", shape, CLASSES, width=size, primitive=True)
+        network = models.build("resnet", shape, CLASSES, width=size, xla=True)
     batch = random_batch(config.seed, config.batch, shape)
     params = jax.jit(network.init)(jax.random.key(config.seed))
     programs = {}
     for name, regularizer in METHODS.items():
         init, step = make_train_step(cross_entropy(network.apply), optax.sgd(0.01), regularizer)
-        programs[name] = compile_step(step, init(params), batch)
-        progress.update()
-    columns = dict(zip(Program._fields, zip(*programs.values(), strict=True), strict=True))
+        programs[name] = timing.build(step, init(params), batch)
+    columns = dict(zip(timing.Program._fields, zip(*programs.values(), strict=True), strict=True))
     steps = dict(zip(programs, columns.pop("run"), strict=True))
     products = _matrix_product(params, config.batch) if family == "mlp" else math.nan
-    seconds = list(interleave(steps, range(config.rounds)).values())
+    seconds = list(timing.interleave(steps, range(config.rounds)).values())
     return columns | {"products": [products] * len(METHODS), "seconds": seconds}
 
 
-def random_batch(seed: int, size: int, shape: Sequence[int]) -> Batch:
+def random_batch(seed: int, size: int, shape: Sequence[int]) -> tuple[jax.Array, jax.Array]:
     """Return normal inputs and random labels."""
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.normal(size=(size, *shape)), jnp.float32)
     return x, jnp.asarray(rng.integers(CLASSES, size=size))
 
 
-def _matrix_product(params: PyTree, batch: int) -> float:
+def _matrix_product(params: models.PyTree, batch: int) -> float:
     """Return the FLOPs of one matrix product of the forward pass, averaged over the layers."""
     kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
     return float(2 * batch * sum(kernel.size for kernel in kernels) / len(kernels))
@@ -135,11 +129,10 @@ def _matrix_product(params: PyTree, batch: int) -> float:
 
 def table(results: dict[str, Any]) -> Report:
     """Return the costs for the largest network of each family, and the ratios of times."""
-    families = {family: family_costs(results, family) for family in AXES}
     parts: list[Table | str] = []
-    for family, found in families.items():
+    for family in AXES:
+        found, rows = family_costs(results, family), []
         last = {name: found[name][-1] for name in ("flops", "memory", "compile", "seconds")}
-        rows = []
         for i, method in enumerate(found["methods"]):
             counts = [last[name][i] / last[name][0] for name in ("flops", "memory", "compile")]
             flops, memory, compiling = (Number(count, ".2f") for count in counts)
@@ -147,19 +140,13 @@ def table(results: dict[str, Any]) -> Report:
             rows.append([method, flops, time, memory, compiling])
         title = f"{family}, {AXES[family]} = {found['sizes'][-1]:g}; relative to {PLAIN}"
         parts += [Table(title, ["method", "FLOPs", "time", "memory", "compile time"], rows), ""]
-    ratios = Table("", ["ratio of times", "network", "size", "ratio"], _ratios(families))
-    return Report(*parts, ratios, "Times are medians over rounds, with quartiles in brackets.")
-
-
-def _ratios(families: dict[str, Any]) -> list[list[Any]]:
-    pairs = [("F-GR", PLAIN)]
-    pairs += [(f"DB {mode}", "F-GR") for mode in ("forward-over-reverse", "reverse-over-reverse")]
     rows = []
-    for (above, below), (family, found) in itertools.product(pairs, families.items()):
-        a, b = (found["methods"].index(name) for name in (above, below))
-        for size, seconds in zip(found["sizes"], found["seconds"], strict=True):
-            rows.append([f"{above} / {below}", family, Number(size), ratio(seconds[a], seconds[b])])
-    return rows
+    for above, below in RATIOS.items():
+        for (family, size), found in runs.groups(results["times"], "family", "size"):
+            a, b = (runs.select(found, method=name)["seconds"] for name in (above, below))
+            rows.append([f"{above} / {below}", family, Number(size), ratio(a, b)])
+    ratios = Table("", ["ratio of times", "network", "size", "ratio"], rows)
+    return Report(*parts, ratios, "Times are medians over rounds, with quartiles in brackets.")
 
 
 def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
@@ -198,7 +185,7 @@ def _plot_products(axis: Any, found: dict[str, Any]) -> None:
 
 
 def _plot_times(axis: Any, found: dict[str, Any], family: str, title: str) -> None:
-    sizes: Floats = np.arange(len(found["sizes"]), dtype=float)
+    sizes: timing.Floats = np.arange(len(found["sizes"]), dtype=float)
     for i, name in enumerate(found["methods"]):
         ratios = [ratio(rows[i], rows[0]) for rows in found["seconds"]]
         middle = [r.median for r in ratios]

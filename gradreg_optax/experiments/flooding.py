@@ -35,7 +35,7 @@ import numpy as np
 import optax
 
 from gradreg_optax import curvature, fd_value_and_grad, flooding, make_train_step
-from gradreg_optax.experiments import common, data, models, plots, report, runs, trainer
+from gradreg_optax.experiments import common, data, models, plots, report, runs, statistics, trainer
 from gradreg_optax.experiments.models import PyTree
 from gradreg_optax.experiments.report import Number, Report, Table
 
@@ -152,15 +152,13 @@ def run(config: Config) -> dict[str, Any]:
     identity = measure_identity(problems[0], config.batch_size, config.momentum)
     stacked: Problem = trainer.stacked(problems)
     training = []
-    with common.progress(len(variants(config)), "training", "variant") as progress:
-        for name, variant in variants(config).items():
-            make = partial(train, config, variant, stacked)
-            found = store.keep(name.replace(",", ""), name, make)
-            axes = {"variant": [name], "seed": seeds, "time": found.pop("time")}
-            training.append(runs.tidy(axes, **found))
-            progress.update()
-    found = {"level": config.level, "learning_rate": config.learning_rate}
-    return found | {"identity": identity, "training": runs.stack(*training)}
+    for name, variant in common.progress("training", "variant", variants(config).items()):
+        make = partial(train, config, variant, stacked)
+        found = store.keep(name.replace(",", ""), name, make)
+        axes = {"variant": [name], "seed": seeds, "time": found.pop("time")}
+        training.append(runs.tidy(axes, **found))
+    chosen = {"level": config.level, "learning_rate": config.learning_rate}
+    return chosen | {"identity": identity, "training": runs.stack(*training)}
 
 
 def curves(results: dict[str, Any]) -> dict[str, dict[str, data.Array]]:
@@ -219,11 +217,11 @@ def measure_identity(problem: Problem, batch_size: int, momentum: float) -> runs
     (x, labels), params = problem.train, jax.tree.map(np.float64, problem.params)
     train = np.asarray(x, np.float64), labels
     different = [tuple(a[first:][:batch_size] for a in train) for first in (0, batch_size)]
-    same: list[Any] = [train, train]
-    cases = {"same batch": (same, 0.0), "momentum": (same, momentum)}
+    cases: dict[str, Any] = {"same batch": ([train] * 2, 0.0), "momentum": ([train] * 2, momentum)}
     cases["different batches"] = different, 0.0
     etas, found = np.logspace(-3, 0, 7), []
-    for (case, (batches, inertia)), order, eta in itertools.product(cases.items(), ORDERS, etas):
+    for case, order, eta in itertools.product(cases, ORDERS, etas):
+        batches, inertia = cases[case]
         with jax.enable_x64(True):
             measured = deviation(params, batches, eta, momentum=inertia, sign=ORDERS[order])
         found.append({"case": case, "order": order, "eta": eta} | measured)
@@ -309,9 +307,13 @@ def _train_step(level: Any, learning_rate: Any, momentum: Any) -> Any:
 
 def table(results: dict[str, Any]) -> Report:
     """Return the deviations from the identities, and the last quarter of each training run."""
+    level, rate = results["level"], results["learning_rate"]
+    title = f"training at flood level {level:g}, learning rate {rate:g}"
+    columns = {label: _late(name) for name, label in LABELS.items() if name != "sign"}
+    training = report.table(title, curves(results), columns, of="variant")
     seeds = len(set(results["training"]["seed"]))
     note = f"Means over the last quarter of the training ± standard errors over {seeds} seeds."
-    return Report(*_identity_parts(results["identity"]), "", _training_table(results), note)
+    return Report(*_identity_parts(results["identity"]), "", training, note)
 
 
 def _identity_parts(identity: runs.Columns) -> list[Table | str]:
@@ -329,29 +331,23 @@ def _identity_parts(identity: runs.Columns) -> list[Table | str]:
     return [Table(title, head, rows, left=2), *drifts]
 
 
-def _training_table(results: dict[str, Any]) -> Table:
-    level, rate = results["level"], results["learning_rate"]
-    title = f"training at flood level {level:g}, learning rate {rate:g}"
-    columns = {label: report.mean(name, ".4f") for name, label in LABELS.items() if name != "sign"}
-    return report.table(title, _late(results), columns, of="variant")
+def _late(name: str) -> report.Column:
+    """Return a column with the mean over seeds and over the last quarter of the records."""
 
+    def cell(curves: report.Rows) -> Number:
+        last = -max(1, len(curves["time"]) // 4)
+        return Number(statistics.estimate(curves[name][:, last:].mean(axis=1)), ".4f")
 
-def _late(results: dict[str, Any]) -> dict[str, dict[str, data.Array]]:
-    """Return the means over the last quarter of the records, by variant; shape (seeds,)."""
-    found = {}
-    for variant, part in curves(results).items():
-        last = -max(1, len(part["time"]) // 4)
-        found[variant] = {name: part[name][:, last:].mean(axis=1) for name in LABELS}
-    return found
+    return cell
 
 
 def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
     """Draw the deviations from the identities against the learning rate, and training curves."""
     made, panels = plots.figure(3, rows=2, width=5.0, height=3.75)
     _draw_identity(panels[0, 0], results["identity"])
-    shown = [one for one in LABELS.items() if one[0] != "alternation"]
+    found, shown = curves(results), [one for one in LABELS.items() if one[0] != "alternation"]
     for panel, (column, label) in zip(panels.flat[1:], shown, strict=True):
-        for name, part in curves(results).items():
+        for name, part in found.items():
             panel.plot(part["time"], part[column].mean(axis=0), label=name)
         panel.set(xlabel="time (effective learning rate × steps)", ylabel=label)
     edge = np.sqrt(2) / results["learning_rate"]

@@ -198,6 +198,9 @@ def least_entropy(x: Floats, y: Floats, scale: Floats, stages: int = 25) -> Floa
     return np.asarray(beta)
 
 
+_predict = np.vectorize(least_entropy, signature="(n,d),(n),(d)->(d)")  # for stacked problems
+
+
 def _multiplier(x: Floats, y: Floats, factor: Floats, nu: Floats) -> Floats:
     with np.errstate(over="ignore", invalid="ignore"):  # the solver rejects steps that overflow
         solution = optimize.root(
@@ -230,14 +233,13 @@ def run(config: Config) -> dict[str, Any]:
     store = runs.Store(config.output, config=common.settings(config))
     names, flows, weights = labels(config.epsilons), [], []
     seeds, features = config.seed + np.arange(config.seeds), np.arange(config.features)
-    with jax.enable_x64(True), common.progress(len(TITLES), "flow", "case") as progress:
-        for name, (mean, samples) in config.cases().items():
+    with jax.enable_x64(True):
+        for name, (mean, samples) in common.progress("flow", "case", config.cases().items()):
             found = store.keep(name, name, partial(measure, config, mean, samples))
             last = {"reached": found.pop("reached"), "predicted": found.pop("predicted")}
             found["epsilon"] = np.broadcast_to([np.nan, *config.epsilons], found["scale"].shape)
             flows.append(runs.tidy({"case": [name], "seed": seeds, "flow": names}, **found))
             weights.append(runs.tidy({"case": [name], "flow": names, "feature": features}, **last))
-            progress.update()
     chosen = {"gamma": config.gamma, "alpha": config.alpha}
     return chosen | {"flows": runs.stack(*flows), "weights": runs.stack(*weights)}
 
@@ -264,16 +266,13 @@ def settings(config: Config) -> tuple[Floats, Floats]:
 def solve_flows(config: Config, x: Floats, y: Floats) -> Flow:
     """Return the states at the horizon, shape (data sets, 1 + epsilons, d); plain flow first."""
     gamma, epsilon = settings(config)
-    states = Flow(*np.full((3, len(x), len(epsilon), config.features), config.alpha))
-    states.decay[:] = 0
+    states = np.full((3, len(x), len(epsilon), config.features), config.alpha)
+    states[2] = 0
     for method, chosen in (("difference", epsilon != 0), ("product", epsilon == 0)):
         if chosen.any():
-            start = Flow(*(state[:, chosen] for state in states))
-            pair = gamma[chosen], epsilon[chosen]
-            end = integrate(method, start, config.horizon, (x, y), pair)
-            for state, part in zip(states, end, strict=True):
-                state[:, chosen] = part
-    return states
+            start, pair = Flow(*states[:, :, chosen]), (gamma[chosen], epsilon[chosen])
+            states[:, :, chosen] = integrate(method, start, config.horizon, (x, y), pair)
+    return Flow(*states)
 
 
 def measure(config: Config, mean: float, samples: int) -> dict[str, Any]:
@@ -299,7 +298,7 @@ def measure(config: Config, mean: float, samples: int) -> dict[str, Any]:
     beta, scale = flow.u**2 - flow.v**2, config.alpha * np.exp(-gamma * flow.decay)
     outputs = beta @ np.swapaxes(x, -1, -2)
     targets = np.broadcast_to(y[:, None], outputs.shape)
-    predicted = predict(x, outputs, scale)
+    predicted = _predict(x[:, None], outputs, scale)
     return {
         "scale": np.exp(np.mean(np.log(scale / config.alpha), axis=-1)),
         "conservation": np.max(np.abs(flow.u * flow.v / scale**2 - 1), axis=-1),
@@ -308,16 +307,10 @@ def measure(config: Config, mean: float, samples: int) -> dict[str, Any]:
         "risk": _second_moment(beta - teacher, mean) / _second_moment(teacher, mean),
         "residual": _relative(outputs, targets),
         "agreement": _relative(beta, predicted),
-        "agreement_y": _relative(beta, predict(x, targets, scale)),
+        "agreement_y": _relative(beta, _predict(x[:, None], targets, scale)),
         "reached": beta[0],
         "predicted": predicted[0],
     }
-
-
-def predict(x: Floats, outputs: Floats, scale: Floats) -> Floats:
-    """Return the weights of least entropy for given outputs, shape (data sets, settings, d)."""
-    every = np.vectorize(least_entropy, signature="(n,d),(n),(d)->(d)")
-    return np.asarray(every(x[:, None], outputs, scale))
 
 
 def _second_moment(beta: Floats, mean: float) -> Floats:
@@ -331,7 +324,7 @@ def _relative(found: Floats, expected: Floats) -> Floats:
 
 def table(results: dict[str, Any]) -> Report:
     """Return a table for each kind of data set: means and the largest deviation from the theory."""
-    parts = [part for name in TITLES for part in _parts(case(results, name), TITLES[name])]
+    parts = [part for name in TITLES for part in _parts(results, name)]
     return Report(
         *parts,
         "Means ± standard errors over data sets. Deviation: the largest relative distance of the"
@@ -339,19 +332,20 @@ def table(results: dict[str, Any]) -> Report:
     )
 
 
-def _parts(part: dict[str, Floats], title: str) -> list[Table | str]:
-    means = {"scale": "alpha_eff / alpha", "l1": "L1 / teacher's", "error": "squared error"}
-    means["risk"] = "test loss"
-    columns = {label: report.mean(name, ".4f") for name, label in means.items()}
-    columns["deviation"] = lambda rows: Number(rows["agreement"].max(), ".1e")
-    columns["deviation for y"] = lambda rows: Number(rows["agreement_y"].max(), ".1e")
-    groups = {}
-    for i, label in enumerate(labels(part["epsilon"].tolist())):
-        groups[label] = {name: part[name][:, i] for name in (*means, "agreement", "agreement_y")}
-    falls = np.all(np.diff(part["scale"][:, 1:], axis=1) < 0, axis=1)
+def _parts(results: dict[str, Any], name: str) -> list[Table | str]:
+    columns = {
+        "alpha_eff / alpha": report.mean("scale", ".4f"),
+        "L1 / teacher's": report.mean("l1", ".4f"),
+        "squared error": report.mean("error", ".4f"),
+        "test loss": report.mean("risk", ".4f"),
+        "deviation": lambda rows: Number(rows["agreement"].max(), ".1e"),
+        "deviation for y": lambda rows: Number(rows["agreement_y"].max(), ".1e"),
+    }
+    falls = np.all(np.diff(case(results, name)["scale"][:, 1:], axis=1) < 0, axis=1)
+    flows = runs.by(runs.select(results["flows"], case=name), "flow")
+    title = f"{TITLES[name]} ({len(falls)} data sets)"
     end = f"alpha_eff decreases strictly with epsilon in {falls.sum()} of {len(falls)} data sets"
-    title = f"{title} ({len(falls)} data sets)"
-    return [report.table(title, groups, columns, of="flow"), end, ""]
+    return [report.table(title, flows, columns, of="flow"), end, ""]
 
 
 def plot(results: dict[str, Any], output: Path, formats: Iterable[str] = ("png",)) -> list[Path]:
@@ -384,7 +378,7 @@ def _draw_column(panel: Any, epsilon: Floats, values: Floats) -> None:
 def _draw_weights(panel: Any, part: dict[str, Floats]) -> None:
     extent = [float(part["predicted"].min()), float(part["predicted"].max())]
     panel.plot(extent, extent, color="0.7", zorder=0)
-    for i, label in enumerate(labels(part["epsilon"].tolist())):
+    for i, label in enumerate(part["flow"]):
         panel.plot(part["predicted"][i], part["reached"][i], ".", markersize=4, label=label)
     panel.set_xlabel(r"predicted $\beta$: $\mathrm{argmin}\ \Phi_{\alpha_\mathrm{eff}}$")
     panel.set_ylabel(r"reached $\beta$")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from gradreg_optax.experiments import common
 
 PyTree: TypeAlias = Any
+Shape: TypeAlias = tuple[int, ...]
 Name: TypeAlias = Literal["mlp", "cnn", "resnet"]
 Layer: TypeAlias = Callable[[PyTree, jax.Array], jax.Array]
 
@@ -33,13 +34,7 @@ class Model(NamedTuple):
 
 
 def build(
-    name: str,
-    shape: tuple[int, ...],
-    classes: int,
-    *,
-    width: int = 64,
-    depth: int = 1,
-    primitive: bool = False,
+    name: str, shape: Shape, classes: int, *, width: int = 64, depth: int = 1, xla: bool = False
 ) -> Model:
     """Build a network with GELU activations.
 
@@ -55,7 +50,7 @@ def build(
       classes: number of classes.
       width: see ``name``.
       depth: see ``name``.
-      primitive: use XLA's convolution instead of matrix products.
+      xla: use XLA's convolution instead of matrix products.
 
     Raises:
       CommandError: an unknown name.
@@ -64,11 +59,11 @@ def build(
         return _mlp(shape, classes, width, depth)
     common.some_of("model", [name], ["mlp", *_CONVOLUTIONAL])
     shape = shape if len(shape) > 1 else (*shape, 1)
-    convolve = _primitive if primitive else _convolution
+    convolve = _primitive if xla else _convolution
     return _CONVOLUTIONAL[name](shape, classes, width, depth, convolve)
 
 
-def _mlp(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Model:
+def _mlp(shape: Shape, classes: int, width: int, depth: int) -> Model:
     sizes = list(itertools.pairwise([math.prod(shape), *[width] * depth, classes]))
 
     def init(key: jax.Array) -> PyTree:
@@ -84,7 +79,7 @@ def _mlp(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Model:
     return Model(init, apply)
 
 
-def _cnn(shape: tuple[int, ...], classes: int, width: int, depth: int, convolve: Layer) -> Model:
+def _cnn(shape: Shape, classes: int, width: int, depth: int, convolve: Layer) -> Model:
     axes, channels = len(shape) - 1, [shape[-1], *[width * 2**i for i in range(depth + 1)]]
 
     def init(key: jax.Array) -> PyTree:
@@ -102,7 +97,7 @@ def _cnn(shape: tuple[int, ...], classes: int, width: int, depth: int, convolve:
     return Model(init, apply)
 
 
-def _resnet(shape: tuple[int, ...], classes: int, width: int, depth: int, convolve: Layer) -> Model:
+def _resnet(shape: Shape, classes: int, width: int, depth: int, convolve: Layer) -> Model:
     axes, stages = len(shape) - 1, [width, width, 2 * width, 4 * width]
 
     def init(key: jax.Array) -> PyTree:

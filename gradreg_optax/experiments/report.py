@@ -127,9 +127,9 @@ def gradients(rows: Rows) -> Number:
     return Number(float(rows["gradients"][0]) + 1e-9, ".2f")
 
 
-def mean(name: str, spec: str, scale: float = 1.0) -> Column:
+def mean(name: str, spec: str) -> Column:
     """Return a column with a mean over runs and its standard error."""
-    return lambda rows: Number(statistics.estimate(scale * np.asarray(rows[name])), spec)
+    return lambda rows: Number(statistics.estimate(rows[name]), spec)
 
 
 def percent(name: str = "accuracy", spec: str = ".1f") -> Column:
@@ -143,17 +143,15 @@ def percent(name: str = "accuracy", spec: str = ".1f") -> Column:
     return cell
 
 
-def minus(
-    other: Rows, spec: str = "+.1f", name: str = "accuracy", scale: float = 100.0
-) -> tuple[Column, Column]:
-    """Return columns with the paired difference to other runs and its p-value.
+def minus(other: Rows, spec: str = "+.1f", name: str = "accuracy") -> tuple[Column, Column]:
+    """Return columns with the paired difference to other runs, in points, and its p-value.
 
     Both are empty in the row of these other runs themselves, the same object.
     """
 
     def difference(rows: Rows) -> statistics.Difference:
         baseline = np.full_like(other[name], np.nan) if rows is other else other[name]
-        return statistics.paired(scale * rows[name], scale * baseline)
+        return statistics.paired(100 * rows[name], 100 * baseline)
 
     return (
         lambda rows: Number(difference(rows), spec),

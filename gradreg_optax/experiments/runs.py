@@ -12,9 +12,8 @@ import hashlib
 import itertools
 import json
 import pickle
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,7 +21,7 @@ import numpy as np
 
 from gradreg_optax.experiments import common, results
 from gradreg_optax.experiments.data import Array, Dataset
-from gradreg_optax.experiments.trainer import METHODS, Method, Metrics, Progress, Recipe, Trainer
+from gradreg_optax.experiments.trainer import METHODS, Method, Metrics, Recipe, Trainer
 
 Columns: TypeAlias = dict[str, Array]
 
@@ -186,38 +185,30 @@ def train(
       CommandError: runs that do not fit the data.
     """
     store, found = store or Store(None), [dict[str, Any]()] * len(runs)
-    parts, stopped = list(_parts(runs, lanes)), threading.Event()
-    total = sum(len(places) * runs[places[0]].recipe.steps for places in parts)
+    parts = list(_parts(runs, lanes))
 
     def make(places: list[int]) -> Columns:
-        return _part(dataset, [runs[place] for place in places], store, advance, metrics)
+        return _part(dataset, [runs[place] for place in places], store, metrics)
 
-    def advance(steps: int) -> None:
-        if stopped.is_set():
-            raise CancelledError
-        bar.update(steps)
-
-    # one part compiles while another one trains
-    with common.progress(total, what, "step") as bar, ThreadPoolExecutor(2) as pool:
-        try:
-            for places, part in zip(parts, pool.map(make, parts), strict=True):
-                for i, place in enumerate(places):
-                    found[place] = {name: values[i] for name, values in part.items()}
-        finally:  # after an error in one part, stop the others
-            stopped.set()
+    with ThreadPoolExecutor(2) as pool:  # one part compiles while another one trains
+        made = common.progress(what, "part", pool.map(make, parts), len(parts))
+        for places, part in zip(parts, made, strict=True):
+            for i, place in enumerate(places):
+                found[place] = {name: values[i] for name, values in part.items()}
     return columns([_row(run) | metrics for run, metrics in zip(runs, found, strict=True)])
 
 
-def flops(dataset: Dataset, method: Method, recipe: Recipe, store: Store) -> float:
-    """Return the floating-point operations of a penalised step, relative to a plain one."""
+def flops(dataset: Dataset, run: Run, store: Store) -> float:
+    """Return the floating-point operations per step of a run, relative to plain steps."""
 
     def count(method: Method) -> float:
-        trainer = _trainer(dataset, method, recipe)
+        trainer = _trainer(dataset, method, run.recipe)
         program = trainer.digest(method.settings)
         made = store.keep(f"flops-{method.label}", program, lambda: {"flops": trainer.flops()})
         return float(made["flops"])
 
-    return count(method) / count(METHODS["SGD"])
+    penalised = count(run.method) / count(METHODS["SGD"])
+    return 1 + (penalised - 1) / run.settings.get("interval", 1)
 
 
 @functools.lru_cache(maxsize=4)
@@ -325,25 +316,14 @@ def _parts(runs: Sequence[Run], lanes: int) -> Iterator[list[int]]:
             yield part + part[-1:] * (width - len(part))
 
 
-def _part(
-    dataset: Dataset, runs: list[Run], store: Store, advanced: Progress, metrics: Metrics | None
-) -> Columns:
+def _part(dataset: Dataset, runs: list[Run], store: Store, metrics: Metrics | None) -> Columns:
     """Return the metrics of runs of one method and recipe."""
     method, recipe, names = runs[0].method, runs[0].recipe, sorted(runs[0].settings)
     trainer, seeds = _trainer(dataset, method, recipe), np.array([run.seed for run in runs])
     settings = {name: np.array([run.settings[name] for run in runs]) for name in names}
     what = {"recipe": recipe.describe(), "program": trainer.digest(tuple(names), metrics)}
     what |= {"settings": settings, "seeds": seeds, "data": fingerprint(dataset)}
-    completed: list[int] = []
-
-    def advance(steps: int) -> None:
-        completed.append(steps)
-        advanced(steps)
-
-    found = store.keep(method.label, what, lambda: trainer(settings, seeds, advance, metrics))
-    if not completed:  # read from disk
-        advanced(len(runs) * recipe.steps)
-    return found
+    return store.keep(method.label, what, lambda: trainer(settings, seeds, metrics))
 
 
 @functools.lru_cache(maxsize=16)

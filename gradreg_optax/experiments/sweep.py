@@ -170,8 +170,7 @@ def _draw_grid(made: Any, axis: Any, tuning: runs.Columns) -> None:
     values = np.array([[100 * np.mean(rows["accuracy"]) for rows in line] for line in cells])
     plain = 100 * statistics.estimate(runs.select(tuning, method="SGD")["accuracy"]).mean
     style: Any = {"origin": "lower", "aspect": "auto", "cmap": "viridis"}
-    shown = np.ma.masked_invalid(values)
-    image = axis.imshow(shown, vmin=None if np.isnan(plain) else plain, **style)
+    image = axis.imshow(values, vmin=None if np.isnan(plain) else plain, **style)
     axis.set_facecolor("0.85")
     axis.set_xticks(range(len(columns)), list(columns), rotation=45, ha="right")
     axis.set_yticks(range(len(gammas)), [f"{gamma:g}" for gamma in gammas])

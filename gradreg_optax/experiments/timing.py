@@ -100,5 +100,4 @@ class Ratio(NamedTuple):
 def ratio(seconds: Floats, reference: Floats) -> Ratio:
     """Return the ratio of two arrays of times from the same rounds."""
     values = np.asarray(seconds) / np.asarray(reference)
-    lower, median, upper = np.quantile(values, [0.25, 0.5, 0.75])
-    return Ratio(float(median), float(lower), float(upper))
+    return Ratio(*np.quantile(values, [0.5, 0.25, 0.75]).tolist())

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,6 @@ Metrics: TypeAlias = Callable[
     ["Problem", PyTree, jax.Array, data.Split, Pool], dict[str, jax.Array]
 ]  # (problem, params, seed, split, pool) of one lane -> its metrics, including "diverged"
 Seeds: TypeAlias = Sequence[int] | data.Array
-Progress: TypeAlias = Callable[[int], Any]  # called with a number of completed steps
 OptimizerName: TypeAlias = Literal["sgd", "momentum", "adam", "adamw"]
 OPTIMIZERS: dict[str, Callable[[Any], Transformation]] = {
     "sgd": optax.sgd,
@@ -38,14 +37,13 @@ OPTIMIZERS: dict[str, Callable[[Any], Transformation]] = {
     "adamw": optax.adamw,
 }
 
-_CHUNK = 100  # steps between two updates of the progress bar
+_CHUNK = 100  # steps of a program
 _EVALUATION_BATCH = 500
 _DIVERGED = 10  # training loss of a diverged run, relative to that of uniform predictions
 _CURVATURE_SAMPLES = 1000  # at most, for gradient norm and eigenvalue
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """A regularizer.
 
     Attributes:
@@ -317,11 +315,7 @@ class Trainer:
         self.digest = functools.cache(self._digest)
 
     def __call__(
-        self,
-        settings: Mapping[str, Any],
-        seeds: Seeds,
-        advanced: Progress = lambda steps: None,
-        metrics: Metrics | None = None,
+        self, settings: Mapping[str, Any], seeds: Seeds, metrics: Metrics | None = None
     ) -> dict[str, data.Array]:
         """Train one run per lane.
 
@@ -329,7 +323,6 @@ class Trainer:
           settings: hyperparameters of the method, and optionally "interval", each a number or an
             array of shape (lanes,).
           seeds: one seed per lane.
-          advanced: called with the number of completed steps.
           metrics: replacement for the metrics below.
 
         Returns:
@@ -342,20 +335,17 @@ class Trainer:
         Raises:
           CommandError: settings of another method.
         """
-        for states in self.states(settings, seeds, advanced):
+        for states in self.states(settings, seeds):
             params = states.params
         lanes = jnp.asarray(seeds, jnp.uint32), self._problem.draw(seeds)
         return self._problem.measure(params, *lanes, metrics)
 
-    def states(
-        self, settings: Mapping[str, Any], seeds: Seeds, advanced: Progress = lambda steps: None
-    ) -> Iterator[gr.TrainState]:
+    def states(self, settings: Mapping[str, Any], seeds: Seeds) -> Iterator[gr.TrainState]:
         """Yield the states of all lanes: at the start, after every 100 steps, and at the end.
 
         Args:
           settings: as for a call.
           seeds: as for a call.
-          advanced: as for a call.
 
         Yields:
           States with a leading axis of lanes; the next step reuses their memory.
@@ -363,14 +353,13 @@ class Trainer:
         Raises:
           CommandError: settings of another method.
         """
-        lanes, steps = self._lanes(settings, np.asarray(seeds)), self._recipe.steps
+        lanes = self._lanes(settings, np.asarray(seeds))
         samples = self._problem.draw(seeds), self._problem.pool
         states = self._begin(lanes, self._problem.init(lanes["seed"]))
         yield states
-        for first in range(0, steps, _CHUNK):
+        for first in range(0, self._recipe.steps, _CHUNK):
             states = self._advance(states, lanes, samples, first)
             states.step.block_until_ready()
-            advanced(len(seeds) * min(_CHUNK, steps - first))
             yield states
 
     def flops(self) -> float:

@@ -1,4 +1,3 @@
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ def found(request, tmp_path_factory):
         return made | {"runs": {name: values[keep] for name, values in rows.items()}}
     folder, task = tmp_path_factory.mktemp("compare"), compare.TASKS["digits"]
     config = compare.Config(seeds=3, output=folder, datasets=("digits",))
-    task = dataclasses.replace(task, settings={label: task.settings[label] for label in LABELS})
+    task = task._replace(settings={label: task.settings[label] for label in LABELS})
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(compare.TASKS, "digits", task)
         return results.load(results.save(folder, "gradreg compare", config, compare.run(config)))

@@ -17,14 +17,13 @@ class Pretended:
     calls = 0
 
     def __init__(self, dataset, method, recipe):
-        self.method, self.recipe = method, recipe
+        self.method = method
 
     def digest(self, settings, metrics):
         return self.method.label
 
-    def __call__(self, settings, seeds, advanced, metrics):
+    def __call__(self, settings, seeds, metrics):
         Pretended.calls += 1
-        advanced(len(seeds) * self.recipe.steps)
         nothing = np.zeros(len(seeds))
         gamma, epsilon = (settings.get(name, nothing) for name in ("gamma", "epsilon"))
         best = {"F-GR": 0.2, "SGD": 0.0}.get(self.method.label, 0.1)
@@ -88,7 +87,7 @@ def test_methods_without_a_gamma_or_an_epsilon_are_drawn_too(tmp_path, pretended
 
 
 def test_a_method_that_always_diverges_is_named(tmp_path, monkeypatch):
-    def diverge(self, settings, seeds, advanced, metrics):
+    def diverge(self, settings, seeds, metrics):
         lost = np.full(len(seeds), np.nan)
         return {"accuracy": lost, "diverged": np.ones(len(seeds), bool)}
 
