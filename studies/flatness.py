@@ -195,7 +195,7 @@ def _rows(of_methods: Mapping[str, Mapping[str, Array]], names: Sequence[str]) -
         size = gaps[names[0]].size
         fewer = f", {size} seeds" if size < len(plain["accuracy"]) else ""
         cells = [f"{gap:+{_spec(name)}}" for name, gap in gaps.items()]
-        chances = [f" ({gap.p_text})" if gap.p_text else "" for gap in gaps.values()]
+        chances = ["" if np.isnan(gap.p) else f" ({gap.p:.1g})" for gap in gaps.values()]
         yield [f"{first} minus {second}{fewer}", *map("".join, zip(cells, chances, strict=True))]
 
 

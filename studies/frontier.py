@@ -22,7 +22,7 @@ from gradreg_optax.experiments import common, data, plots, report, runs, statist
 from gradreg_optax.experiments.common import CommandError
 from gradreg_optax.experiments.data import Array
 from gradreg_optax.experiments.models import PyTree
-from gradreg_optax.experiments.report import Report, Table
+from gradreg_optax.experiments.report import Number, Report, Table
 from gradreg_optax.experiments.runs import Columns, select
 from gradreg_optax.experiments.trainer import (
     METHODS,
@@ -324,7 +324,7 @@ def _row(cell: Columns, full: Columns, plain: Columns) -> list[Any]:
         return [*found, "", "", "", ""]
     difference = statistics.points(cell, full)
     mark, kept = "" if keeps_up(cell, full) else "below", relative_gain(cell, full, plain)
-    found += [f"{difference:+.2f}", difference.p_text, mark]
+    found += [f"{difference:+.2f}", Number(difference.p, ".1g"), mark]
     return [*found, "" if np.isnan(kept) else f"{kept:.0%}"]
 
 
@@ -404,7 +404,8 @@ def _warmup_lines(warmup: Columns) -> list[Table | str]:
     found, rows = runs.by(warmup, "method"), []
     for start, of_start in found.items():
         minus = statistics.points(of_start, found["gamma from the start"])
-        compared = ["", ""] if start == "gamma from the start" else [f"{minus:+.2f}", minus.p_text]
+        compared: list[Any] = [f"{minus:+.2f}", Number(minus.p, ".1g")]
+        compared = ["", ""] if start == "gamma from the start" else compared
         rows.append([start, report.percent(spec=".2f")(of_start), *compared])
     title = f"adam, learning rate warmed up over {warmup['warmup_steps'][0]:g} steps"
     head = ["schedule", "test accuracy (%)", "minus gamma from the start", "p"]

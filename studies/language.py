@@ -16,7 +16,7 @@ from gradreg_optax import relative_gradreg
 from gradreg_optax.experiments import common, data, plots, report, runs, statistics
 from gradreg_optax.experiments.common import CommandError
 from gradreg_optax.experiments.models import PyTree
-from gradreg_optax.experiments.report import Report, Table
+from gradreg_optax.experiments.report import Number, Report, Table
 from gradreg_optax.experiments.runs import Columns, select
 from gradreg_optax.experiments.trainer import (
     METHODS,
@@ -216,7 +216,7 @@ def equal(rows: Columns, found: dict[str, Columns]) -> Columns:
     return max((one for one in plain if compute(one) < compute(rows) + 1), key=compute)
 
 
-def gain(rows: Columns, over: Columns) -> statistics.Difference:
+def gain(rows: Columns, over: Columns) -> statistics.Estimate:
     """Return the paired difference of the held-out losses; negative if ``rows`` are better."""
     return statistics.paired(rows["test_loss"], over["test_loss"])
 
@@ -255,7 +255,7 @@ def _row(name: str, rows: Columns, found: dict[str, Columns]) -> list[str]:
     for other in (plain, equal(rows, found)):
         alone = other["row"][0] == name
         less = gain(rows, other)
-        cells += ["", ""] if alone else [f"{less:+.4f}", less.p_text]
+        cells += ["", ""] if alone else [f"{less:+.4f}", Number(less.p, ".1g")]
     return cells
 
 

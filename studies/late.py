@@ -17,7 +17,7 @@ import optax
 from gradreg_optax import relative_gradreg
 from gradreg_optax.experiments import common, compare, data, plots, report, runs, statistics
 from gradreg_optax.experiments.common import CommandError
-from gradreg_optax.experiments.report import Report, Table
+from gradreg_optax.experiments.report import Number, Report, Table
 from gradreg_optax.experiments.trainer import METHODS, Method, Recipe
 
 PLAIN, ALWAYS, LONGER = "SGD", "every step", "SGD for longer"
@@ -161,17 +161,17 @@ def _reported(results: dict[str, Any]) -> dict[str, runs.Columns]:
     return runs.by(runs.select(results["runs"], role="report"), "dataset")
 
 
-def gain(rows: runs.Columns, found: runs.Columns, over: str = PLAIN) -> statistics.Difference:
+def gain(rows: runs.Columns, found: runs.Columns, over: str = PLAIN) -> statistics.Estimate:
     """Return the paired difference of accuracies to another row, in percentage points."""
     return statistics.points(rows, runs.select(found, method=over))
 
 
 def _row(label: str, share: float, rows: runs.Columns, found: runs.Columns) -> list[str]:
     numbers = [f"{share:g}", f"{rows['cost'][0]:.4g}", f"{rows['strength'][0]:g}"]
-    cells = [label, *(number.replace("nan", "") for number in numbers)]
+    cells: list[Any] = [label, *(number.replace("nan", "") for number in numbers)]
     cells.append(report.percent()(rows))
     over = gain(rows, found)
-    cells += ["", ""] if label == PLAIN else [f"{over:+.1f}", over.p_text]
+    cells += ["", ""] if label == PLAIN else [f"{over:+.1f}", Number(over.p, ".1g")]
     return [*cells, "" if label == ALWAYS else f"{gain(rows, found, ALWAYS):+.1f}"]
 
 

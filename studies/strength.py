@@ -17,7 +17,7 @@ import optax
 
 from gradreg_optax.experiments import common, data, plots, runs, statistics
 from gradreg_optax.experiments.data import Array
-from gradreg_optax.experiments.report import Report, Table
+from gradreg_optax.experiments.report import Number, Report, Table
 from gradreg_optax.experiments.runs import Columns, select
 from gradreg_optax.experiments.trainer import (
     METHODS,
@@ -267,7 +267,7 @@ class Cell:
     searched: Columns
     tuned: Columns
 
-    def gain(self, rows: Columns, over: Columns | None = None) -> statistics.Difference:
+    def gain(self, rows: Columns, over: Columns | None = None) -> statistics.Estimate:
         """Return the paired difference to plain training; larger is better."""
         less = self.plain if over is None else over
         return statistics.paired(_score(rows, self.metric), _score(less, self.metric))
@@ -335,10 +335,10 @@ def _row(cell: Cell) -> list[str]:
     spec, sign = (".1f", 1) if cell.metric == "accuracy" else (".3f", -1)
     level = statistics.estimate(sign * _score(cell.plain, cell.metric))
     tuned = cell.gain(cell.tuned)
-    cells = [*cell.key, f"{level:{spec}}", f"{cell.searched['gamma'][0]:g}"]
+    cells: list[Any] = [*cell.key, f"{level:{spec}}", f"{cell.searched['gamma'][0]:g}"]
     constant = [cell.gain(rows) for rows in (cell.searched, *cell.constant.values())]
     cells += [f"{gain:+{spec}}" for gain in (*constant, tuned)]
-    cells += [tuned.p_text, "" if np.isnan(cell.kept) else f"{100 * cell.kept:.0f}%"]
+    cells += [Number(tuned.p, ".1g"), "" if np.isnan(cell.kept) else f"{100 * cell.kept:.0f}%"]
     cells.append(", ".join(f"{np.mean(cell.tuned[name]):.2f}" for name in ("early", "late")))
     return [*cells, f"{cell.gain(cell.tuned, cell.everything):+{spec}}"]
 

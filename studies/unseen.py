@@ -145,7 +145,7 @@ class Cell:
     tuned: Columns
     best: float
 
-    def gain(self, rows: Columns) -> statistics.Difference:
+    def gain(self, rows: Columns) -> statistics.Estimate:
         """Return the paired difference from plain training, in points."""
         return statistics.paired(rows["score"], self.plain["score"])
 
@@ -210,7 +210,7 @@ def _row(cell: Cell) -> list[Any]:
     tuned = cell.gain(cell.tuned)
     cells = [cell.task, cell.part, report.mean("score", ".1f")(cell.plain)]
     cells += [Number(cell.gain(rows), "+.1f") for rows in cell.constant.values()]
-    cells += [f"{cell.best:g}", Number(tuned, "+.1f"), tuned.p_text]
+    cells += [f"{cell.best:g}", Number(tuned, "+.1f"), Number(tuned.p, ".1g")]
     cells += [Number(100 * cell.kept(r), ".0f") for r in (cell.best, cell.best_reported)]
     over = statistics.paired(cell.tuned["score"], cell.everything["score"])
     return [*cells, Number(over, "+.1f")]

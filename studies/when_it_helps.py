@@ -39,7 +39,7 @@ class Row(NamedTuple):
     noise: float
     epochs: float
     extras: str
-    gains: Mapping[str, statistics.Difference]
+    gains: Mapping[str, statistics.Estimate]
     report: str
     nats: bool = False
 
@@ -140,9 +140,7 @@ def of_fine_tuning(found: dict[str, Any]) -> Iterator[Row]:
         yield Row("Fashion-MNIST, CNN", size, 0.0, epochs, extras, gains, "fine_tuning")
 
 
-def _points(
-    rows: Columns, plain: str, names: Mapping[str, str]
-) -> dict[str, statistics.Difference]:
+def _points(rows: Columns, plain: str, names: Mapping[str, str]) -> dict[str, statistics.Estimate]:
     of = runs.by(rows, "method")
     return {name: statistics.points(of[label], of[plain]) for name, label in names.items()}
 

@@ -161,8 +161,8 @@ def table(results: dict[str, Any]) -> Report:
     for name, rows in runs.by(best, "dataset").items():
         found = runs.by(rows, "method")
         title = f"{described(name, results['recipes'][name])}, {len(set(rows['seed']))} seeds"
-        columns = _columns(results, name, found["SGD"])
-        parts += [report.table(title, found, columns, left=2), "", report.pairs(found, PAIRS), ""]
+        shown = report.table(title, found, _columns(results, name, found["SGD"]))
+        parts += [shown._replace(left=2), "", report.pairs(found, PAIRS), ""]
     if len(signed["seed"]):
         cells = [
             [label, Number(step), report.percent()(rows)]
@@ -238,15 +238,14 @@ def _draw_costs(axis: Any, rows: runs.Columns) -> None:
 
 
 def _draw_signed(axis: Any, signed: runs.Columns, plain: runs.Columns) -> None:
-    steps = []
-    for place, ((label, step), rows) in enumerate(runs.groups(signed, "method", "step")):
+    found = list(runs.groups(signed, "method", "step"))
+    for place, ((label, _), rows) in enumerate(found):
         mean = plots.mean(axis, place, 100 * rows["accuracy"], label)
         plots.note(axis, label, (place, mean), (6, -11), color=plots.color(label))
-        steps.append(f"{step:g}")
     height, color = statistics.estimate(100 * plain["accuracy"]).mean, plots.color("SGD")
     axis.axhline(height, ls="--", lw=1, color=color)
     plots.note(axis, "SGD", (0, height), (0, 3), color=color)
-    axis.set_xticks(range(len(steps)), steps)
-    axis.set_xlim(-0.4, len(steps) - 0.3)
+    axis.set_xticks(range(len(found)), [f"{step:g}" for (_, step), _ in found])
+    axis.set_xlim(-0.4, len(found) - 0.3)
     axis.set_xlabel("signed ascent step $\\epsilon$")
     axis.set_title(f"digits at $\\gamma$ = {COMMON_GAMMA:g}", fontsize=11)

@@ -11,8 +11,7 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 
-from gradreg_optax.experiments import common
-from gradreg_optax.experiments.common import CommandError
+from gradreg_optax.experiments.common import CommandError, some_of
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -95,7 +94,7 @@ def load(name: str) -> Dataset:
     if name.endswith(".npz"):
         return dataclasses.replace(from_arrays(name, *_npz(Path(name))), name=Path(name).stem)
     readers: dict[str, Any] = {"digits": _digits, "mnist1d": _mnist1d}
-    common.some_of("dataset", [name], readers, " Or pass the path of an .npz file.")
+    some_of("dataset", [name], readers, " Or pass the path of an .npz file.")
     return readers[name]()
 
 

@@ -167,13 +167,9 @@ def curves(results: dict[str, Any]) -> dict[str, dict[str, data.Array]]:
     return {name: runs.blocks(rows, "seed", "time") for name, rows in variants.items()}
 
 
-def two_steps(
-    params: PyTree, batches: Any, levels: Any, learning_rate: Any, momentum: Any
-) -> PyTree:
+def two_steps(params: PyTree, batches: Any, levels: Any, rate: Any, momentum: Any) -> PyTree:
     """Return the change of the parameters in two steps, with given batches and flood levels."""
-    tx = optax.chain(
-        flooding(level=lambda step: levels[step]), optax.sgd(learning_rate, momentum=momentum)
-    )
+    tx = optax.chain(flooding(level=lambda step: levels[step]), optax.sgd(rate, momentum=momentum))
     state, point = tx.init(params), params
     for batch in batches:
         value, gradient = jax.value_and_grad(loss_fn)(point, batch)
@@ -290,12 +286,12 @@ def measure(params: PyTree, problems: Problem, keys: jax.Array) -> dict[str, jax
     """Return the top Hessian eigenvalue of the training loss and the test accuracy."""
 
     def one(params: PyTree, problem: Problem, key: jax.Array) -> dict[str, jax.Array]:
-        eigenvalue, residual = curvature.top_hessian_eigenvalue(
+        top = curvature.top_hessian_eigenvalue(
             lambda params: loss_fn(params, problem.train), params, key, num_matvecs=15
         )
         x, labels = problem.test
         correct = jnp.argmax(_APPLY(params, x), axis=-1) == labels
-        return {"eigenvalue": eigenvalue, "residual": residual, "accuracy": jnp.mean(correct)}
+        return {"eigenvalue": top.value, "residual": top.residual, "accuracy": jnp.mean(correct)}
 
     return jax.vmap(one)(params, problems, keys)
 

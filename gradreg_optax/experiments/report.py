@@ -62,10 +62,8 @@ class Table(NamedTuple):
         lines = [list(self.head), *([str(cell) for cell in row] for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         sides = ["<" if place < self.left else ">" for place in range(len(widths))]
-        text = [
-            "  ".join(map("{:{}{}}".format, line, sides, widths)).rstrip()  # cell, side, width
-            for line in lines
-        ]
+        padded = [map("{:{}{}}".format, line, sides, widths) for line in lines]
+        text = ["  ".join(cells).rstrip() for cells in padded]
         return "\n".join([self.title, *text] if self.title else text)
 
     def records(self) -> Iterable[dict[str, Any]]:
@@ -103,11 +101,7 @@ class Report(str):
 
 
 def table(
-    title: str,
-    groups: Mapping[str, Rows],
-    columns: Mapping[str, Column],
-    left: int = 1,
-    of: str = "method",
+    title: str, groups: Mapping[str, Rows], columns: Mapping[str, Column], of: str = "method"
 ) -> Table:
     """Make a table with one row for each group of runs.
 
@@ -115,11 +109,10 @@ def table(
       title: the line above the table.
       groups: runs by the label of their row.
       columns: functions from the runs of a row to a cell, by heading.
-      left: number of columns that are aligned left, labels included.
       of: heading of the labels.
     """
     rows = [[label, *(cell(runs) for cell in columns.values())] for label, runs in groups.items()]
-    return Table(title, [of, *columns], rows, left)
+    return Table(title, [of, *columns], rows)
 
 
 def gradients(rows: Rows) -> Number:
@@ -149,7 +142,7 @@ def minus(other: Rows, spec: str = "+.1f", name: str = "accuracy") -> tuple[Colu
     Both are empty in the row of these other runs themselves, the same object.
     """
 
-    def difference(rows: Rows) -> statistics.Difference:
+    def difference(rows: Rows) -> statistics.Estimate:
         baseline = np.full_like(other[name], np.nan) if rows is other else other[name]
         return statistics.paired(100 * rows[name], 100 * baseline)
 

@@ -280,9 +280,7 @@ def blocks(columns: Mapping[str, Any], *axes: str) -> dict[str, Array]:
     return found | {axis: np.array(values) for axis, values in along.items()}
 
 
-def best(
-    columns: Mapping[str, Any], *names: str, score: str = "accuracy"
-) -> dict[str, float] | None:
+def best(columns: Columns, *names: str, score: str = "accuracy") -> dict[str, float] | None:
     """Return the setting with the best mean score among those without a diverged run.
 
     Args:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -30,16 +30,8 @@ class Estimate(NamedTuple):
         error = "" if math.isnan(self.error) else f" ± {self.error:{spec.lstrip('+')}}"
         return f"{self.mean:{spec}}{error}"
 
-    @property
-    def p_text(self) -> str:
-        """``p`` with one digit; empty if it is NaN."""
-        return "" if math.isnan(self.p) else f"{self.p:.1g}"
 
-
-Difference: TypeAlias = Estimate  # of pairs
-
-
-def points(rows: Mapping[str, Any], other: Mapping[str, Any]) -> Difference:
+def points(rows: Mapping[str, Any], other: Mapping[str, Any]) -> Estimate:
     """Return the paired difference of the accuracies of two methods, in percentage points."""
     return paired(100 * rows["accuracy"], 100 * other["accuracy"])
 
@@ -52,7 +44,7 @@ def estimate(values: Any) -> Estimate:
     return Estimate(mean, error, len(finite))
 
 
-def paired(first: Any, second: Any) -> Difference:
+def paired(first: Any, second: Any) -> Estimate:
     """Return the mean of ``first - second`` over the pairs in which both are finite.
 
     Raises:

@@ -93,12 +93,6 @@ def run(config: Config) -> dict[str, Any]:
     return {"dataset": dataset.name, "recipe": recipe.describe(), "runs": table}
 
 
-def reported(results: dict[str, Any], label: str) -> Any:
-    """Return a method's accuracies on the evaluation seeds; None if all its settings diverged."""
-    rows = runs.select(results["runs"], role="report", method=label)
-    return rows["accuracy"] if len(rows["seed"]) else None
-
-
 def table(results: dict[str, Any]) -> Report:
     """Return the chosen settings with their accuracies, and paired differences."""
     tuning, evaluation = (runs.select(results["runs"], role=role) for role in ("choose", "report"))
@@ -143,9 +137,8 @@ def _grids(config: Config) -> dict[str, Any]:
 
 
 def _recipe(config: Config) -> Recipe:
-    names = ("model", "width", "depth", "batch_size", "learning_rate", "optimizer")
-    chosen = {name: getattr(config, name) for name in (*names, "penalty_fraction")}
-    return Recipe(**chosen, **config.sizes(config.dataset), eigenvalue=False)
+    shared = {name: value for name, value in vars(config).items() if hasattr(Recipe, name)}
+    return Recipe(**shared | config.sizes(config.dataset), eigenvalue=False)
 
 
 def _by_signed_step(tuning: runs.Columns) -> dict[str, runs.Columns]:

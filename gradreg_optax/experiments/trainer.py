@@ -7,10 +7,10 @@ one seed are paired.
 """
 
 import dataclasses
-import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, lru_cache, partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -32,7 +32,7 @@ Seeds: TypeAlias = Sequence[int] | data.Array
 OptimizerName: TypeAlias = Literal["sgd", "momentum", "adam", "adamw"]
 OPTIMIZERS: dict[str, Callable[[Any], Transformation]] = {
     "sgd": optax.sgd,
-    "momentum": functools.partial(optax.sgd, momentum=0.9),
+    "momentum": partial(optax.sgd, momentum=0.9),
     "adam": optax.adam,
     "adamw": optax.adamw,
 }
@@ -70,16 +70,14 @@ class Method(NamedTuple):
         return 1 + (penalty + self.evaluations / 3) / interval
 
 
-_BACKWARD = functools.partial(gr.fd_gradreg, scheme="backward")
-_CENTRAL = functools.partial(gr.fd_gradreg, scheme="central")
 # The sweep takes the values of a hyperparameter from the option with its name in the plural.
 METHODS = {
     method.label: method
     for method in (
         Method("SGD", None),
         Method("DB", gr.dbp_gradreg, ("gamma",), 3),
-        Method("B-GR", _BACKWARD, ("gamma", "epsilon"), 2),
-        Method("C-GR", _CENTRAL, ("gamma", "epsilon"), 3),
+        Method("B-GR", partial(gr.fd_gradreg, scheme="backward"), ("gamma", "epsilon"), 2),
+        Method("C-GR", partial(gr.fd_gradreg, scheme="central"), ("gamma", "epsilon"), 3),
         Method("F-GR", gr.fd_gradreg, ("gamma", "epsilon"), 2),
         Method("SAM", gr.sam, ("rho",), 2),
         Method("ASAM", gr.asam, ("rho",), 2),
@@ -88,7 +86,7 @@ METHODS = {
         Method("flooding", gr.flooding, ("level",), 1),
     )
 }
-SELF_TUNED = Method("self-tuned", functools.partial(gr.relative_gradreg, strength=None), (), 2, 1)
+SELF_TUNED = Method("self-tuned", partial(gr.relative_gradreg, strength=None), (), 2, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +187,7 @@ class Problem:
         self.loss = cross_entropy(self.model.apply)
         self.pool = (jnp.asarray(dataset.inputs), jnp.asarray(dataset.labels))
         self._init = jax.jit(lambda seed: self.model.init(_key(seed, 0)))
-        self._jitted = functools.cache(lambda metrics: jax.jit(functools.partial(metrics, self)))
+        self._jitted = cache(lambda metrics: jax.jit(partial(metrics, self)))
 
     def init(self, seeds: jax.Array) -> PyTree:
         """Return the stacked initial parameters of some seeds."""
@@ -198,7 +196,7 @@ class Problem:
     def draw(self, seeds: Seeds) -> data.Split:
         """Return the stacked splits of some seeds."""
         sizes = self.recipe.train_size, self.recipe.test_size, self.recipe.label_noise
-        draw = functools.cache(lambda seed: data.draw(self.dataset, seed, *sizes))
+        draw = cache(lambda seed: data.draw(self.dataset, seed, *sizes))
         return data.Split(*stacked(draw(int(seed)) for seed in seeds))
 
     def take(self, pool: Pool, rows: jax.Array) -> jax.Array:
@@ -219,10 +217,9 @@ class Problem:
 
         The lanes are measured one after another to save memory.
         """
-        jitted, lanes = self._jitted(metrics or Problem.metrics), (params, seeds, split)
-        rows = [
-            jitted(*jax.tree.map(lambda x, i=i: x[i], lanes), self.pool) for i in range(len(seeds))
-        ]
+        jitted, stacks = self._jitted(metrics or Problem.metrics), (params, seeds, split)
+        lanes = (jax.tree.map(lambda x, i=i: x[i], stacks) for i in range(len(seeds)))
+        rows = [jitted(*lane, self.pool) for lane in lanes]
         found = {name: np.array([row[name] for row in rows]) for name in rows[0]}
         diverged = found.pop("diverged")
         found = {name: np.where(diverged, np.nan, values) for name, values in found.items()}
@@ -283,7 +280,7 @@ def problem(dataset: data.Dataset, recipe: Recipe) -> Problem:
     return _problem(dataset, dataclasses.replace(recipe, steps=1, **training))
 
 
-@functools.lru_cache(maxsize=2)
+@lru_cache(maxsize=2)
 def _problem(dataset: data.Dataset, recipe: Recipe) -> Problem:
     return Problem(dataset, recipe)
 
@@ -312,7 +309,7 @@ class Trainer:
         self._uses_held_out = bool(recipe.held_out and method.evaluations)
         self._begin = jax.jit(jax.vmap(lambda lane, params: self._train_step(lane).init(params)))
         self._advance = jax.jit(self._steps, donate_argnums=0)
-        self.digest = functools.cache(self._digest)
+        self.digest = cache(self._digest)
 
     def __call__(
         self, settings: Mapping[str, Any], seeds: Seeds, metrics: Metrics | None = None
@@ -365,7 +362,7 @@ class Trainer:
     def flops(self) -> float:
         """Return XLA's count of floating-point operations of one step of one run."""
         lane = dict.fromkeys(self.method.settings, 1.0)
-        step: Any = jax.jit(functools.partial(self._step, lane))
+        step: Any = jax.jit(partial(self._step, lane))
         return float(step.lower(*self._example(lane)).compile().cost_analysis()["flops"])
 
     def _digest(self, settings: tuple[str, ...], metrics: Metrics | None = None) -> str:
@@ -381,9 +378,7 @@ class Trainer:
         programs += [self._problem.lowered(metrics)] if metrics else []
         return hashlib.sha256("".join(one.as_text() for one in programs).encode()).hexdigest()
 
-    def _step(
-        self, lane: Mapping[str, Any], state: gr.TrainState, batch: Any, held_out: Any
-    ) -> Any:
+    def _step(self, lane: Mapping[str, Any], state: Any, batch: Any, held_out: Any) -> Any:
         return self._train_step(lane).step(state, batch, held_out=held_out)
 
     def _example(self, lane: Mapping[str, Any]) -> tuple[Any, Any, Any]:
@@ -400,8 +395,7 @@ class Trainer:
             raise common.CommandError(
                 f"{self.method.label} needs settings for {sorted(expected)}, got {sorted(given)}."
             )
-        lanes = {name: _setting(name, value) for name, value in settings.items()}
-        lanes = {name: jnp.broadcast_to(value, seeds.shape) for name, value in lanes.items()}
+        lanes = {name: _setting(name, value, seeds.shape) for name, value in settings.items()}
         return lanes | {"seed": jnp.asarray(seeds, jnp.uint32)}
 
     def _train_step(self, lane: Mapping[str, Any]) -> gr.TrainStep:
@@ -415,9 +409,7 @@ class Trainer:
         options: Any = {"penalty_fraction": fraction, "donate": False}
         return gr.make_train_step(loss, optimizer, regularizer, **options)
 
-    def _steps(
-        self, states: gr.TrainState, lanes: Mapping[str, Any], samples: Any, first: jax.Array
-    ) -> gr.TrainState:
+    def _steps(self, states: Any, lanes: Mapping[str, Any], samples: Any, first: Any) -> Any:
         """Take up to ``_CHUNK`` steps of all lanes, starting with step ``first``."""
         splits, pool = samples
         task, size, batches = self._problem, self._recipe.batch_size, self._problem.batches
@@ -443,13 +435,13 @@ class Trainer:
 
 def _shuffles(seed: jax.Array, epochs: jax.Array, samples: int) -> jax.Array:
     """Return an order of the training samples for each epoch."""
-    return jax.vmap(
-        lambda epoch: jax.random.permutation(jax.random.fold_in(_key(seed, 1), epoch), samples)
-    )(epochs)
+    keys = jax.vmap(lambda epoch: jax.random.fold_in(_key(seed, 1), epoch))(epochs)
+    return jax.vmap(lambda key: jax.random.permutation(key, samples))(keys)
 
 
-def _setting(name: str, value: Any) -> jax.Array:
-    return jnp.asarray(value, jnp.int32 if name == "interval" else jnp.float32)
+def _setting(name: str, value: Any, shape: tuple[int, ...] = ()) -> jax.Array:
+    dtype = jnp.int32 if name == "interval" else jnp.float32
+    return jnp.broadcast_to(jnp.asarray(value, dtype), shape)
 
 
 def _model(dataset: data.Dataset, recipe: Recipe) -> Model:

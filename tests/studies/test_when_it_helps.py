@@ -7,7 +7,7 @@ import pytest
 from gradreg_optax.experiments import results, statistics
 from studies import when_it_helps
 
-GAINS = {"tuned": statistics.Difference(mean=-1.25, error=0.5, p=0.1, size=5)}
+GAINS = {"tuned": statistics.Estimate(mean=-1.25, error=0.5, p=0.1, size=5)}
 ROW = when_it_helps.Row("digits, MLP", 300, 0.3, 320.0, "", GAINS, "compare")
 
 
