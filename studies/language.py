@@ -246,7 +246,7 @@ def table(results: dict[str, Any]) -> Report:
     return Report(*lines)
 
 
-def _row(name: str, rows: Columns, found: dict[str, Columns]) -> list[str]:
+def _row(name: str, rows: Columns, found: dict[str, Columns]) -> list[Any]:
     plain, loss = found["AdamW"], statistics.estimate(rows["test_loss"])
     cells = [name, report.settings(_SYMBOLS)(rows), f"{rows['gradients'][0]:.3g}"]
     cells += [f"{rows['steps'][0]}", f"{compute(rows) / compute(plain):.3g}"]

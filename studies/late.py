@@ -166,7 +166,7 @@ def gain(rows: runs.Columns, found: runs.Columns, over: str = PLAIN) -> statisti
     return statistics.points(rows, runs.select(found, method=over))
 
 
-def _row(label: str, share: float, rows: runs.Columns, found: runs.Columns) -> list[str]:
+def _row(label: str, share: float, rows: runs.Columns, found: runs.Columns) -> list[Any]:
     numbers = [f"{share:g}", f"{rows['cost'][0]:.4g}", f"{rows['strength'][0]:g}"]
     cells: list[Any] = [label, *(number.replace("nan", "") for number in numbers)]
     cells.append(report.percent()(rows))

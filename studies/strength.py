@@ -331,7 +331,7 @@ def table(results: dict[str, Any]) -> Report:
     return Report(*lines)
 
 
-def _row(cell: Cell) -> list[str]:
+def _row(cell: Cell) -> list[Any]:
     spec, sign = (".1f", 1) if cell.metric == "accuracy" else (".3f", -1)
     level = statistics.estimate(sign * _score(cell.plain, cell.metric))
     tuned = cell.gain(cell.tuned)
