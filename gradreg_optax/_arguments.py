@@ -1,12 +1,17 @@
 """The arguments of a loss: by position, by name, as its signature says."""
 
+import dataclasses
 import functools
 import inspect
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
-from gradreg_optax._types import Argnums, Args, Kwargs, LossFn, PyTree
+import jax
+
+from gradreg_optax._types import Argnums, Args, Kwargs, LossFn, PyTree, ValueFn
+
+Offer: TypeAlias = tuple[Kwargs, Args]  # arguments with and without a name
 
 # Names that Optax's update and its line searches reserve: a loss cannot receive them by name.
 RESERVED = frozenset(
@@ -14,20 +19,48 @@ RESERVED = frozenset(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class BoundLoss:
+    """The loss of a step as a function of the parameters, and the arguments of the step's call.
+
+    Attributes:
+      value_fn: the function.
+      by_name: the arguments with a name, from which another loss can pick its own.
+      unnamed: the others, such as those that ``*args`` received.
+    """
+
+    value_fn: ValueFn
+    by_name: Kwargs
+    unnamed: Args
+
+    def __call__(self, params: PyTree) -> jax.Array:
+        """Return the loss at ``params``."""
+        return self.value_fn(params)
+
+
 def pick_arguments(caller: str, loss_fn: LossFn, available: Mapping[str, Any]) -> Kwargs:
     """Return the arguments of ``loss_fn`` after its first, picked from ``available`` by name."""
-    offered = unreserved(available)
+    step: Any = available.get("value_fn")
+    complete = isinstance(step, BoundLoss)
+    offered, unnamed = (step.by_name, step.unnamed) if complete else (unreserved(available), ())
     wanted = _parameters_after_first(loss_fn)
-    clash = [p for p in wanted if p.name in RESERVED & available.keys()]
+    clash = [p for p in wanted if not complete and p.name in RESERVED & available.keys()]
     greedy = any(p.kind is p.VAR_KEYWORD for p in wanted)
-    picked = offered if greedy else {p.name: offered[p.name] for p in wanted if p.name in offered}
-    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    named = [p for p in wanted if p.kind not in variadic and p.default is p.empty]
-    missing = [p for p in named if p.kind is p.POSITIONAL_ONLY or p.name not in picked]
-    refused = clash[:1] or missing
+    nameable = {p.name for p in wanted if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    picked = {name: value for name, value in offered.items() if greedy or name in nameable}
+
+    def is_missing(p: inspect.Parameter) -> bool:
+        if p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL) and p.name in offered:
+            return True
+        if p.kind is p.VAR_POSITIONAL and complete and offered and not picked:
+            return True
+        required = p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        return (required or bool(unnamed)) and p.name not in picked
+
+    refused = clash[:1] or list(filter(is_missing, wanted))
     if refused:
         names = ", ".join(repr(p.name) for p in refused)
-        raise TypeError(f"{caller}: the loss needs {names}, {_remedy(refused)}.")
+        raise TypeError(f"{caller}: the loss needs {names}, {_remedy(refused, unnamed)}.")
     return picked
 
 
@@ -36,22 +69,19 @@ def unreserved(arguments: Mapping[str, Any]) -> Kwargs:
     return {name: value for name, value in arguments.items() if name not in RESERVED}
 
 
-def named_arguments(loss_fn: LossFn, args: Args, kwargs: Kwargs, argnums: Argnums = 0) -> Kwargs:
-    """Return a call's arguments by name, without the parameters at ``argnums``.
-
-    A regularizer with its own loss picks its arguments from these.
-    """
-    signature = signature_of(loss_fn)
-    bound, named = signature.bind(*args, **kwargs).arguments, dict[str, Any]()
+def named_arguments(loss_fn: LossFn, args: Args, kwargs: Kwargs, argnums: Argnums = 0) -> Offer:
+    """Return a call's arguments by name and those without one, except the parameters."""
+    signature, named, unnamed = signature_of(loss_fn), dict[str, Any](), ()
+    bound = signature.bind(*args, **kwargs).arguments
     numbers = [n % len(args) for n in _numbers("", argnums)]
     for position, parameter in enumerate(signature.parameters.values()):
-        if position in numbers:
-            continue
-        if parameter.kind is parameter.VAR_KEYWORD:
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            unnamed = tuple(x for i, x in enumerate(args) if i >= position and i not in numbers)
+        elif parameter.kind is parameter.VAR_KEYWORD:
             named.update(bound.get(parameter.name, {}))
-        elif parameter.kind is not parameter.VAR_POSITIONAL and parameter.name in bound:
+        elif position not in numbers and parameter.name in bound:
             named[parameter.name] = bound[parameter.name]
-    return unreserved(named)
+    return named, unnamed
 
 
 def arguments_at(
@@ -125,16 +155,21 @@ def accepts(loss_fn: LossFn, name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _remedy(missing: list[inspect.Parameter]) -> str:
+def _remedy(missing: list[inspect.Parameter], unnamed: Args) -> str:
+    if unnamed:
+        return (
+            "which this call does not pass by name. Close over it, or leave out the loss of the"
+            " regularizer"
+        )
     if any(p.name in RESERVED for p in missing):
         return (
             "a name that Optax's update reserves. Rename the argument, or pass value_fn= with it"
             " closed over"
         )
-    if any(p.kind is p.POSITIONAL_ONLY for p in missing):
+    if any(p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL) for p in missing):
         return (
-            "which is positional-only and cannot be picked by name. Pass value_fn= with it closed"
-            " over"
+            "which is positional-only and cannot be picked by name. Give it a name, or pass"
+            " value_fn= with it closed over"
         )
     call = ", ".join(f"{p.name}=..." for p in missing)
     return f"which update did not receive. Call update(grads, state, params, {call})"

@@ -215,9 +215,9 @@ class NNXRegularizedLoss(TransformedLoss):
         check_once(_LOSS, self.loss_fn, params, state)
         counting(_LOSS, state, step)
 
-        def of_arrays(params: PyTree, rest: PyTree) -> tuple[Weighted, Any]:
+        def of_arrays(params: PyTree, *rest: PyTree) -> tuple[Weighted, Any]:
             variables = jax.tree.unflatten(structure, jax.tree.leaves(params))
-            model, *values = nnx.merge(graphdef, variables, rest)
+            model, *values = nnx.merge(graphdef, variables, *rest)
             return self._loss(model, self._selected, tuple(kwargs), params, *values)
 
         with _explained(_LOSS, lambda: of_arrays(params, rest)):

@@ -3,6 +3,7 @@
 import abc
 import contextvars
 import math
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,6 +48,10 @@ class TransformedLoss(abc.ABC):
         """Copy name, docstring and signature of ``loss_fn``."""
         self.loss_fn, self.has_aux = loss_fn, has_aux
         keeps_signature(self, loss_fn)
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        """Bind the loss of a class, as for any method."""
+        return self if instance is None else types.MethodType(self, instance)
 
     @abc.abstractmethod
     def evaluate(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array | None, Any]:

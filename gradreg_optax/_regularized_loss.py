@@ -114,12 +114,12 @@ class RegularizedLoss(TransformedLoss):
             params = jax.tree.map(lambda x: x if validation.is_parameter(x) else None, params)
         validation.check_params(_CALLER, params)
         check_once(_CALLER, self.loss_fn, params, jax.eval_shape(self._pass.init, params))
-        named = named_arguments(self.loss_fn, args, kwargs, self._argnums)
+        offer = named_arguments(self.loss_fn, args, kwargs, self._argnums)
 
         def loss(params: PyTree, **_: Any) -> tuple[Weighted, Any]:
             return self._loss(*put(whole(jax.tree.leaves(params))), **kwargs)
 
-        call, static = Call(loss, (), named), StaticPart()
+        call, static = Call(loss, (), {}, lambda *_: offer), StaticPart()
         tree = functools.partial(jax.tree.unflatten, jax.tree.structure(params))
 
         def plain(numbers: list[Any]) -> tuple[jax.Array, list[jax.Array]]:

@@ -3,20 +3,20 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
 from gradreg_optax import _validation as validation
-from gradreg_optax._arguments import named_arguments, unreserved
+from gradreg_optax._arguments import BoundLoss, Offer, unreserved
 from gradreg_optax._batching import first_fraction
 from gradreg_optax._custom_gradient import traced_once
 from gradreg_optax._loss import TransformedLoss, mean_of
 from gradreg_optax._relative import RelativeState
 from gradreg_optax._transforms import GradregState
-from gradreg_optax._types import LossFn, PyTree, Transformation, Weighted
+from gradreg_optax._types import Args, Kwargs, LossFn, PyTree, Transformation, Weighted
 
 REGULARIZER_STATES = GradregState, RelativeState
 
@@ -29,13 +29,14 @@ class Call:
       loss: ``loss(params, *args, **kwargs) -> (Weighted, aux)``.
       args: the positional arguments, the batch first.
       kwargs: the keyword arguments.
-      loss_fn: the user's loss, with the names of the arguments in its signature.
+      offer: ``(args, kwargs) ->`` arguments by name, and without a name, for a regularizer with its
+        own loss.
     """
 
     loss: Callable[..., tuple[Weighted, Any]]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    loss_fn: LossFn | None = None
+    args: Args
+    kwargs: Kwargs
+    offer: Callable[[Args, Kwargs], Offer] = lambda args, kwargs: (kwargs, args)
 
     def on(self, batch: PyTree) -> "Call":
         """Return the call with another batch."""
@@ -53,12 +54,6 @@ class Call:
         """Return the loss at ``params``, and (its weight, aux)."""
         mean, aux = self._evaluate(params)
         return mean_of(mean), (mean.weight, aux)
-
-    def named(self) -> dict[str, Any]:
-        """Return the arguments by name, for a regularizer with its own loss."""
-        if self.loss_fn is None:
-            return unreserved(self.kwargs)
-        return named_arguments(self.loss_fn, (None, *self.args), dict(self.kwargs))
 
 
 class Pass(NamedTuple):
@@ -143,7 +138,9 @@ def penalty_arguments(
 
     if held_out is not None:
         extra["held_out_fn"] = held_out_fn
-    yield penalised.named() | {"value_fn": penalised.value_fn} | extra
+    by_name, unnamed = penalised.offer(penalised.args, penalised.kwargs)
+    bound = BoundLoss(penalised.value_fn, by_name, unnamed)
+    yield unreserved(by_name) | {"value_fn": bound} | extra
     if held_out is not None and not evaluated:
         raise TypeError(
             f"{caller}: held_out= needs a regularizer with a self-tuned strength, got none. Use"
@@ -170,11 +167,12 @@ def check_once(caller: str, loss_fn: LossFn, params: PyTree, *states: optax.OptS
 
 
 def regularizer_of(loss_fn: Any) -> optax.GradientTransformation | None:
-    """Return the regularizer inside a loss, under any wrapper (``jax.jit``, a partial)."""
+    """Return the regularizer inside a loss, under any wrapper (``jax.jit``, a method)."""
     while loss_fn is not None:
         if isinstance(loss_fn, TransformedLoss) and loss_fn.regularizer is not None:
             return loss_fn.regularizer
-        loss_fn = getattr(loss_fn, "__wrapped__", getattr(loss_fn, "func", None))
+        inner = (getattr(loss_fn, name, None) for name in ("__func__", "__wrapped__", "func"))
+        loss_fn = next(filter(None, inner), None)
     return None
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from gradreg_optax import _validation as validation
-from gradreg_optax._arguments import accepts, signature_of
+from gradreg_optax._arguments import Offer, accepts, named_arguments, signature_of
 from gradreg_optax._batching import split_batch
 from gradreg_optax._loss import with_weight
 from gradreg_optax._numerics import ASCENT_GROUPS, cast, global_norm, owned, widen
@@ -19,7 +19,7 @@ from gradreg_optax._regularized_pass import (
     RegularizedPass,
     check_once,
 )
-from gradreg_optax._types import LossFn, PyTree
+from gradreg_optax._types import Args, Kwargs, LossFn, PyTree
 
 
 class TrainState(NamedTuple):
@@ -149,6 +149,9 @@ def make_train_step(
     second = optax.with_extra_args_support(optimizer)
     static = static_arguments(caller, loss_fn, static_argnames)
 
+    def offer(args: Args, kwargs: Kwargs) -> Offer:
+        return named_arguments(loss_fn, (None, *args), kwargs)
+
     def init(params: PyTree) -> TrainState:
         validation.check_inexact(caller, "the parameters", params)
         params = owned(params)
@@ -162,7 +165,7 @@ def make_train_step(
     ) -> tuple[TrainState, StepInfo]:
         validation.check_state(caller, state, TrainState)
         params, (first_state, second_state) = state.params, state.opt_state
-        call = Call(loss, (batch, *args), kwargs, loss_fn)
+        call = Call(loss, (batch, *args), kwargs, offer)
 
         def on(batch: PyTree) -> Pass:
             return regularized.run(call.on(batch), params, first_state, held_out)

@@ -110,6 +110,10 @@ NO_SAMPLES, NO_AXIS = two.BATCH[:0], (np.ones(4, np.float32), 1.0)
 SHARE = "needs a batch whose leaves share their leading axis"
 
 
+def starred(params, *batches):
+    return sum(two.mean_square(params, batch) for batch in batches)
+
+
 def split(batch=two.BATCH, **options):
     return two.one_step(lambda p, batch: jnp.sum(p), batch=batch, **options)
 
@@ -195,6 +199,15 @@ TYPE_ERRORS = {
     "interval must be a whole number, got a schedule": lambda: fd(interval=lambda step: 2),
     "fd_gradreg: the loss needs 'batch', which is positional-only ... value_fn=": lambda: update(
         fd(lambda params, batch, /: 0.0), batch=BATCH
+    ),
+    "needs 'batches', which is positional-only ... value_fn=": lambda: update(
+        fd(starred), batches=BATCH
+    ),
+    "needs 'batches', which this call does not pass by name": lambda: two.one_step(
+        starred, regularizer=fd(starred)
+    ),
+    "fd_gradreg: the loss needs 'batches', which is positional-only": lambda: two.one_step(
+        regularizer=fd(starred)
     ),
     "fd_value_and_grad: with has_aux=True the loss must return (value, aux)": lambda: by_difference(
         linear, has_aux=True

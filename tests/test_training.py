@@ -92,8 +92,8 @@ def test_a_step_is_the_loop_written_by_hand(x64, name):
     assert_same(train(steps, batches), hand_loop(optimizer, batches, gammas))
 
 
-# in binary numbers 100 * 0.07 is more than 7
-PARTS = [(8, 0.7, 6), (7, 1e-12, 1), (100, 0.07, 7), (100, np.float16(0.07), 7)]
+# in binary numbers 100 * 0.07 is more than 7, and 11 * (1 / 11) in decimal ones more than 1
+PARTS = [(8, 0.7, 6), (7, 1e-12, 1), (100, 0.07, 7), (100, np.float16(0.07), 7), (11, 1 / 11, 1)]
 
 
 @pytest.mark.parametrize(("size", "fraction", "kept"), PARTS)

@@ -5,13 +5,17 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 
 from gradreg_optax import (
     Weighted,
     fd_gradreg,
     fd_value_and_grad,
     flooding,
+    make_train_step,
     regularized_loss,
+    sam,
 )
 from problems import REGULARIZERS, batch_of, flat, loss_fn, params_of, update_of
 
@@ -128,3 +132,31 @@ def test_a_narrow_total_is_divided_without_a_promotion():
     with jax.numpy_dtype_promotion("strict"):
         value = loss(jnp.ones(3, jnp.float16))
     assert (value, value.dtype) == (1.5, jnp.float16)
+
+
+@pytest.mark.parametrize("name", ["value", "grad", "state", "params"])
+def test_the_loss_of_a_regularizer_gets_an_argument_of_any_name_that_the_call_binds(name):
+    loss = eval(f"lambda p, batch, {name}=1.0: {name} * loss_fn(p, batch)", {"loss_fn": loss_fn})
+    tx, arguments = fd_gradreg(loss, gamma=0.3, epsilon=0.2), (params_of(), batch_of(), 2.0)
+    init, step = make_train_step(loss, optax.sgd(1.0), tx, donate=False)
+    after = step(init(arguments[0]), *arguments[1:])[0].params
+    expected = flat(jax.jit(fd_value_and_grad(loss, gamma=0.3, epsilon=0.2))(*arguments)[1])
+    found = flat(jax.jit(jax.grad(regularized_loss(loss, tx)))(*arguments))
+    for gradient in (found, flat(arguments[0]) - flat(after)):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_of_a_class_is_a_method():
+    class Task:
+        scale = 2.0
+
+        @functools.partial(regularized_loss, regularizer=sam(rho=0.1), argnums=1)
+        def loss(self, params, batch):
+            return self.scale * loss_fn(params, batch)
+
+    params, batch = params_of(), batch_of()
+    loss = regularized_loss(functools.partial(loss_fn, scale=2.0), sam(rho=0.1))
+    found, expected = (flat(jax.grad(f)(params, batch)) for f in (Task().loss, loss))
+    np.testing.assert_array_equal(found, expected)
+    with pytest.raises(ValueError, match="penalise twice"):
+        regularized_loss(Task().loss, sam(rho=0.1))(params, batch)
