@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import jax
 
+from gradreg_optax._leaves import identical
 from gradreg_optax._types import Argnums, Args, Kwargs, LossFn, PyTree, ValueFn
 
 Offer: TypeAlias = tuple[Kwargs, Args]  # arguments with and without a name
@@ -21,21 +22,30 @@ RESERVED = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class BoundLoss:
-    """The loss of a step as a function of the parameters, and the arguments of the step's call.
+    """The loss of a step as a function of the parameters, its gradient and its arguments.
 
     Attributes:
       value_fn: the function.
+      gradient: its gradient at the parameters of the step, or None if it is not known.
       by_name: the arguments with a name, from which another loss can pick its own.
       unnamed: the others, such as those that ``*args`` received.
     """
 
     value_fn: ValueFn
+    gradient: PyTree
     by_name: Kwargs
     unnamed: Args
 
     def __call__(self, params: PyTree) -> jax.Array:
         """Return the loss at ``params``."""
         return self.value_fn(params)
+
+
+def gradient_of_step(extra_args: Mapping[str, Any], updates: PyTree) -> PyTree:
+    """Return the gradient of a step's loss if it is known, and not these updates; else None."""
+    step = extra_args.get("value_fn")
+    gradient = step.gradient if isinstance(step, BoundLoss) else None
+    return None if identical(*map(jax.tree.leaves, (gradient, updates))) else gradient
 
 
 def pick_arguments(caller: str, loss_fn: LossFn, available: Mapping[str, Any]) -> Kwargs:

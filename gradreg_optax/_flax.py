@@ -121,7 +121,7 @@ def make_nnx_train_step(
         _write(nnx, arguments, changes)
         updates = _refilled(nnx.state(model, optimizer.wrt), outcome.updates)
         with (
-            penalty_arguments(caller, call, kept_there, held_out) as extra,
+            penalty_arguments(caller, call, outcome.gradient, kept_there, held_out) as extra,
             _explained(caller, lambda: call.value_fn(params)),
         ):
             optimizer.update(model, updates, value=outcome.value, grad=outcome.gradient, **extra)
@@ -201,7 +201,7 @@ class NNXRegularizedLoss(TransformedLoss):
         self._loss = _pure_loss(_LOSS, self._nnx, loss_fn, has_aux)
         self.__signature__, self._adds_step = _with_step(signature_of(loss_fn))
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array | None, Any]:
+    def evaluate(self, /, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array | None, Any]:
         """Return the mean with the regularized gradient, its weight and aux."""
         nnx, bound = self._nnx, self.__signature__.bind(*args, **kwargs)
         added = {"step": bound.arguments.pop("step", None)} if self._adds_step else {}

@@ -54,10 +54,10 @@ class TransformedLoss(abc.ABC):
         return self if instance is None else types.MethodType(self, instance)
 
     @abc.abstractmethod
-    def evaluate(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array | None, Any]:
+    def evaluate(self, /, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array | None, Any]:
         """Return the mean, its weight (or None) and aux."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Return the mean, or ``(mean, aux)``."""
         mean, weight, aux = self.evaluate(*args, **kwargs)
         dropped = _DROPPED_WEIGHTS.get()
@@ -65,7 +65,7 @@ class TransformedLoss(abc.ABC):
             dropped.append(weight)
         return (mean, aux) if self.has_aux else mean
 
-    def weighted(self, *args: Any, **kwargs: Any) -> Any:
+    def weighted(self, /, *args: Any, **kwargs: Any) -> Any:
         """Return the mean as a ``Weighted``, for a loss that wraps this one."""
         mean, weight, aux = self.evaluate(*args, **kwargs)
         total = mean

@@ -105,7 +105,7 @@ class RegularizedLoss(TransformedLoss):
         self._loss = with_weight(_CALLER, loss_fn, has_aux)
         self._pass = RegularizedPass(_CALLER, regularizer)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array | None, Any]:
+    def evaluate(self, /, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array | None, Any]:
         """Return the mean with the regularized gradient, its weight and aux."""
         args, kwargs, step = bind_step(_CALLER, self.loss_fn, args, kwargs)
         params, put = arguments_at(_CALLER, self._argnums, args)

@@ -39,8 +39,9 @@ class Call:
     offer: Callable[[Args, Kwargs], Offer] = lambda args, kwargs: (kwargs, args)
 
     def on(self, batch: PyTree) -> "Call":
-        """Return the call with another batch."""
-        return dataclasses.replace(self, args=(batch, *self.args[1:]))
+        """Return the call with this batch."""
+        same = batch is self.args[0]
+        return self if same else dataclasses.replace(self, args=(batch, *self.args[1:]))
 
     @functools.cached_property
     def _evaluate(self) -> Callable[[PyTree], tuple[Weighted, Any]]:
@@ -49,6 +50,10 @@ class Call:
     def value_fn(self, params: PyTree) -> jax.Array:
         """Return the loss at ``params``."""
         return mean_of(self._evaluate(params)[0])
+
+    def bound(self, gradient: PyTree = None) -> BoundLoss:
+        """Return the loss for transformations, with its gradient if it is known."""
+        return BoundLoss(self.value_fn, gradient, *self.offer(self.args, self.kwargs))
 
     def value_and_more(self, params: PyTree) -> tuple[jax.Array, tuple[Any, Any]]:
         """Return the loss at ``params``, and (its weight, aux)."""
@@ -110,23 +115,24 @@ class RegularizedPass:
         """Evaluate the loss and its gradient, and regularize it."""
         clean = jax.value_and_grad(call.value_and_more, has_aux=True)
         (value, (weight, aux)), gradient = clean(params)
-        with penalty_arguments(self._caller, call, self._kept, held_out) as extra:
+        arguments = penalty_arguments(self._caller, call, gradient, self._kept, held_out)
+        with arguments as extra:
             updates, state = self._tx.update(gradient, state, params, value=value, **extra)
         return Pass(value, aux, gradient, updates, state, weight)
 
 
 @contextlib.contextmanager
 def penalty_arguments(
-    caller: str, call: Call, kept: float, held_out: PyTree = None
+    caller: str, call: Call, gradient: PyTree, kept: float, held_out: PyTree = None
 ) -> Iterator[dict[str, Any]]:
     """Provide the extra arguments of a regularizer: the loss on the samples that it penalises.
 
     Held-out samples that the regularizer has not evaluated are an error.
     """
-    penalised, extra, evaluated = call, dict[str, Any](), False
+    loss, extra, evaluated = call.bound(gradient), dict[str, Any](), False
     if kept < 1:
-        penalised = call.on(first_fraction(caller, "penalty_fraction", call.args[0], kept))
-        extra["reuse_updates"] = False
+        part = first_fraction(caller, "penalty_fraction", call.args[0], kept)
+        loss, extra = call.on(part).bound(), {"reuse_updates": False}
 
     def held_out_fn(params: PyTree) -> jax.Array:
         nonlocal evaluated
@@ -138,9 +144,7 @@ def penalty_arguments(
 
     if held_out is not None:
         extra["held_out_fn"] = held_out_fn
-    by_name, unnamed = penalised.offer(penalised.args, penalised.kwargs)
-    bound = BoundLoss(penalised.value_fn, by_name, unnamed)
-    yield unreserved(by_name) | {"value_fn": bound} | extra
+    yield unreserved(loss.by_name) | {"value_fn": loss} | extra
     if held_out is not None and not evaluated:
         raise TypeError(
             f"{caller}: held_out= needs a regularizer with a self-tuned strength, got none. Use"

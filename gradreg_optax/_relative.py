@@ -201,7 +201,9 @@ def relative_gradreg(
             state = state._replace(**self_tuned(caller, loss, state.losses, at))
         else:
             state = state._replace(strength=strength_at(state.step).astype(dtype))
-        own = updates if at.reuse_updates else at.grad_fn(at.params)[0]
+        own = at.gradient(updates)
+        if own is None:
+            own, _ = at.grad_fn(at.params)
         climbed = tx.update(own, state.ascent, at.params)
         epsilon = _epsilon(state.norms, reach_at(state.step).astype(dtype), at.params, climbed[0])
         point = Point(at.grad_fn, at.params, lambda _: climbed, own)

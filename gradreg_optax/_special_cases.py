@@ -273,7 +273,7 @@ def _sharpness_penalty(
     by_difference = difference_penalty(rho_at, rho_at, "forward", tx)
 
     def penalize(at: Evaluation, updates: PyTree, state: GradregState) -> Penalised:
-        if not (at.reuse_updates and schedule.always):
+        if at.gradient(updates) is not updates or not schedule.always:
             return by_difference.penalize(at, updates, state)
         direction, _ = tx.update(updates, state.ascent, at.params)
         ahead, _ = at.grad_fn(shift(at.params, direction, at.gamma))

@@ -161,7 +161,7 @@ def make_train_step(
         return TrainState(*owned((params, opt_state, jnp.zeros([], jnp.int32))))
 
     def step(
-        state: TrainState, batch: PyTree, *args: Any, held_out: PyTree = None, **kwargs: Any
+        state: TrainState, /, batch: PyTree, *args: Any, held_out: PyTree = None, **kwargs: Any
     ) -> tuple[TrainState, StepInfo]:
         validation.check_state(caller, state, TrainState)
         params, (first_state, second_state) = state.params, state.opt_state
@@ -171,7 +171,8 @@ def make_train_step(
             return regularized.run(call.on(batch), params, first_state, held_out)
 
         outcome, grad_norm = _mean_over_groups(caller, on, batch, groups)
-        extra = {"value": outcome.value, "grad": outcome.gradient, "value_fn": call.value_fn}
+        value_fn = call.bound(outcome.gradient)
+        extra = {"value": outcome.value, "grad": outcome.gradient, "value_fn": value_fn}
         updates, second_state = second.update(outcome.updates, second_state, params, **extra)
         params = optax.apply_updates(params, updates)
         state = TrainState(params, (outcome.state, second_state), optax.safe_increment(state.step))

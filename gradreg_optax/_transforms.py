@@ -19,6 +19,7 @@ import optax
 from jax.typing import ArrayLike
 
 from gradreg_optax import _validation as validation
+from gradreg_optax._arguments import gradient_of_step
 from gradreg_optax._ascent import ascent_transformation
 from gradreg_optax._convolutions import canonical_convolutions
 from gradreg_optax._estimators import Estimate, Point, add_penalty, difference, product
@@ -206,7 +207,8 @@ def dbp_gradreg(
     tx = ascent_transformation(caller, ascent)
 
     def penalize(at: Evaluation, updates: PyTree, state: GradregState) -> Penalised:
-        estimate = product(caller, at.point(tx, state.ascent, updates), mode=mode)
+        gradient = updates if at.reuse_updates else None
+        estimate = product(caller, at.point(tx, state.ascent, gradient), mode=mode)
         return _add(updates, state, at.gamma, estimate)
 
     penalty = Penalty(lambda params: initial_state(tx.init(params)), gamma_at, penalize)
@@ -262,6 +264,7 @@ class Evaluation(NamedTuple):
       params: the parameters.
       gamma: the coefficient of this update, multiplied by the interval.
       reuse_updates: whether the incoming updates are the gradient.
+      known: the gradient, if a step knows it and has not passed it as the updates; else None.
       extra_args: the extra arguments of ``update``.
     """
 
@@ -269,15 +272,22 @@ class Evaluation(NamedTuple):
     params: PyTree
     gamma: jax.Array
     reuse_updates: bool
+    known: PyTree
     extra_args: Mapping[str, Any]
 
-    def point(self, tx: Transformation, state: optax.OptState, updates: PyTree) -> Point:
-        """Return where to estimate the product, with the ascent of ``tx``."""
+    def gradient(self, updates: PyTree) -> PyTree:
+        """Return the gradient of the loss, or None if it must be evaluated."""
+        if not self.reuse_updates:
+            return None
+        return updates if self.known is None else self.known
+
+    def point(self, tx: Transformation, state: optax.OptState, gradient: PyTree) -> Point:
+        """Return where to estimate the product, with the ascent of ``tx`` and a known gradient."""
 
         def climb(gradient: PyTree) -> tuple[PyTree, Any]:
             return tx.update(gradient, state, self.params)
 
-        return Point(self.grad_fn, self.params, climb, updates if self.reuse_updates else None)
+        return Point(self.grad_fn, self.params, climb, gradient)
 
 
 Penalised: TypeAlias = tuple[PyTree, Any]  # updates, state
@@ -319,7 +329,8 @@ def penalized(
             compare(caller, grad_fn, params, updates, due)
         # Inside a branch, jit makes sure that the gradient is traced only once.
         grad_fn = grad_fn if schedule.always else jax.jit(grad_fn)
-        at = Evaluation(grad_fn, params, gamma, reuse, extra)
+        known = gradient_of_step(extra, updates)
+        at = Evaluation(grad_fn, params, gamma, reuse, known, extra)
         penalize = functools.partial(penalty.penalize, at)
         if schedule.always:
             updates, state = penalize(updates, state)
@@ -342,7 +353,7 @@ def difference_penalty(
     """Add gamma times the finite difference along the ascent of ``tx``."""
 
     def penalize(at: Evaluation, updates: PyTree, state: GradregState) -> Penalised:
-        point = at.point(tx, state.ascent, updates)
+        point = at.point(tx, state.ascent, at.gradient(updates))
         estimate = difference(point, epsilon=epsilon_at(state.step), scheme=scheme)
         return _add(updates, state, at.gamma, estimate)
 
