@@ -99,7 +99,8 @@ def make_train_step(
         loss gets its arguments by name from those of ``loss_fn``.
       has_aux: whether ``loss_fn`` returns ``(value, aux)``.
       penalty_fraction: evaluate the penalty on the first f of the batch's leading axis (rounded
-        up), with the gradient of that sub-batch. On b samples the penalised quantity is
+        up), with the gradient of that sub-batch; with ``ascent_groups``, on the first f of every
+        group. Arguments after the batch are not split: write ``loss_fn(params, (x, y))``. On b samples the penalised quantity is
         :math:`\|g\|^2 + \operatorname{tr}\Sigma / b` on average, with the covariance :math:`\Sigma`
         of the per-sample gradients. So a smaller f needs a smaller gamma (see
         :func:`~gradreg_optax.curvature.penalty_scale`). Needs a transformation of this package.
