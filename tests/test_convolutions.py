@@ -150,14 +150,6 @@ def test_what_is_shared_is_compiled_once():
     assert program.as_text().count("stablehlo.convolution") == 1
 
 
-def test_a_program_without_convolutions_is_not_rewritten():
-    def dense(params):
-        return jnp.sum(jnp.tanh(params["first"]) ** 2)
-
-    programs = [str(jax.make_jaxpr(f)(PARAMS)) for f in (canonical_convolutions(dense), dense)]
-    assert programs[0] == programs[1]
-
-
 def test_under_shard_map():
     automatic = (jax.sharding.AxisType.Auto,)
     mesh, spec = jax.make_mesh((1,), ("data",), axis_types=automatic), jax.sharding.PartitionSpec

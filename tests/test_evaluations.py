@@ -67,7 +67,7 @@ def test_ten_steps_trace_the_loss_as_often_as_one(name):
 def test_a_program_traces_the_loss_once(name, interval):
     tx, batch, params = REGULARIZERS[name](interval=interval), batch_of(), params_of()
     counted, traces = counted_loss()
-    init, step = make_train_step(counted, optax.sgd(0.1), tx)
+    init, step = make_train_step(counted, optax.lbfgs(), tx)
     regularized = regularized_loss(counted, tx)
     step.lower(init(params), batch)
     jax.jit(jax.grad(regularized)).lower(params, batch, step=0)

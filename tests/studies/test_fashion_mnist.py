@@ -1,18 +1,14 @@
-"""Fashion-MNIST: which files are read, which are an error, and how they are downloaded."""
+"""Fashion-MNIST: which files are read, and which are an error."""
 
-import functools
 import gzip
 import hashlib
-import http.server
 import struct
-import threading
 
 import numpy as np
 import pytest
 
 from gradreg_optax.experiments.common import CommandError
 from studies import fashion_mnist
-from studies.fashion_mnist import cache
 
 SHAPES = {
     "train-images-idx3": (12, 4, 5),
@@ -71,15 +67,6 @@ def test_idx_files_are_read_as_they_were_written(tmp_path, monkeypatch, folder, 
     assert found.mean == pytest.approx(arrays["train-images-idx3"].mean() / 255)
 
 
-def test_the_debian_folder_comes_before_the_cache_and_a_given_folder_is_the_only_one(tmp_path):
-    write_idx(tmp_path / "debian" / "fashion-mnist", idx_arrays())
-    write_idx(cache() / "fashion-mnist", idx_arrays(seed=2))  # with other checksums
-    found = fashion_mnist.load().train_x[..., 0]
-    np.testing.assert_array_equal(found, idx_arrays()["train-images-idx3"])
-    with pytest.raises(CommandError, match=r"no train-images-idx3-ubyte\.gz in"):
-        fashion_mnist.load(tmp_path / "empty")
-
-
 PACKED = bytearray(gzip.compress(idx(np.arange(6) % 10), mtime=0))
 PACKED[12] ^= 0xFF  # within the deflated data
 
@@ -106,34 +93,3 @@ def test_without_a_network_the_error_names_the_remedies():
     remedies = r"--data-dir \(or set \$GRADREG_DATA\), or install the Debian package"
     with pytest.raises(CommandError, match=f"cannot download .*{remedies}"):
         fashion_mnist.load()
-
-
-@pytest.fixture
-def published(tmp_path, monkeypatch):
-    """The folder that a server on this machine publishes."""
-    folder = tmp_path / "published"
-    write_idx(folder, idx_arrays())
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as publisher:
-        serve = functools.partial(publisher.serve_forever, poll_interval=0.01)
-        thread = threading.Thread(target=serve)
-        thread.start()
-        monkeypatch.setattr(fashion_mnist, "_URL", f"http://127.0.0.1:{publisher.server_port}/")
-        yield folder
-        publisher.shutdown()
-        thread.join()
-
-
-def test_files_are_fetched_once(published):
-    first = fashion_mnist.load()
-    for path in published.iterdir():
-        path.unlink()
-    np.testing.assert_array_equal(first.train_x, fashion_mnist.load().train_x)
-    np.testing.assert_array_equal(first.train_x[..., 0], idx_arrays()["train-images-idx3"])
-
-
-def test_a_fetched_file_with_another_checksum_is_not_kept(published, monkeypatch):
-    monkeypatch.setattr(fashion_mnist, "_MD5", dict.fromkeys(fashion_mnist._MD5, ("0" * 32, "")))
-    with pytest.raises(CommandError, match="cannot download"):
-        fashion_mnist.load()
-    assert not list(cache().rglob("*.gz"))
