@@ -68,8 +68,7 @@ def test_a_program_traces_the_loss_once(name, interval):
     tx, batch, params = REGULARIZERS[name](interval=interval), batch_of(), params_of()
     counted, traces = counted_loss()
     init, step = make_train_step(counted, optax.lbfgs(), tx)
-    regularized = regularized_loss(counted, tx)
     step.lower(init(params), batch)
-    jax.jit(jax.grad(regularized)).lower(params, batch, step=0)
-    jax.jit(regularized).lower(params, batch, step=0)
+    for loss in (regularized_loss(counted, tx), jax.grad(regularized_loss(counted, tx))):
+        jax.jit(loss).lower(params, batch, step=0)
     assert len(traces) == 3  # one for each
