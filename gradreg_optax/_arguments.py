@@ -26,13 +26,13 @@ class BoundLoss:
 
     Attributes:
       value_fn: the function.
-      gradient: its gradient at the parameters of the step, or None if it is not known.
+      known: parameters, and the gradient there, or a pair of None.
       by_name: the arguments with a name, from which another loss can pick its own.
       unnamed: the others, such as those that ``*args`` received.
     """
 
     value_fn: ValueFn
-    gradient: PyTree
+    known: tuple[PyTree, PyTree]
     by_name: Kwargs
     unnamed: Args
 
@@ -41,11 +41,14 @@ class BoundLoss:
         return self.value_fn(params)
 
 
-def gradient_of_step(extra_args: Mapping[str, Any], updates: PyTree) -> PyTree:
+def known_gradient(extra_args: Mapping[str, Any], params: PyTree, updates: PyTree) -> PyTree:
     """Return the gradient of a step's loss if it is known, and not these updates; else None."""
     step = extra_args.get("value_fn")
-    gradient = step.gradient if isinstance(step, BoundLoss) else None
-    return None if identical(*map(jax.tree.leaves, (gradient, updates))) else gradient
+    known = step.known if isinstance(step, BoundLoss) else (None, None)
+    there, gradient, here, incoming = map(jax.tree.leaves, (*known, params, updates))
+    if identical(gradient, incoming) or not identical(there, here):
+        return None
+    return jax.tree.unflatten(jax.tree.structure(updates), gradient)
 
 
 def pick_arguments(caller: str, loss_fn: LossFn, available: Mapping[str, Any]) -> Kwargs:

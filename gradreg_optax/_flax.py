@@ -120,8 +120,9 @@ def make_nnx_train_step(
         validation.check_arrays(caller, "aux", aux)
         _write(nnx, arguments, changes)
         updates = _refilled(nnx.state(model, optimizer.wrt), outcome.updates)
+        value_fn = call.bound(params, outcome.gradient)
         with (
-            penalty_arguments(caller, call, outcome.gradient, kept_there, held_out) as extra,
+            penalty_arguments(caller, call, value_fn, kept_there, held_out) as extra,
             _explained(caller, lambda: call.value_fn(params)),
         ):
             optimizer.update(model, updates, value=outcome.value, grad=outcome.gradient, **extra)

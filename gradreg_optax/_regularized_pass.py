@@ -51,9 +51,9 @@ class Call:
         """Return the loss at ``params``."""
         return mean_of(self._evaluate(params)[0])
 
-    def bound(self, gradient: PyTree = None) -> BoundLoss:
-        """Return the loss for transformations, with its gradient if it is known."""
-        return BoundLoss(self.value_fn, gradient, *self.offer(self.args, self.kwargs))
+    def bound(self, params: PyTree = None, gradient: PyTree = None) -> BoundLoss:
+        """Return the loss for transformations, and its gradient if it is known."""
+        return BoundLoss(self.value_fn, (params, gradient), *self.offer(self.args, self.kwargs))
 
     def value_and_more(self, params: PyTree) -> tuple[jax.Array, tuple[Any, Any]]:
         """Return the loss at ``params``, and (its weight, aux)."""
@@ -115,21 +115,21 @@ class RegularizedPass:
         """Evaluate the loss and its gradient, and regularize it."""
         clean = jax.value_and_grad(call.value_and_more, has_aux=True)
         (value, (weight, aux)), gradient = clean(params)
-        arguments = penalty_arguments(self._caller, call, gradient, self._kept, held_out)
-        with arguments as extra:
+        loss = call.bound(params, gradient)
+        with penalty_arguments(self._caller, call, loss, self._kept, held_out) as extra:
             updates, state = self._tx.update(gradient, state, params, value=value, **extra)
         return Pass(value, aux, gradient, updates, state, weight)
 
 
 @contextlib.contextmanager
 def penalty_arguments(
-    caller: str, call: Call, gradient: PyTree, kept: float, held_out: PyTree = None
+    caller: str, call: Call, loss: BoundLoss, kept: float, held_out: PyTree = None
 ) -> Iterator[dict[str, Any]]:
     """Provide the extra arguments of a regularizer: the loss on the samples that it penalises.
 
     Held-out samples that the regularizer has not evaluated are an error.
     """
-    loss, extra, evaluated = call.bound(gradient), dict[str, Any](), False
+    extra, evaluated = dict[str, Any](), False
     if kept < 1:
         part = first_fraction(caller, "penalty_fraction", call.args[0], kept)
         loss, extra = call.on(part).bound(), {"reuse_updates": False}

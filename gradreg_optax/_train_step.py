@@ -100,10 +100,11 @@ def make_train_step(
       has_aux: whether ``loss_fn`` returns ``(value, aux)``.
       penalty_fraction: evaluate the penalty on the first f of the batch's leading axis (rounded
         up), with the gradient of that sub-batch; with ``ascent_groups``, on the first f of every
-        group. Arguments after the batch are not split: write ``loss_fn(params, (x, y))``. On b samples the penalised quantity is
-        :math:`\|g\|^2 + \operatorname{tr}\Sigma / b` on average, with the covariance :math:`\Sigma`
-        of the per-sample gradients. So a smaller f needs a smaller gamma (see
-        :func:`~gradreg_optax.curvature.penalty_scale`). Needs a transformation of this package.
+        group. Arguments after the batch are not split: write ``loss_fn(params, (x, y))``. On b
+        samples the penalised quantity is :math:`\|g\|^2 + \operatorname{tr}\Sigma / b` on average,
+        with the covariance :math:`\Sigma` of the per-sample gradients. So a smaller f needs a
+        smaller gamma (see :func:`~gradreg_optax.curvature.penalty_scale`). Needs a transformation
+        of this package.
       ascent_groups: split the batch into m groups, perturb each along its own gradient, and average
         the results (m-sharpness). On a data-parallel mesh, with m a multiple of the number of
         devices, this needs one all-reduce instead of two. The penalised quantity is the mean of
@@ -172,7 +173,7 @@ def make_train_step(
             return regularized.run(call.on(batch), params, first_state, held_out)
 
         outcome, grad_norm = _mean_over_groups(caller, on, batch, groups)
-        value_fn = call.bound(outcome.gradient)
+        value_fn = call.bound(params, outcome.gradient)
         extra = {"value": outcome.value, "grad": outcome.gradient, "value_fn": value_fn}
         updates, second_state = second.update(outcome.updates, second_state, params, **extra)
         params = optax.apply_updates(params, updates)

@@ -19,7 +19,7 @@ import optax
 from jax.typing import ArrayLike
 
 from gradreg_optax import _validation as validation
-from gradreg_optax._arguments import gradient_of_step
+from gradreg_optax._arguments import known_gradient
 from gradreg_optax._ascent import ascent_transformation
 from gradreg_optax._convolutions import canonical_convolutions
 from gradreg_optax._estimators import Estimate, Point, add_penalty, difference, product
@@ -329,7 +329,7 @@ def penalized(
             compare(caller, grad_fn, params, updates, due)
         # Inside a branch, jit makes sure that the gradient is traced only once.
         grad_fn = grad_fn if schedule.always else jax.jit(grad_fn)
-        known = gradient_of_step(extra, updates)
+        known = known_gradient(extra, params, updates)
         at = Evaluation(grad_fn, params, gamma, reuse, known, extra)
         penalize = functools.partial(penalty.penalize, at)
         if schedule.always:
