@@ -59,13 +59,17 @@ class StaticPart:
 def traced_once(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
     """Return ``function``, which under ``jax.jit`` is traced only on the first of several calls."""
     static = StaticPart()
-    jitted = jax.jit(lambda *args: static.arrays(function(*args)))
+
+    @jax.jit
+    @functools.wraps(function)  # JAX's errors name the function and its arguments
+    def arrays(*args: PyTree) -> Leaves:
+        return static.arrays(function(*args))
 
     def evaluate(*args: PyTree) -> PyTree:
         if not _is_tracing():
             return function(*args)
-        arrays = jitted(*args)  # sets the static part
-        return static.whole(arrays)
+        found = arrays(*args)  # sets the static part
+        return static.whole(found)
 
     return evaluate
 

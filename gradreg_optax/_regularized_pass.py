@@ -45,7 +45,10 @@ class Call:
 
     @functools.cached_property
     def _evaluate(self) -> Callable[[PyTree], tuple[Weighted, Any]]:
-        return traced_once(lambda params: self.loss(params, *self.args, **self.kwargs))
+        def loss(params: PyTree) -> tuple[Weighted, Any]:
+            return self.loss(params, *self.args, **self.kwargs)
+
+        return traced_once(loss)
 
     def value_fn(self, params: PyTree) -> jax.Array:
         """Return the loss at ``params``."""
