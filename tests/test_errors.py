@@ -198,7 +198,7 @@ TYPE_ERRORS = {
     ),
     "interval must be a whole number, got a schedule": lambda: fd(interval=lambda step: 2),
     "fd_gradreg: the loss needs 'batch', which is positional-only ... value_fn=": lambda: update(
-        fd(lambda params, batch, /: 0.0), batch=BATCH
+        fd(lambda params, batch=None, /: 0.0), batch=BATCH
     ),
     "needs 'batches', which is positional-only ... value_fn=": lambda: update(
         fd(starred), batches=BATCH
