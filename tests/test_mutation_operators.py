@@ -9,7 +9,6 @@ from mutation.operators import faults
     ("source", "broken"),
     [
         ("x = a < b", {"x = a <= b"}),
-        ("x = a and b", {"x = a or b"}),
         ("f(a, b=c)", {"pass", "f(a)"}),
         ("if a:\n    raise ValueError(f'{a + 1}')", {"pass"}),
         ('"""Text."""\nx: int = y', set()),

@@ -48,6 +48,7 @@ LOSSES = {
     "checkpointed": jax.checkpoint(loss_fn),
     "any keywords": with_any_keywords,
     "positional rest": lambda *args, batch: loss_fn(args[0], batch),
+    "closed": lambda params: loss_fn(params, batch_of()),
     "positional and closed": lambda *args: loss_fn(*args, batch_of()),
 }
 
