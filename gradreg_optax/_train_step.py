@@ -163,10 +163,11 @@ def make_train_step(
         return TrainState(*owned((params, opt_state, jnp.zeros([], jnp.int32))))
 
     def step(
-        state: TrainState, /, batch: PyTree, *args: Any, held_out: PyTree = None, **kwargs: Any
+        before: TrainState, /, batch: PyTree, *args: Any, held_out: PyTree = None, **kwargs: Any
     ) -> tuple[TrainState, StepInfo]:
-        validation.check_state(caller, state, TrainState)
-        params, (first_state, second_state) = state.params, state.opt_state
+        # JAX takes no keyword with the name of a positional argument, and losses have a "state".
+        validation.check_state(caller, before, TrainState)
+        params, (first_state, second_state) = before.params, before.opt_state
         call = Call(loss, (batch, *args), kwargs, offer)
 
         def on(batch: PyTree) -> Pass:
@@ -177,7 +178,7 @@ def make_train_step(
         extra = {"value": outcome.value, "grad": outcome.gradient, "value_fn": value_fn}
         updates, second_state = second.update(outcome.updates, second_state, params, **extra)
         params = optax.apply_updates(params, updates)
-        state = TrainState(params, (outcome.state, second_state), optax.safe_increment(state.step))
+        state = TrainState(params, (outcome.state, second_state), optax.safe_increment(before.step))
         return state, StepInfo(outcome.value, grad_norm, outcome.aux)
 
     return TrainStep(init, jax.jit(step, donate_argnums=donated, **static))

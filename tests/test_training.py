@@ -136,8 +136,13 @@ def test_aux_is_that_of_the_clean_pass():
 def test_further_arguments_reach_both_passes(x64):
     batches = [batch_of(i) for i in range(2)]
     expected = hand_loop(SGD, batches, [0.3] * 2, shift=0.7)
+
+    def other(updates, state, params, *, batch, shift, **_):  # of another package
+        return updates, state
+
+    regularizer = optax.chain(FD, optax.GradientTransformationExtraArgs(lambda p: (), other))
     assert_same(train(make_train_step(loss_fn, SGD, FD), batches, 0.7), expected)
-    assert_same(train(make_train_step(loss_fn, SGD, FD), batches, shift=0.7), expected)
+    assert_same(train(make_train_step(loss_fn, SGD, regularizer), batches, shift=0.7), expected)
 
 
 def test_a_regularizer_with_its_own_loss_gets_its_arguments_by_name(x64):
