@@ -63,10 +63,11 @@ def pick_arguments(caller: str, loss_fn: LossFn, available: Mapping[str, Any]) -
     picked = {name: value for name, value in offered.items() if greedy or name in nameable}
 
     def is_missing(p: inspect.Parameter) -> bool:
+        """Whether the loss needs this argument, or would lose a value that the call has."""
         if p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL) and p.name in offered:
             return True
         if p.kind is p.VAR_POSITIONAL and complete and offered and not picked:
-            return True
+            return True  # a wrapper with *args alone; a chain may offer arguments for others
         required = p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         return (required or bool(unnamed)) and p.name not in picked
 

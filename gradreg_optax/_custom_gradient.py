@@ -8,13 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from gradreg_optax._leaves import split
 from gradreg_optax._numerics import widen
 from gradreg_optax._sharding import axes_of, axes_of_value, varying
-from gradreg_optax._types import PyTree
+from gradreg_optax._tracing import Leaves, is_tracing
 from gradreg_optax._validation import is_inexact
 
-Leaves: TypeAlias = list[Any]
 Output: TypeAlias = tuple[jax.Array, Leaves]  # (value, further arrays)
 Plain: TypeAlias = Callable[[Leaves], Output]
 Rule: TypeAlias = Callable[[Leaves], tuple[Output, Leaves]]  # -> (output, custom gradient)
@@ -33,50 +31,12 @@ def with_gradient(plain: Plain, rule: Rule, numbers: Leaves) -> Output:
     over the axes of the value, so that their gradients sum over devices.
     """
     numbers = varying(numbers, axes_of_value(plain, numbers))
-    if _is_tracing():
+    if is_tracing():
         return _with_arguments(plain, rule, numbers)
     try:
         return _with_gradient(plain, rule, numbers, len(numbers))
     except jax.errors.UnexpectedTracerError:  # a function closes over a differentiated value
         return _with_arguments(plain, rule, numbers)
-
-
-class StaticPart:
-    """The non-array part of the output of a function that may return arrays only.
-
-    Attributes:
-      whole: a function from the arrays to the output.
-    """
-
-    whole: Callable[[Leaves], PyTree]
-
-    def arrays(self, tree: PyTree) -> Leaves:
-        """Return the arrays of a tree, and store the rest."""
-        arrays, self.whole = split(tree, lambda leaf: isinstance(leaf, jax.Array))
-        return arrays
-
-
-def traced_once(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """Return ``function``, which under ``jax.jit`` is traced only on the first of several calls."""
-    static = StaticPart()
-
-    @jax.jit
-    @functools.wraps(function)  # JAX's errors name the function and its arguments
-    def arrays(*args: PyTree) -> Leaves:
-        return static.arrays(function(*args))
-
-    def evaluate(*args: PyTree) -> PyTree:
-        if not _is_tracing():
-            return function(*args)
-        found = arrays(*args)  # sets the static part
-        return static.whole(found)
-
-    return evaluate
-
-
-def _is_tracing() -> bool:
-    """Whether operations are recorded: under ``jax.jit``, ``jax.lax.scan``, ..."""
-    return isinstance(jax.lax.add(0.0, 0.0), jax.core.Tracer)
 
 
 def _with_arguments(plain: Plain, rule: Rule, numbers: Leaves) -> Output:

@@ -216,6 +216,7 @@ class NNXRegularizedLoss(TransformedLoss):
         check_once(_LOSS, self.loss_fn, params, state)
         counting(_LOSS, state, step)
 
+        # *rest has no name, so that the loss of a regularizer does not pick it by name.
         def of_arrays(params: PyTree, *rest: PyTree) -> tuple[Weighted, Any]:
             variables = jax.tree.unflatten(structure, jax.tree.leaves(params))
             model, *values = nnx.merge(graphdef, variables, *rest)

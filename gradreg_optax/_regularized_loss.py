@@ -11,10 +11,11 @@ import optax
 
 from gradreg_optax import _validation as validation
 from gradreg_optax._arguments import accepts, arguments_at, named_arguments, signature_of
-from gradreg_optax._custom_gradient import StaticPart, with_gradient
+from gradreg_optax._custom_gradient import with_gradient
 from gradreg_optax._leaves import split
 from gradreg_optax._loss import TransformedLoss, with_weight
 from gradreg_optax._regularized_pass import Call, RegularizedPass, check_once, counting
+from gradreg_optax._tracing import StaticPart
 from gradreg_optax._types import (
     Argnums,
     Args,
@@ -116,7 +117,7 @@ class RegularizedLoss(TransformedLoss):
         check_once(_CALLER, self.loss_fn, params, jax.eval_shape(self._pass.init, params))
         offer = named_arguments(self.loss_fn, args, kwargs, self._argnums)
 
-        def loss(params: PyTree, **_: Any) -> tuple[Weighted, Any]:
+        def loss(params: PyTree) -> tuple[Weighted, Any]:
             return self._loss(*put(whole(jax.tree.leaves(params))), **kwargs)
 
         call, static = Call(loss, (), {}, lambda *_: offer), StaticPart()

@@ -12,9 +12,9 @@ import optax
 from gradreg_optax import _validation as validation
 from gradreg_optax._arguments import BoundLoss, Offer, unreserved
 from gradreg_optax._batching import first_fraction
-from gradreg_optax._custom_gradient import traced_once
 from gradreg_optax._loss import TransformedLoss, mean_of
 from gradreg_optax._relative import RelativeState
+from gradreg_optax._tracing import traced_once
 from gradreg_optax._transforms import GradregState
 from gradreg_optax._types import Args, Kwargs, LossFn, PyTree, Transformation, Weighted
 

@@ -162,10 +162,10 @@ def make_train_step(
         check_once(caller, loss_fn, params, *opt_state)
         return TrainState(*owned((params, opt_state, jnp.zeros([], jnp.int32))))
 
+    # Not "state": a loss may have an argument of that name, which a call passes by keyword.
     def step(
         before: TrainState, /, batch: PyTree, *args: Any, held_out: PyTree = None, **kwargs: Any
     ) -> tuple[TrainState, StepInfo]:
-        # JAX takes no keyword with the name of a positional argument, and losses have a "state".
         validation.check_state(caller, before, TrainState)
         params, (first_state, second_state) = before.params, before.opt_state
         call = Call(loss, (batch, *args), kwargs, offer)

@@ -3,7 +3,9 @@
 The loss is ``loss_fn`` given at construction, with its further arguments picked by name from
 ``update``'s extra arguments, or Optax's ``value_fn=``. By default the incoming updates must be the
 gradient of that loss, so these transformations come first in a chain. With ``reuse_updates=False``
-they evaluate the gradient themselves and add the penalty to the incoming updates.
+they evaluate the gradient themselves and add the penalty to the incoming updates. Train steps and
+regularized losses know the gradient of their loss, so that there a finite difference may stand
+anywhere in a chain.
 """
 
 from __future__ import annotations
